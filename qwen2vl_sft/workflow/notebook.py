@@ -41,14 +41,14 @@ from ..core import InputError, RunFailure, did_you_mean, project_root, say, writ
 from ..rundir import RunDir, write_status
 from ..tasks import load_suite
 
-# %% ../../nbs/70_workflow.notebook.ipynb #5e9e4afc
+# %% ../../nbs/70_workflow.notebook.ipynb #68b6f63a
 def workbench_file(
     name: str | Path,  # such as "recipes/demo-mix.yaml"; an absolute path stands for itself
 ) -> Path:
     "A recipe, suite or notebook: in the project, in the package's checkout, or installed beside the package."
     installed = Path(sys.prefix) / "share" / "qwen2vl-sft"
     checkout = Path(qwen2vl_sft.__file__).resolve().parent.parent
-    places = [folder / name for folder in (Path.cwd(), project_root(), checkout, installed)]
+    places = [folder / name for folder in (project_root(), Path.cwd(), checkout, installed)]
     for place in places:
         if place.is_file():
             return place.resolve()
@@ -286,7 +286,7 @@ def terminate_as_interrupt() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
 
-# %% ../../nbs/70_workflow.notebook.ipynb #70d28bee
+# %% ../../nbs/70_workflow.notebook.ipynb #5d6785d7
 OFFLINE_PAGE = """{% extends 'lab/index.html.j2' %}
 {% block html_head_js %}{% endblock %}
 {% block jupyter_widgets %}{% endblock %}
@@ -305,7 +305,9 @@ def write_html(
 
     loader = DictLoader({"offline.html.j2": OFFLINE_PAGE})
     exporter = HTMLExporter(extra_loaders=[loader], template_file="offline.html.j2", embed_images=True)
-    page, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4), {"metadata": {"name": notebook.stem}})
+    content = nbformat.read(notebook, as_version=4)
+    content.metadata.pop("widgets", None)
+    page, _ = exporter.from_notebook_node(content, {"metadata": {"name": notebook.stem}})
     return write_atomically(notebook.with_suffix(".html"), page)
 
 # %% ../../nbs/70_workflow.notebook.ipynb #2f0bcc6c
