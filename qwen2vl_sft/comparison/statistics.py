@@ -14,15 +14,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-# %% ../../nbs/60_comparison.statistics.ipynb #ccec12f1
+# %% ../../nbs/60_comparison.statistics.ipynb #6544a382
 class Interval(NamedTuple):
     "A range of fractions that covers the true value with the stated confidence."
     low: float
     high: float
 
-    def __contains__(self, value: float) -> bool: return self.low <= value <= self.high
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
 
-# %% ../../nbs/60_comparison.statistics.ipynb #91b028ad
+# %% ../../nbs/60_comparison.statistics.ipynb #49ed7f3a
 def wilson(
     correct: int,  # samples answered correctly
     n: int,  # samples in the test set
@@ -31,8 +32,10 @@ def wilson(
     "Wilson's score interval of a proportion (Wilson 1927, J. Am. Stat. Assoc. 22:209)."
     from statsmodels.stats.proportion import proportion_confint
 
-    if not 0 <= correct <= n: raise ValueError(f"correct={correct} must lie between 0 and n={n}")
-    if n == 0: return Interval(0.0, 1.0)
+    if not 0 <= correct <= n:
+        raise ValueError(f"correct={correct} must lie between 0 and n={n}")
+    if n == 0:
+        return Interval(0.0, 1.0)
     low, high = proportion_confint(correct, n, alpha=1 - confidence, method="wilson")
     return Interval(max(0.0, float(low)), min(1.0, float(high)))
 
@@ -50,7 +53,7 @@ class PairedTest:
         "Accuracy of the first minus that of the second, a fraction."
         return (self.only_first - self.only_second) / self.n if self.n else 0.0
 
-# %% ../../nbs/60_comparison.statistics.ipynb #6cdde2b0
+# %% ../../nbs/60_comparison.statistics.ipynb #b18002a8
 def mcnemar(
     first: Sequence[bool],  # is the first model right, one a sample
     second: Sequence[bool],  # the same samples in the same order
@@ -59,18 +62,21 @@ def mcnemar(
     from statsmodels.stats.contingency_tables import mcnemar as exact_test
 
     a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
-    if a.shape != b.shape: raise ValueError(f"paired answers need one length, got {a.size} and {b.size}")
+    if a.shape != b.shape:
+        raise ValueError(f"paired answers need one length, got {a.size} and {b.size}")
     only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
-    if only_a == only_b: return PairedTest(only_a, only_b, a.size, 1.0)
+    if only_a == only_b:
+        return PairedTest(only_a, only_b, a.size, 1.0)
     p = exact_test([[0, only_a], [only_b, 0]], exact=True).pvalue
     return PairedTest(only_a, only_b, a.size, float(min(1.0, p)))
 
-# %% ../../nbs/60_comparison.statistics.ipynb #d373b378
+# %% ../../nbs/60_comparison.statistics.ipynb #f17da920
 def holm(p_values: Sequence[float]) -> list[float]:
     "Holm's adjusted p-values, in the order given (Holm 1979, Scand. J. Stat. 6:65)."
     from statsmodels.stats.multitest import multipletests
 
-    if len(p_values) == 0: return []
+    if len(p_values) == 0:
+        return []
     return [float(p) for p in multipletests(list(p_values), method="holm")[1]]
 
 # %% ../../nbs/60_comparison.statistics.ipynb #8a5be81e
@@ -83,7 +89,7 @@ def smallest_difference(
     discordant = int(np.ceil(np.log2(2 * tests / alpha)))
     return min(1.0, discordant / n) if n else 1.0
 
-# %% ../../nbs/60_comparison.statistics.ipynb #e651ec8f
+# %% ../../nbs/60_comparison.statistics.ipynb #e468af86
 def cluster_kinds(
     values: Sequence[float],  # one a sample: right (1) or wrong (0), or a difference of two rows (-1, 0, 1)
     groups: Sequence[Hashable] | None = None,  # near-duplicate group of each sample; None: every sample is its own
@@ -93,12 +99,13 @@ def cluster_kinds(
     if groups is None:
         clusters = np.stack([values, np.ones_like(values)], axis=1)
     else:
-        if len(groups) != len(values): raise ValueError(f"{len(values)} values but {len(groups)} groups")
+        if len(groups) != len(values):
+            raise ValueError(f"{len(values)} values but {len(groups)} groups")
         _, index = np.unique(np.asarray([str(g) for g in groups]), return_inverse=True)
         clusters = np.stack([np.bincount(index, weights=values), np.bincount(index)], axis=1)
     return np.unique(clusters, axis=0, return_counts=True)
 
-# %% ../../nbs/60_comparison.statistics.ipynb #1974693d
+# %% ../../nbs/60_comparison.statistics.ipynb #aa7000ed
 def bootstrap_mean(
     tasks: Sequence[Sequence[float]],  # for each task, one value a sample
     groups: Sequence[Sequence[Hashable] | None] | None = None,  # for each task, the group of each sample
@@ -113,17 +120,19 @@ def bootstrap_mean(
     """
     rng, means = np.random.default_rng(seed), []
     for i, values in enumerate(tasks):
-        if len(values) == 0: continue
+        if len(values) == 0:
+            continue
         kinds, counts = cluster_kinds(values, None if groups is None else groups[i])
         clusters, centre = counts.sum(), kinds.T @ counts
         drawn = rng.multinomial(clusters, counts / clusters, size=repeats) @ kinds
         deviation = drawn[:, 0] / drawn[:, 1] - centre[0] / centre[1]
         means.append(centre[0] / centre[1] + deviation * np.sqrt(clusters / max(1, clusters - 1)))
-    if not means: return Interval(float("nan"), float("nan"))
+    if not means:
+        return Interval(float("nan"), float("nan"))
     tail = (1 - confidence) / 2
     return Interval(*(float(x) for x in np.quantile(np.mean(means, axis=0), [tail, 1 - tail])))
 
-# %% ../../nbs/60_comparison.statistics.ipynb #3d71e343
+# %% ../../nbs/60_comparison.statistics.ipynb #734c61a1
 def collapse(
     predictions: Sequence[str | None],  # one a sample; None where there was no usable answer
     targets: Sequence[str],
@@ -131,14 +140,15 @@ def collapse(
 ) -> str | None:  # the label that (nearly) every answer is, or None if the answers vary
     "The one label that a model gives whatever the image, if it does."
     answered = [(p, t) for p, t in zip(predictions, targets, strict=True) if isinstance(p, str)]
-    if len(answered) < 10: return None
+    if len(answered) < 10:
+        return None
     favourite, given = Counter(p for p, _ in answered).most_common(1)[0]
     deviating = len(answered) - given
     mixed = len(answered) - Counter(t for _, t in answered).most_common(1)[0][1]
     collapsed = deviating <= exceptions * len(answered) and mixed >= max(5, 4 * deviating)
     return favourite if collapsed else None
 
-# %% ../../nbs/60_comparison.statistics.ipynb #36f1535f
+# %% ../../nbs/60_comparison.statistics.ipynb #3944c55c
 def repeated_scores(
     accuracies: Sequence[float],  # percent, of one task: one value a tuned row
     share: float = 0.75,  # at least this share of the rows must have the very same score
@@ -146,6 +156,7 @@ def repeated_scores(
 ) -> float | None:  # the score, in percent, or None
     "The score that (almost) no training step moves: what a constant answer looks like without its predictions."
     scores = [round(float(a), 2) for a in accuracies if a is not None and not np.isnan(a)]
-    if len(scores) < rows: return None
+    if len(scores) < rows:
+        return None
     score, count = Counter(scores).most_common(1)[0]
     return score if count >= share * len(scores) and 0 < score < 100 else None
