@@ -104,7 +104,7 @@ class MixtureConfig(Settings):
     weights: dict[str, float] = Field(default_factory=dict, description="task -> weight, for `weights`")
     temperature: float = Field(2.0, gt=0, description="shares go with size ** (1 / temperature), for `temperature`")
 
-# %% ../nbs/01_config.ipynb #24fe2a1e
+# %% ../nbs/01_config.ipynb #ffa6df82
 class ScheduleConfig(Settings):
     "Steps, batches and the optimiser."
 
@@ -121,6 +121,9 @@ class ScheduleConfig(Settings):
     optimizer: str = Field("adamw_torch", description="a name that transformers.TrainingArguments(optim=...) knows")
     loss_average: Literal["token", "sample"] = Field("token", description="over all supervised tokens of the effective batch, or per sample first")
     supervise_newline: bool = Field(False, description="also train the newline after <|im_end|>; for parity runs only")
+    packing: bool = Field(False, description="lay samples end to end instead of padding them")
+    max_tokens: int = Field(4096, ge=1, description="longest sample; a longer one is reported before training starts, never cut")
+    vision_cache: bool = Field(True, description="keep a frozen tower's outputs on disk")
     activation_checkpointing: bool = Field(False, description="recompute the language model's activations: less memory, more time")
     shuffle_labels: bool = Field(False, description="train on labels permuted within each task: a control that must stay at chance")
     log_every: int = Field(10, ge=1)
@@ -138,7 +141,7 @@ class ScheduleConfig(Settings):
             raise ValueError(f"save_at names step {beyond[0]}, but the run has steps 1 to {self.steps}")
         return self
 
-# %% ../nbs/01_config.ipynb #10c891b3
+# %% ../nbs/01_config.ipynb #b04713a6
 class ScoringConfig(Settings):
     "How checkpoints are tested."
 
@@ -180,7 +183,7 @@ class RunConfig(Settings):
     def fingerprint(self) -> str:
         "Changes when what is trained could change; names of experiment and run, workers and scoring don't count."
         content = self.model_dump(mode="json", exclude={"experiment", "run", "scoring"})
-        return fingerprint({**content, "schedule": {k: v for k, v in content["schedule"].items() if k not in ("workers", "log_every")}})
+        return fingerprint({**content, "schedule": {k: v for k, v in content["schedule"].items() if k not in ("workers", "log_every", "vision_cache")}})
 
 # %% ../nbs/01_config.ipynb #09b4ac66
 def settings_paths(

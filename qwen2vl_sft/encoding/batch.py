@@ -28,7 +28,7 @@ def mrope_positions(
     text = length - image_start - image.shape[1]
     return np.concatenate([np.tile(np.arange(image_start), (3, 1)), image, np.tile(np.arange(text) + after, (3, 1))], axis=1)
 
-# %% ../../nbs/12_encoding.batch.ipynb #f22baec7
+# %% ../../nbs/12_encoding.batch.ipynb #f2b9e632
 @dataclass
 class Sample:
     "An encoded sample with its picture."
@@ -46,9 +46,10 @@ def image_inputs(
     samples: list[Sample],
     images: ImageEncoder,
 ) -> dict[str, torch.Tensor]:
-    "`pixel_values` and `image_grid_thw`, or `image_features` [all image tokens, hidden] where the tower's outputs are given."
+    "`image_grid_thw` with `pixel_values`, or with `image_features` [all image tokens, hidden] where the tower's outputs are given."
     if samples[0].features is not None:
-        return {"image_features": torch.cat([sample.features for sample in samples])}
+        grids = torch.tensor([sample.encoded.grid for sample in samples])
+        return {"image_features": torch.cat([sample.features for sample in samples]), "image_grid_thw": grids}
     values, grids = images.patches([sample.pixels for sample in samples])
     return {"pixel_values": values, "image_grid_thw": grids}
 

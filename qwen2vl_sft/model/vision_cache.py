@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['tower_features', 'forward_inputs', 'tower_key', 'VisionCache', 'get', 'put', 'missing', 'fill']
 
-# %% ../../nbs/31_model.vision_cache.ipynb #222da06e
+# %% ../../nbs/31_model.vision_cache.ipynb #bdac924d
+import os
 import sqlite3
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..core import fingerprint, sha256_of
 from ..encoding.images import ImageEncoder
 from .load import unwrapped
 
-# %% ../../nbs/31_model.vision_cache.ipynb #e77e9c98
+# %% ../../nbs/31_model.vision_cache.ipynb #2cb0f794
 @torch.no_grad()
 def tower_features(
     model: nn.Module,
@@ -42,12 +43,12 @@ def forward_inputs(
     inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
     features = inputs.pop("image_features", None)
     if features is None and tower_is_frozen:
-        features = torch.cat(tower_features(model, inputs.pop("pixel_values"), inputs.pop("image_grid_thw")))
+        features = torch.cat(tower_features(model, inputs.pop("pixel_values"), inputs["image_grid_thw"]))
     if features is not None:
         inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=(features,))}
     return inputs
 
-# %% ../../nbs/31_model.vision_cache.ipynb #b519f4b5
+# %% ../../nbs/31_model.vision_cache.ipynb #3c927f61
 def tower_key(
     model: nn.Module,
     images: ImageEncoder,
@@ -71,13 +72,16 @@ class VisionCache:
         self.path, self.key = Path(path), tower_key(model, images)
         self.dtype, self.width = unwrapped(model).model.visual.dtype, unwrapped(model).config.text_config.hidden_size
         self.hits = self.misses = 0
+        self._database: sqlite3.Connection | None = None
+        self._owner = 0  # pid; a connection must not be used across a fork
         with self._connect() as database:
             database.execute("CREATE TABLE IF NOT EXISTS features (tower TEXT, image TEXT, value BLOB, PRIMARY KEY (tower, image)) WITHOUT ROWID")
 
     def _connect(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self.path, timeout=60)
-        database.execute("PRAGMA journal_mode=WAL")
-        return database
+        if self._owner != os.getpid():
+            self._database, self._owner = sqlite3.connect(self.path, timeout=60), os.getpid()
+            self._database.execute("PRAGMA journal_mode=WAL")
+        return self._database
 
     @property
     def bytes(self) -> int:
