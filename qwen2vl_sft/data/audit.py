@@ -55,7 +55,7 @@ REASONS = {
     "unreadable": "the reader gave another reason",
 }
 
-# %% ../../nbs/22_data.audit.ipynb #81ddeeb8
+# %% ../../nbs/22_data.audit.ipynb #26a07f0f
 REPAIRS = {
     "label_trimmed": "spaces around the label removed",
     "label_alias": "an alias replaced by its label",
@@ -66,6 +66,7 @@ NOTES = {
     "exact_duplicate": "the same picture occurs in this split again",
     "two_labels": "the same picture has another label elsewhere",
     "near_duplicate": "nearly the same picture is in another split: see its group",
+    "shared_source": "rows of the same independent source are in another split",
 }
 
 # %% ../../nbs/22_data.audit.ipynb #b0639aa3
@@ -325,20 +326,24 @@ def assign_groups(records: Iterable[Checked], limits: Limits) -> None:
     for number, record in zip(component, kept, strict=True):
         record.group = smallest[number][:16]
 
-# %% ../../nbs/22_data.audit.ipynb #6dd2c7de
+# %% ../../nbs/22_data.audit.ipynb #d5609f88
 def note_duplicates(records: Iterable[Checked]) -> None:
-    "Note copies within a split, and near duplicates across splits; call it when splits and groups are final."
+    "Note copies within a split, and near duplicates and sources across splits; call it when splits are final."
     kept = [record for record in records if not record.reason]
     copies = Counter((record.split, record.sha256) for record in kept)
-    splits = defaultdict(set)
+    by_group, by_source = defaultdict(set), defaultdict(set)
     for record in kept:
-        splits[record.group].add(record.split)
+        by_group[record.group].add(record.split)
+        by_source[record.source].add(record.split)
     for record in kept:
         if copies[record.split, record.sha256] > 1:
             record.notes.append("exact_duplicate")
-        if len(splits[record.group]) > 1:
+        if len(splits := by_group[record.group]) > 1:
             record.notes.append("near_duplicate")
-            record.detail = record.detail or f"group {record.group} lies in {', '.join(sorted(splits[record.group]))}"
+            record.detail = record.detail or f"group {record.group} lies in {', '.join(sorted(splits))}"
+        if record.source is not None and len(splits := by_source[record.source]) > 1:
+            record.notes.append("shared_source")
+            record.detail = record.detail or f"source {record.source} lies in {', '.join(sorted(splits))}"
 
 # %% ../../nbs/22_data.audit.ipynb #a2f8b741
 EXAMPLES = 24  # rows shown of each problem

@@ -91,7 +91,7 @@ def locate_text(text: str, root: Path) -> dict:
         return {"reason": f"outside_root: {text[:200]} leaves the folder {root}; move the file or set the source's root"}
     return {"path": str(path)}
 
-# %% ../../nbs/20_data.sources.ipynb #02d878d2
+# %% ../../nbs/20_data.sources.ipynb #50b873bf
 @dataclass
 class Reader:
     "A registered reader: `read(source, folder)` yields rows."
@@ -102,7 +102,7 @@ class Reader:
 
 
 READERS: dict[str, Reader] = {}
-LAZY_READERS = {"demo": "qwen2vl_sft.data.demo", "pretraining": "qwen2vl_sft.data.demo"}  # format -> module
+LAZY_READERS = {"demo": "qwen2vl_sft.data.demo"}  # format -> module
 
 
 def reader(name: str, options: tuple[str, ...] | None = None, contents: Callable | None = None):
