@@ -39,7 +39,7 @@ def _here(path: str) -> str:
     "An absolute path for a file that exists in the working directory."
     return str(Path(path).resolve()) if Path(path).is_file() else path
 
-# %% ../nbs/90_cli.ipynb #b29fd253
+# %% ../nbs/90_cli.ipynb #ea5d0ece
 @app.command()
 def prepare(
     suite: Annotated[str, typer.Argument(help="The suite's YAML file.")],
@@ -54,10 +54,8 @@ def prepare(
         return
     from qwen2vl_sft.data.prepare import prepare as prepare_suite
     from qwen2vl_sft.tasks import load_suite
-    from qwen2vl_sft.workflow.notebook import prepared_folder
 
-    tasks = load_suite(workbench_file(_here(suite)))
-    print(prepare_suite(tasks, prepared_folder(tasks.name)))
+    prepare_suite(load_suite(workbench_file(_here(suite))))
 
 # %% ../nbs/90_cli.ipynb #dfdbd01d
 @app.command()

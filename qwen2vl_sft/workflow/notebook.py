@@ -173,13 +173,13 @@ def prepared_folder(
     "Where the prepared data of a suite lies."
     return project_root() / "prepared" / suite
 
-# %% ../../nbs/70_workflow.notebook.ipynb #29213dbe
+# %% ../../nbs/70_workflow.notebook.ipynb #34f5c6c5
 SCORING_PARAMETERS = ("rule", "split", "batch", "limit")
 
 
 def plan_prepare(parameters: dict[str, Any]) -> Plan:
     suite = load_suite(workbench_file(parameters["suite"]))
-    return Plan(parameters, prepared_folder(suite.name), "notebook")
+    return Plan(parameters, prepared_folder(suite.name).parent, suite.name)
 
 
 def plan_score(parameters: dict[str, Any]) -> Plan:
