@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['open_image', 'header_size', 'ImageEncoder', 'load_image_processor', 'image_encoder', 'resize', 'patches']
 
-# %% ../../nbs/10_encoding.images.ipynb #931ba5d4
+# %% ../../nbs/10_encoding.images.ipynb #97dc9601
 import io
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from ..config import PreprocessingConfig
-from ..core import ASSETS, InputError
+from ..core import InputError
 
 # %% ../../nbs/10_encoding.images.ipynb #0f80c24a
 def open_image(

@@ -6,14 +6,14 @@
 __all__ = ['IGNORED', 'TURN_END', 'IMAGE_TOKEN', 'load_tokenizer', 'chat_text', 'Encoded', 'Encoder', 'text_ids', 'prompt_ids',
            'encode', 'label_mask_html', 'load_encoder', 'preprocessing_contract', 'check_contract']
 
-# %% ../../nbs/11_encoding.prompt.ipynb #452b16b9
+# %% ../../nbs/11_encoding.prompt.ipynb #dcca588a
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..config import PreprocessingConfig
-from ..core import ASSETS, InputError, fingerprint
+from ..core import InputError, fingerprint
 from .images import ImageEncoder, image_encoder, load_image_processor
 
 # %% ../../nbs/11_encoding.prompt.ipynb #d9664ebd
