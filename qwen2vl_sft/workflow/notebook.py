@@ -85,7 +85,7 @@ def check_names(
                 near = f" It has: {', '.join(known)}"
         raise InputError(f"{path.name} has no parameter '{name}'.{near}")
 
-# %% ../../nbs/70_workflow.notebook.ipynb #7a213f18
+# %% ../../nbs/70_workflow.notebook.ipynb #1208f314
 SHORT_NAMES = {"method": "method.name", "mixture": "mixture.name"}  # parameter -> setting
 
 
@@ -107,9 +107,12 @@ def training_config(
     overrides: dict[str, Any] | list[str] | str | None = None,  # any setting by its name
     **parameters: Any,  # settings by their last name; None keeps the recipe's
 ) -> RunConfig:
-    "The complete, validated configuration of a training run."
+    "The complete, validated configuration of a training run. Raises `InputError`, also when the suite's file is missing."
     chosen = {SHORT_NAMES.get(name, name): value for name, value in parameters.items() if value is not None}
-    return load_recipe(workbench_file(recipe), {**chosen, **_as_mapping(overrides)})
+    config = load_recipe(workbench_file(recipe), {**chosen, **_as_mapping(overrides)})
+    if not config.suite_path.is_file():
+        config.suite = str(workbench_file(config.suite))
+    return config
 
 # %% ../../nbs/70_workflow.notebook.ipynb #456be290
 def scoring_config(
@@ -173,7 +176,7 @@ def prepared_folder(
     "Where the prepared data of a suite lies."
     return project_root() / "prepared" / suite
 
-# %% ../../nbs/70_workflow.notebook.ipynb #34f5c6c5
+# %% ../../nbs/70_workflow.notebook.ipynb #64ed4894
 SCORING_PARAMETERS = ("rule", "split", "batch", "limit")
 
 
@@ -185,9 +188,7 @@ def plan_prepare(parameters: dict[str, Any]) -> Plan:
 def plan_score(parameters: dict[str, Any]) -> Plan:
     chosen = {name: parameters.get(name) for name in SCORING_PARAMETERS}
     typed = _typed(scoring_config(**chosen), chosen)
-    folder = project_root() / "runs" / parameters["experiment"]
-    if parameters.get("suite"):
-        load_suite(workbench_file(parameters["suite"]))
+    folder = experiment_folder(parameters["experiment"])
     runs = [RunDir(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
     return Plan({**parameters, **typed}, folder, "score", runs)
 
