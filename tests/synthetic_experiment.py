@@ -84,7 +84,10 @@ def predictions(plan: Plan, row: str, task: str, truth: list[str], difficulty: n
 
 
 def write_prepared(folder: Path, plan: Plan) -> None:
-    """Test sets in which every third sample is a near-duplicate of the one before."""
+    """The suite as used, and test sets in which every third sample is a near-duplicate of the one before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [{"name": task, **({"labels": labels} if labels else {"answer": "text"})} for task, labels in plan.labels.items()]
+    (folder / "suite.yaml").write_text(yaml.safe_dump({"name": folder.name, "tasks": tasks}, sort_keys=False, allow_unicode=True))
     for task in plan.labels:
         ids = [f"{task}-{i:04d}" for i in range(plan.samples)]
         table = pd.DataFrame({"id": ids, "group": [f"g{i - (i % 3 == 2)}" for i in range(plan.samples)]})
@@ -116,7 +119,8 @@ def build_experiment(root: Path, plan: Plan | None = None, name: str = "demo") -
     folder, rng = root / "runs" / name, np.random.default_rng(plan.seed)
     write_prepared(root / "prepared" / "synthetic", plan)
     truth = {task: targets(plan, task, rng) for task in plan.labels}
-    difficulty = {task: rng.random(plan.samples) for task in plan.labels}
+    original = np.array([i - (i % 3 == 2) for i in range(plan.samples)])  # a near-duplicate is as hard as its original
+    difficulty = {task: rng.random(plan.samples)[original] for task in plan.labels}
     rows = [("base", None, "base"), *((run, step, None) for run in ("mix", "full") for step in plan.steps)]
     rows += [("majority", None, "majority"), ("nearest_neighbour", None, "nearest_neighbour")]
     rows += [("gpt-4o", None, "api")] if plan.api else []

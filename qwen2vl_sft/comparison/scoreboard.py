@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['OUTCOMES', 'ANSWERED', 'REQUIRED', 'BADGES', 'KINDS', 'ORIGINAL', 'LONG', 'STYLE', 'MEANS', 'checked', 'cell',
-           'cell_badges', 'Row', 'read_config', 'kind_of', 'rows_of', 'groups_of', 'read_run', 'experiment_samples',
-           'headline_rule', 'of_headline_rules', 'cells_from', 'read_long', 'checked_accuracies', 'imported_kind',
-           'imported_cells', 'flag_repeated', 'common_samples', 'common_means', 'mean_table', 'mean_interval',
-           'paired_line', 'against', 'lead', 'Scoreboard', 'best_row', 'row_of_kind', 'accuracy_table', 'Finding',
-           'number', 'in_words', 'best_findings', 'step_findings', 'api_findings', 'collapse_findings',
-           'outcome_findings', 'regression_findings', 'bookkeeping_findings', 'findings', 'csv_text', 'display_width',
-           'printable', 'shortened', 'padded', 'letters', 'legend', 'rule_text', 'text_columns', 'text_table',
-           'markdown_cell', 'markdown_table', 'breakable', 'cell_title', 'html_cell', 'mean_cells', 'html_row',
-           'html_table']
+           'cell_badges', 'Row', 'read_config', 'kind_of', 'rows_of', 'groups_of', 'read_run', 'task_order',
+           'prepared_folder', 'experiment_samples', 'headline_rule', 'of_headline_rules', 'cells_from', 'read_long',
+           'checked_accuracies', 'imported_kind', 'imported_cells', 'flag_repeated', 'common_samples', 'common_means',
+           'mean_table', 'mean_interval', 'paired_line', 'against', 'lead', 'Scoreboard', 'best_row', 'row_of_kind',
+           'accuracy_table', 'Finding', 'number', 'in_words', 'best_findings', 'step_findings', 'api_findings',
+           'paired_findings', 'collapse_findings', 'outcome_findings', 'regression_findings', 'bookkeeping_findings',
+           'findings', 'csv_text', 'display_width', 'printable', 'shortened', 'padded', 'letters', 'legend',
+           'rule_text', 'text_columns', 'text_table', 'markdown_cell', 'markdown_table', 'breakable', 'cell_title',
+           'html_cell', 'mean_cells', 'html_row', 'html_table']
 
 # %% ../../nbs/61_comparison.scoreboard.ipynb #2f43e3c1
 import html
@@ -183,11 +183,35 @@ def read_run(
             tables.append(table.assign(row=row.name, model=row.model, step=row.step, kind=row.kind, task=task, group=group))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #da6860b0
+# %% ../../nbs/61_comparison.scoreboard.ipynb #f04438a2
+def task_order(path: Path) -> list[str]:  # empty when there is no such suite file
+    "The tasks of a suite file, in its order."
+    try:
+        tasks = yaml.safe_load(path.read_text(encoding="utf-8"))["tasks"]
+        return [task["name"] for task in tasks]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return []
+
+
+def prepared_folder(
+    folder: Path,  # runs/<experiment>
+    runs: list[RunDir],
+) -> Path:  # may not exist: then every sample is its own group, and tasks are in alphabetical order
+    "Where the experiment's prepared data lies: `prepared/<suite>` beside `runs/`, by the suite that the runs name."
+    root = folder.resolve().parent.parent
+    for suite in filter(None, (read_config(run).get("suite") for run in runs)):
+        try:
+            name = yaml.safe_load((root / str(suite)).read_text(encoding="utf-8"))["name"]
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+            name = Path(str(suite)).stem
+        return root / "prepared" / str(name)
+    return root / "prepared"
+
+# %% ../../nbs/61_comparison.scoreboard.ipynb #f623c662
 def experiment_samples(
     folder: Path,  # runs/<experiment>
     prepared: Path | None = None,  # prepared/<suite>; None: found from the runs' configs
-) -> pd.DataFrame:  # every prediction of every run
+) -> pd.DataFrame:  # every prediction of every run; tasks in the suite's order, position: of the row in the table
     "Read an experiment. Raises `InputError` if the folder is missing or nothing in it was scored."
     folder = Path(folder)
     if not folder.is_dir():
@@ -197,12 +221,14 @@ def experiment_samples(
         raise InputError(f"{folder}: no run in it has predictions; score its checkpoints first (`qwen2vl-sft score`)")
     age = lambda run: run.config_path.stat().st_mtime if run.config_path.exists() else 0.0
     runs.sort(key=lambda run: (KINDS.index(kind_of(run)), age(run), run.name))
-    suite = next((Path(str(c["suite"])).stem for run in runs if (c := read_config(run)).get("suite")), "")
-    prepared = prepared or folder.parent.parent / "prepared" / suite
-    samples = pd.concat([read_run(run, Path(prepared)) for run in runs], ignore_index=True)
+    prepared = Path(prepared) if prepared else prepared_folder(folder, runs)
+    samples = pd.concat([read_run(run, prepared) for run in runs], ignore_index=True)
+    samples["position"] = pd.factorize(samples["row"])[0]
+    order = [*task_order(prepared / "suite.yaml"), *sorted(samples["task"].unique())]
+    samples = samples.sort_values("task", key=lambda tasks: tasks.map(order.index), kind="stable", ignore_index=True)
     return samples.assign(step=samples["step"].astype("Int64"))
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #c11bc5d5
+# %% ../../nbs/61_comparison.scoreboard.ipynb #1a3311f3
 def headline_rule(
     rules: pd.DataFrame,  # columns kind, row, rule: what there is of one task
 ) -> str:
@@ -228,22 +254,22 @@ def of_headline_rules(
             kept.append(part[part["rule"] == rule].assign(other_rule=rule != headline and not baseline))
     return pd.concat(kept, ignore_index=True)
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #24634fdd
+# %% ../../nbs/61_comparison.scoreboard.ipynb #4ec6d92f
 def cells_from(
     samples: pd.DataFrame,  # from `experiment_samples`
 ) -> pd.DataFrame:  # one line a (row, task): row, model, step, kind, task, and what `cell` gives
     "Condense predictions to the table's cells."
-    keys = ["row", "model", "step", "kind", "task", "other_rule"]
+    keys = ["position", "row", "model", "step", "kind", "task", "other_rule"]
     lines = []
     for _, part in samples.groupby(["row", "task"], sort=False):
         one = cell(part)
         if part["kind"].iloc[0] == "majority":
             one["collapsed"] = ""  # a constant by design
         lines.append({key: part[key].iloc[0] for key in keys} | one)
-    cells = pd.DataFrame(lines)
+    cells = pd.DataFrame(lines).sort_values("position", kind="stable", ignore_index=True)
     return cells.assign(step=cells["step"].astype("Int64"), partial=cells["n"] < cells.groupby("task")["n"].transform("max"))
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #5883b464
+# %% ../../nbs/61_comparison.scoreboard.ipynb #09b4f028
 ORIGINAL = ASSETS / "reference" / "original_scoreboard.csv" if ASSETS else None
 LONG = ("model", "step", "dataset", "accuracy")
 
@@ -264,7 +290,7 @@ def read_long(path: Path) -> pd.DataFrame:  # LONG, note, n, reported_mean_score
         table = table.rename(columns={"mean_score": "reported_mean_score"})
     return table.reindex(columns=[*LONG, "note", "n", "reported_mean_score"])
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #3cb35780
+# %% ../../nbs/61_comparison.scoreboard.ipynb #b641d893
 def checked_accuracies(
     table: pd.DataFrame,  # from `read_long`
     path: Path,
@@ -296,7 +322,7 @@ def imported_kind(
         return "trained"
     return "base" if any(other.startswith(f"{model}-") for other in models) else "api"
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #0c5fe15d
+# %% ../../nbs/61_comparison.scoreboard.ipynb #b8f16c69
 def imported_cells(
     table: pd.DataFrame,  # from `checked_accuracies`
 ) -> pd.DataFrame:  # as `cells_from` gives; n and counts are 0 and intervals missing where the file has no n
@@ -322,13 +348,13 @@ def imported_cells(
 def flag_repeated(cells: pd.DataFrame) -> pd.DataFrame:
     "Mark as collapsed what scores the same at (almost) every training step: all that accuracies alone can show."
     cells, tuned = cells.copy(), cells[cells["kind"] == "trained"]
-    for task, column in tuned.groupby("task", sort=False):
+    for _, column in tuned.groupby("task", sort=False):
         if (score := repeated_scores(column["accuracy"])) is not None:
             same = column.index[np.isclose(column["accuracy"], score, atol=0.005)]
             cells.loc[same, "collapsed"] = f"{len(same)} of {len(column)} tuned rows score the same"
     return cells
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #5d57d0d2
+# %% ../../nbs/61_comparison.scoreboard.ipynb #ec40a354
 def common_samples(
     samples: pd.DataFrame,  # columns row, task, id, outcome
     rows: int,  # how many rows the table has
@@ -353,7 +379,7 @@ def common_means(
     shared = cells[cells.groupby("task")["coverage"].transform(lambda c: len(c) == rows and (c > 0).all())]
     return shared.groupby("row")["answered_only"].mean(), shared["task"].nunique(), 0
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #6ba37510
+# %% ../../nbs/61_comparison.scoreboard.ipynb #fdd720ae
 def mean_table(
     cells: pd.DataFrame,
     samples: pd.DataFrame,  # empty for imported accuracies
@@ -387,7 +413,7 @@ def mean_interval(
     interval = bootstrap_mean([p["outcome"].eq("correct").to_numpy() for p in parts], [p["group"].tolist() for p in parts])
     return 100 * interval.low, 100 * interval.high
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #1f68b9ad
+# %% ../../nbs/61_comparison.scoreboard.ipynb #6bee84bc
 def paired_line(
     task: str,
     first: pd.DataFrame,  # predictions of one row on the task
@@ -433,7 +459,7 @@ def lead(
     interval = bootstrap_mean(table["values"].tolist(), table["groups"].tolist())
     return table["difference"].mean(), 100 * interval.low, 100 * interval.high
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #3238ed1a
+# %% ../../nbs/61_comparison.scoreboard.ipynb #ba5d1cd7
 @dataclass(eq=False)
 class Scoreboard:
     "Rows (model at a step) x tasks. `cells` has one line a (row, task), `samples` one a prediction (empty if imported)."
@@ -470,7 +496,7 @@ class Scoreboard:
 
     @property
     def tasks(self) -> list[str]:
-        return list(dict.fromkeys(self.cells["task"]))
+        return list(dict.fromkeys(self.samples["task"] if len(self.samples) else self.cells["task"]))
 
     @cached_property
     def means(self) -> pd.DataFrame:
@@ -484,7 +510,7 @@ class Scoreboard:
         several = [part for model, part in tuned.groupby("model", sort=False) if len(part) > 1 and model not in self.chosen]
         return [part["strict"].idxmax() for part in several]
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #e6c3ec5e
+# %% ../../nbs/61_comparison.scoreboard.ipynb #fbcaa26a
 def best_row(
     board: Scoreboard,
 ) -> str | None:
@@ -509,7 +535,7 @@ def accuracy_table(
     "One figure of the cells as a wide table."
     return board.cells.pivot(index="row", columns="task", values=column).reindex(index=board.rows, columns=board.tasks)
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #da5b9f90
+# %% ../../nbs/61_comparison.scoreboard.ipynb #85f62c85
 @dataclass(frozen=True)
 class Finding:
     "A sentence about a scoreboard."
@@ -528,7 +554,7 @@ def in_words(names: list[str], limit: int = 4) -> str:
     shown = [*names[:limit], *([f"{len(names) - limit} more"] if len(names) > limit else [])]
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}" if shown else "none"
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #17e4f071
+# %% ../../nbs/61_comparison.scoreboard.ipynb #2d15c4c1
 def best_findings(board: Scoreboard) -> list[Finding]:
     "Who leads, by how much over the untuned model, and how sure."
     best, base = best_row(board), row_of_kind(board, "base")
@@ -545,7 +571,7 @@ def best_findings(board: Scoreboard) -> list[Finding]:
     text = f"That is {number(abs(gain))} points {'above' if gain >= 0 else 'below'} the untuned {base} ({number(board.means.loc[base, 'strict'])} %){sure}."
     return [*found, Finding("gain", text)]
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #434fe53d
+# %% ../../nbs/61_comparison.scoreboard.ipynb #53c30623
 def step_findings(board: Scoreboard) -> list[Finding]:
     "Whether the step was chosen on the test sets, whether training went on too long, and whether one step suits all."
     found = []
@@ -565,7 +591,7 @@ def step_findings(board: Scoreboard) -> list[Finding]:
     found += [Finding("chosen on validation", f"{row} was chosen on validation data.") for row in board.chosen.values()]
     return found
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #9bfa2478
+# %% ../../nbs/61_comparison.scoreboard.ipynb #2fca5855
 def api_findings(board: Scoreboard) -> list[Finding]:
     "How the best tuned row stands against each API model, by each of the three means."
     best, found = best_row(board), []
@@ -582,9 +608,23 @@ def api_findings(board: Scoreboard) -> list[Finding]:
         shared = [task for task in board.tasks if (coverage[task] > 0).all()]
         wins = int((table.loc[best, shared] > table.loc[other, shared]).sum())
         found.append(Finding("wins", f"{best} is ahead of {other} on {wins} of the {len(shared)} tasks that every row answered."))
+        found += paired_findings(board, best, other)
     return found
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #e7f6c20c
+
+def paired_findings(board: Scoreboard, row: str, other: str) -> list[Finding]:
+    "On how many tasks the lead of one row over another is more than chance; and whether like is compared with like."
+    table = against(board.samples, row, other)
+    if table.empty:
+        return []
+    counts = table["verdict"].str.removesuffix(" (different rules)").value_counts()
+    better, worse, none = (int(counts.get(verdict, 0)) for verdict in ("better", "worse", "no evidence"))
+    found = [Finding("paired", f"Paired tests of {row} against {other}: better on {better}, worse on {worse}, no evidence on {none} of {len(table)} tasks (McNemar, Holm, 5 %).")]
+    if mixed := int((~table["same_rule"]).sum()):
+        found.append(Finding("different rules", f"On {mixed} tasks {row} and {other} were scored by different rules; score {row} by the free rule too, to compare like with like."))
+    return found
+
+# %% ../../nbs/61_comparison.scoreboard.ipynb #e5fd0667
 def collapse_findings(board: Scoreboard) -> list[Finding]:
     "Tasks on which rows gave one label whatever the image; from accuracies alone it is only a suspicion."
     found = []
@@ -611,7 +651,7 @@ def outcome_findings(board: Scoreboard) -> list[Finding]:
             found.append(Finding(badge, f"{row} {verbs[badge]} {in_words(counts)}."))
     return found
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #9bbc4f9b
+# %% ../../nbs/61_comparison.scoreboard.ipynb #5d1894e4
 def regression_findings(board: Scoreboard) -> list[Finding]:
     "Tasks that the best row lost against the untuned model, and tasks where it does not beat the trivial baselines."
     best, base, found = best_row(board), row_of_kind(board, "base"), []
@@ -631,7 +671,7 @@ def regression_findings(board: Scoreboard) -> list[Finding]:
             found.append(Finding(kind, text))
     return found
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #8524bab6
+# %% ../../nbs/61_comparison.scoreboard.ipynb #269bedb9
 def bookkeeping_findings(board: Scoreboard) -> list[Finding]:
     "Rows that are not fully scored, and published means that their own figures don't give."
     found = []
@@ -650,7 +690,7 @@ def findings(board: Scoreboard) -> list[Finding]:
     parts = (best_findings, step_findings, api_findings, regression_findings, collapse_findings, outcome_findings, bookkeeping_findings)
     return [finding for part in parts for finding in part(board)]
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #479640c0
+# %% ../../nbs/61_comparison.scoreboard.ipynb #61f52998
 def csv_text(board: Scoreboard) -> str:
     "The scoreboard as `scoreboard.csv` holds it."
     table = accuracy_table(board).reset_index(drop=True)
@@ -661,7 +701,7 @@ def csv_text(board: Scoreboard) -> str:
 
 Scoreboard.to_csv = lambda board, path: write_atomically(path, csv_text(board))
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #f0d163d4
+# %% ../../nbs/61_comparison.scoreboard.ipynb #7473efa2
 def display_width(text: str) -> int:
     "Places that a text takes in a terminal."
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
@@ -690,7 +730,7 @@ def padded(text: str, places: int, right: bool = False) -> str:
     gap = " " * max(0, places - display_width(text))
     return gap + text if right else text + gap
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #3b265159
+# %% ../../nbs/61_comparison.scoreboard.ipynb #3d4f6bc6
 def letters(badges: list[str]) -> str:
     "A cell's badges as letters; the choice on test data is marked at the row's name."
     return "".join(BADGES[badge][0] for badge in badges if badge != "chosen on test")
@@ -711,7 +751,7 @@ def rule_text(board: Scoreboard) -> str:
     others = [f"{rule} on {in_words(list(part.index))}" for rule, part in rules[rules != common].groupby(rules)]
     return f"rule: {common}, {', '.join(others)}"
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #8c76bdda
+# %% ../../nbs/61_comparison.scoreboard.ipynb #79736942
 def text_columns(board: Scoreboard) -> tuple[list[str], list[list[str]]]:
     "Row names, and for each column its header and its entries; figures and badge letters line up."
     by_cell = {(one["row"], one["task"]): one for one in board.cells.to_dict("records")}
@@ -750,7 +790,7 @@ def text_table(
         text += ["", *("  ".join(line).rstrip() for line in lines)]
     return "\n".join([*text, "", *(f"{letter}  {meaning}" for letter, meaning in legend(board).items())]).rstrip()
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #6d03ca95
+# %% ../../nbs/61_comparison.scoreboard.ipynb #1a02f92b
 def markdown_cell(text: str) -> str:
     "Text that can't break out of a Markdown table or become HTML."
     return html.escape(printable(text), quote=False).replace("|", "\\|").replace("`", "&#96;").replace("*", "\\*").replace("_", "\\_").replace("[", "\\[")
@@ -768,7 +808,7 @@ def markdown_table(board: Scoreboard) -> str:
     marks = [f"- `{letter}` {meaning}" for letter, meaning in legend(board).items()]
     return "\n".join([f"# {markdown_cell(board.title)}", "", note, "", *table, "", *marks, "", "## Findings", "", *facts, ""])
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #a68615e3
+# %% ../../nbs/61_comparison.scoreboard.ipynb #ac997c01
 STYLE = """
 .qboard{--ink:#1b1f24;--soft:#59636e;--paper:#fff;--line:#d5dae0;--tint:37,99,200;--warn:#8a4600;--warnbg:#fff1dd;
  font:14px/1.35 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Noto Sans CJK SC",sans-serif;color:var(--ink);background:var(--paper)}
@@ -790,7 +830,7 @@ def breakable(text: str) -> str:
     "Escaped text that may break after an underscore."
     return html.escape(printable(text)).replace("_", "_<wbr>")
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #cf0f8794
+# %% ../../nbs/61_comparison.scoreboard.ipynb #25ec01d5
 def cell_title(one: Mapping) -> str:
     "A cell's tooltip: counts, rule, what it collapsed to."
     parts = [f"{one['row']} on {one['task']}: {number(one['accuracy'])} %", f"rule: {one['rule']}"]
@@ -811,7 +851,7 @@ def html_cell(one: Mapping | None) -> str:
     title = html.escape(printable(cell_title(one).replace("\n", " · ")), quote=True)
     return f'<td data-v="{one["accuracy"]:.4f}" title="{title}" style="{tint}">{number(one["accuracy"])}{interval}{badges}</td>'
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #c0dd545e
+# %% ../../nbs/61_comparison.scoreboard.ipynb #fe60062e
 MEANS = {  # column of `means`: header, explanation
     "strict": ("mean", "strict: every sample of every task; whatever is not correct is wrong"),
     "answered_only": ("answered only", "over the samples that the row answered; see coverage"),
@@ -834,7 +874,7 @@ def html_row(board: Scoreboard, row: str, cells: Mapping, best: str | None) -> s
     style = ' class="best"' if row == best else ""
     return f'<tr{style}><th scope="row" data-v="{board.rows.index(row)}">{breakable(row)}{mark}</th>{mean_cells(board.means.loc[row])}{tds}</tr>'
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #5a5b6341
+# %% ../../nbs/61_comparison.scoreboard.ipynb #63da53dc
 def html_table(
     board: Scoreboard,
 ) -> str:  # a self-styled fragment
