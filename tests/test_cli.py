@@ -1,0 +1,140 @@
+"""The command line's manners: exit codes, one clear line, help with defaults and an example."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qwen2vl_sft import cli
+from qwen2vl_sft.core import InputError, RunFailure
+from qwen2vl_sft.rundir import RunDir, Status, write_status
+from qwen2vl_sft.workflow.runs import list_runs, runs_text
+
+COMMANDS = ["prepare", "train", "score", "compare", "runs", "demo"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    assert f"Example: qwen2vl-sft {command}" in capsys.readouterr().out
+
+
+def test_help_states_defaults(capsys):
+    cli.main(["score", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "[default: auto]" in shown and "[default: 32]" in shown and "[default: (all rows)]" in shown
+
+
+def test_every_command_is_listed(capsys):
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {command} " in shown for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "No such command 'trian'. Did you mean 'train'?"),
+        (["train"], "Missing argument 'recipe'"),
+        (["train", "recipes/nowhere.yaml"], "recipes/nowhere.yaml: no such file"),
+        (["train", "recipe.yaml", "setps=3"], "unknown setting 'setps'. Did you mean 'steps'?"),
+        (["train", "recipe.yaml", "steps=many"], "schedule > steps: Input should be a valid integer"),
+        (["train", "recipe.yaml", "steps"], "override 'steps' is not of the form setting=value"),
+        (["train", "recipe.yaml", "--notebook", "setps=3"], "unknown setting 'setps'"),
+        (["prepare", "suites/none.yaml"], "suites/none.yaml: no such file"),
+        (["score", "demp"], "no experiment 'demp'"),
+        (["score", "demo", "--limit", "few"], "Invalid value for '--limit'"),
+        (["score", "demo", "--rule", "guess"], "scoring: rule"),
+        (["compare", "../outside"], "no experiment '../outside'"),
+        (["runs", "demp"], "Did you mean 'demo'?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(project, capsys, arguments, message):
+    (project / "runs/demo").mkdir(parents=True)
+    (project / "suite.yaml").write_text('name: s\ntasks: [{name: t, question: "Which?", labels: ["a", "b"]}]\n')
+    (project / "recipe.yaml").write_text("suite: suite.yaml\n")
+    assert cli.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1 and message in shown.err
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (InputError("row 7: no label"), 2, "error: row 7: no label\n"),
+        (RunFailure("loss is not a number\nat step 3"), 1, "error: loss is not a number at step 3\n"),
+        (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted; the same command continues where it stopped\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_exit_codes(monkeypatch, capsys, error, code, message):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("qwen2vl_sft.workflow.runs.list_runs", fail)
+    assert cli.main(["runs"]) == code
+    assert capsys.readouterr().err == message
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("qwen2vl_sft.workflow.runs.list_runs", lambda experiment: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["runs"])
+
+
+def test_terminated_command_exits_as_interrupted(tmp_path):
+    "SIGTERM is an interrupt, and the exit code is the process's."
+    code = "import sys, time, qwen2vl_sft.workflow.runs as r\nfrom qwen2vl_sft.cli import main\n"
+    code += "r.list_runs = lambda e: (print('ready', flush=True), time.sleep(30))\nsys.exit(main(['runs']))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 130 and "the same command continues" in process.stderr.read()
+
+
+def test_program_is_installed_and_answers_at_once(tmp_path):
+    "Importing torch would take this over two seconds on a slow machine."
+    program = Path(sys.executable).with_name("qwen2vl-sft")
+    code = "import sys; from qwen2vl_sft.cli import main; main(['--help']); assert not {'torch', 'papermill'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    done = subprocess.run([program, "runs"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "no runs yet\n"
+
+
+# --- the list of runs ------------------------------------------------------------------------------
+
+
+def test_runs_shows_true_states(project, capsys):
+    for name, state in (("good", "finished"), ("killed", "running"), ("stopped", "interrupted")):
+        run = RunDir(project / "runs/demo" / name)
+        run.write_config("method: {name: lora}\nschedule: {steps: 20}\n")
+        write_status(run, Status(state, "training", pid=2**22 + 1, started=time.time() - 60, heartbeat=time.time() - 30))
+    RunDir(project / "runs/demo/base").write_config("kind: base\n")
+    (project / "runs/demo/plots").mkdir()
+    (project / "runs/demo/good/checkpoints/step-20").mkdir(parents=True)
+    states = dict(list_runs()[["run", "state"]].values)
+    # another host's process can't be looked up, so a fresh heartbeat counts; ours is checked
+    assert states == {"base": "created", "good": "finished", "killed": "running", "stopped": "interrupted"}
+    status = json.loads((project / "runs/demo/killed/status.json").read_text())
+    write_status(RunDir(project / "runs/demo/killed"), Status(**{**status, "host": os.uname().nodename}))
+    assert cli.main(["runs", "demo"]) == 0
+    shown = capsys.readouterr().out
+    assert "dead" in shown and "lora" in shown and "base" in shown and "plots" not in shown
+    assert list_runs().set_index("run").loc["good", "step"] == 20
+
+
+def test_damaged_run_directories_are_still_listed(project):
+    folder = project / "runs/demo/half"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("method: [unclosed")
+    (folder / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
+    assert list_runs("demo").loc[0, ["run", "step"]].tolist() == ["half", 3]
+    assert "half" in runs_text(list_runs())
