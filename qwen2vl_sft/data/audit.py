@@ -386,7 +386,7 @@ def counts_of(records: list[Checked]) -> dict:
         "notes": {code: number for code, number in notes.most_common() if code in NOTES},
     }
 
-# %% ../../nbs/22_data.audit.ipynb #6adafaa1
+# %% ../../nbs/22_data.audit.ipynb #4eca6ed1
 def task_report(audit: Audit, task: str) -> dict:
     "Counts, formats and splits of one task."
     records = [record for record in audit.records if record.task == task]
@@ -402,13 +402,14 @@ def task_report(audit: Audit, task: str) -> dict:
 
 
 def examples(audit: Audit) -> dict[str, list[int]]:
-    "Code of a reason, repair or note -> indices of the first records that have it."
+    "Code of a reason, repair or note -> indices of the first records that have it; duplicates side by side."
     found: dict[str, list[int]] = {code: [] for code in (*REASONS, *NOTES, *REPAIRS)}
     for index, record in enumerate(audit.records):
         for code in [record.reason] if record.reason else dict.fromkeys(record.notes):
-            if len(found[code]) < EXAMPLES:
-                found[code].append(index)
-    return {code: indices for code, indices in found.items() if indices}
+            found[code].append(index)
+    for code in NOTES:
+        found[code].sort(key=lambda index: audit.records[index].group or "")
+    return {code: indices[:EXAMPLES] for code, indices in found.items() if indices}
 
 
 Audit.task_report, Audit.examples = task_report, examples

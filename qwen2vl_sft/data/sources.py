@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['READERS', 'LAZY_READERS', 'COLUMNS', 'FILE_OPTIONS', 'Row', 'path_inside', 'bytes_of_data_uri', 'locate_image',
            'locate_text', 'Reader', 'reader', 'formats', 'reader_of', 'read_rows', 'source_files', 'column_names',
-           'text_or_none', 'row_of_record', 'fits', 'check_encoding', 'text_lines', 'table_contents', 'image_stamp',
-           'read_delimited', 'read_csv', 'read_tsv', 'read_jsonl', 'folder_contents', 'read_folder', 'files_below',
-           'class_names', 'read_parquet', 'source_contents']
+           'text_or_none', 'row_of_record', 'fits', 'check_encoding', 'text_lines', 'bad_line', 'table_contents',
+           'image_stamp', 'read_delimited', 'read_csv', 'read_tsv', 'read_jsonl', 'folder_contents', 'read_folder',
+           'files_below', 'class_names', 'read_parquet', 'source_contents']
 
 # %% ../../nbs/20_data.sources.ipynb #fe4137ee
 import base64
@@ -140,19 +140,25 @@ def read_rows(source: dict, folder: Path) -> Iterator[Row]:
     "All rows of a source of a suite file; relative paths in it count from `folder`."
     return reader_of(source).read(source, Path(folder))
 
-# %% ../../nbs/20_data.sources.ipynb #b15d8b8c
+# %% ../../nbs/20_data.sources.ipynb #52562b0f
 COLUMNS = ("image", "label", "question", "id", "source")
 FILE_OPTIONS = ("path", "root", *COLUMNS)
 
 
-def source_files(source: dict, folder: Path) -> list[Path]:
-    "The files that `path` of a source names, sorted; InputError where there is none."
+def source_files(source: dict, folder: Path, folders: bool = False) -> list[Path]:
+    "The files (or folders) that `path` of a source names, sorted; InputError where there is none to read."
     if not source.get("path"):
         raise InputError(f"a source of format {source.get('format')} needs a path, for example path: train.csv")
     pattern = Path(folder) / str(source["path"])
     found = [pattern] if pattern.exists() else [Path(name) for name in sorted(glob.glob(str(pattern)))]
     if not found:
         raise InputError(f"{pattern} doesn't exist; correct the source's path")
+    for path in found:
+        if path.is_dir() != folders:
+            kind = "a folder; it has to be a file" if path.is_dir() else "a file; it has to be a folder"
+            raise InputError(f"{path}: the path of a source of format {source.get('format')} is {kind}")
+        if not os.access(path, os.R_OK):
+            raise InputError(f"{path} may not be read; change its permissions")
     return found
 
 # %% ../../nbs/20_data.sources.ipynb #c5937869
@@ -212,27 +218,31 @@ def check_encoding(file: Path, encoding: str) -> None:
         remedy = f"; it would read as {others[0]}: state `encoding: {others[0]}` in the source" if others else ""
         raise InputError(f"{file} is not {encoding} text{remedy}")
 
-# %% ../../nbs/20_data.sources.ipynb #db1e42b2
+# %% ../../nbs/20_data.sources.ipynb #07797c90
 def text_lines(file: Path, source: dict) -> Iterator[str]:
     "The file's lines in the source's encoding (UTF-8 unless stated); InputError where a byte doesn't fit."
     encoding = str(source.get("encoding", "utf-8"))
     check_encoding(file, encoding)
     if codecs.lookup(encoding).name == "utf-8":
         encoding = "utf-8-sig"
-    done = 0
     with open(file, encoding=encoding, newline="") as stream:
         try:
-            for line in stream:
-                yield line
-                done += 1
+            yield from stream
         except UnicodeError as error:
-            raise InputError(f"{file}, near line {done + 1}: not {encoding} text ({error}); "
+            raise InputError(f"{file}{bad_line(file, encoding)}: not {encoding.removesuffix('-sig')} text ({error}); "
                              "state the file's encoding in the source, or save it as UTF-8") from None
 
-# %% ../../nbs/20_data.sources.ipynb #6d4aa120
+
+def bad_line(file: Path, encoding: str) -> str:
+    "`, line 12` for the first line that is not text in this encoding; nothing where lines can't be told apart."
+    with open(file, "rb") as stream:
+        bad = (number for number, line in enumerate(stream, start=1) if not fits(line, encoding))
+        return "" if "16" in encoding or "32" in encoding else f", line {next(bad, '?')}"
+
+# %% ../../nbs/20_data.sources.ipynb #3e1bd9f3
 def table_contents(source: dict, folder: Path) -> list:
     "What a source of files holds, cheaply: each table's hash, and size and time of each image file it names."
-    tables = [sha256_of(file) for file in source_files(source, folder) if file.is_file()]
+    tables = [sha256_of(file) for file in source_files(source, folder)]
     return tables + [image_stamp(row) for row in read_rows(source, folder)]
 
 
@@ -291,7 +301,7 @@ def read_jsonl(source: dict, folder: Path) -> Iterator[Row]:
                 yield Row(f"{os.path.relpath(file, folder)}:{number}", where=f"{file.name}, row {number}",
                           reason=f"not_json: the line is not a JSON object {str(record)[:200]}")
 
-# %% ../../nbs/20_data.sources.ipynb #38304cd6
+# %% ../../nbs/20_data.sources.ipynb #97ad20e7
 def folder_contents(source: dict, folder: Path) -> list:
     "Names, sizes and times of all files of a folder source."
     return [image_stamp(row) for row in read_folder(source, folder)]
@@ -300,7 +310,7 @@ def folder_contents(source: dict, folder: Path) -> list:
 @reader("folder", options=("path",), contents=folder_contents)
 def read_folder(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: folder, path: train}` with `train/<label>/<image>`."
-    for top in source_files(source, folder):
+    for top in source_files(source, folder, folders=True):
         labels = sorted(entry.name for entry in os.scandir(top) if entry.is_dir() and entry.name[0] != ".")
         if not labels:
             raise InputError(f"{top} has no subfolders; a source of format folder needs one subfolder per class")
