@@ -1,0 +1,316 @@
+"""Every check with a real broken file; and whatever happens, the counts add up to the rows read."""
+import io
+import os
+import struct
+import unicodedata
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from qwen2vl_sft.data.audit import (
+    NOTES,
+    REASONS,
+    REPAIRS,
+    Audit,
+    Checked,
+    Limits,
+    assign_groups,
+    close_pairs,
+    connected,
+    counts_of,
+    decode,
+    inspect_row,
+    note_duplicates,
+    note_two_labels,
+    number_duplicate_ids,
+    quarantine_leaks,
+)
+from qwen2vl_sft.data.sources import Row, read_rows
+from qwen2vl_sft.tasks import Task
+
+PET = Task(name="pet", question="Which pet?", labels=["cat", "dog", "naïve fish"], aliases={"cat": ["kitten"]})
+TEXT = Task(name="text", question="What does it say?", answer="text")
+
+
+def noise(width=60, height=40, seed=0, channels=3) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return Image.fromarray(pixels if channels > 1 else pixels[..., 0])
+
+
+def encoded(image: Image.Image, format="PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def check(content=None, label="cat", task=PET, limits=None, **fields) -> Checked:
+    content = encoded(noise()) if content is None and "path" not in fields and "reason" not in fields else content
+    return inspect_row(Row("x", image=content, label=label, **fields), task, "train", limits or Limits())[0]
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    "A PNG of a few bytes whose header states any size; its data are one compressed run of zeros."
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(bytes(1_000_000))) + chunk(b"IEND", b""))
+
+
+# --- one row's image --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_whole_files_of_each_format_are_accepted_and_cut_ones_are_truncated(format):
+    content = encoded(noise(), format)
+    assert check(content).verdict == "accepted"
+    for share in (0.5, 0.9):
+        record = check(content[: int(len(content) * share)])
+        assert record.reason == "truncated", record.detail
+
+
+@pytest.mark.parametrize("content", [b"<svg/>", b"%PDF-1.7", b"GIF", b"\x89PNG\r\n\x1a\n", os.urandom(999), b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+def test_what_is_not_an_image(content):
+    assert check(content).reason in ("not_an_image", "undecodable", "truncated")
+
+
+def test_no_external_program_is_started_for_postscript(monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EndComments\nshowpage\n%%EOF\n"
+    assert check(postscript).reason == "not_an_image"
+
+
+def test_empty_missing_and_unreadable_files(tmp_path):
+    (tmp_path / "empty.png").touch()
+    assert check(path=str(tmp_path / "empty.png")).reason == "empty_file"
+    assert check(path=str(tmp_path / "missing.png")).reason == "missing_file"
+    assert check(path=str(tmp_path)).reason == "missing_file"
+    assert check(path=None).reason == "no_image"
+    os.mkfifo(tmp_path / "pipe.png")  # reading it would wait for ever
+    assert check(path=str(tmp_path / "pipe.png")).reason == "missing_file"
+    assert check(b"").reason == "empty_file"
+
+
+def test_reasons_of_readers_are_kept(tmp_path):
+    (tmp_path / "t.csv").write_text("image,label\n../x.png,cat\n,cat\nhttps://x.org/a.png,cat\n")
+    rows = read_rows({"format": "csv", "path": "t.csv"}, tmp_path)
+    records = [inspect_row(row, PET, "train", Limits())[0] for row in rows]
+    assert [record.reason for record in records] == ["outside_root", "no_image", "remote_image"]
+    assert check(reason="the reader's own words").reason == "unreadable"
+
+
+@pytest.mark.parametrize(("width", "height"), [(20_000, 20_000), (60_000, 60_000), (9000, 9000)])
+def test_huge_pictures_are_never_decoded(width, height, monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("decoded"))
+    assert check(png_claiming(width, height)).reason == "too_many_pixels"
+
+
+def test_limits_can_be_set(tmp_path):
+    content = encoded(noise(60, 40))
+    assert check(content, limits=Limits(pixels=2400)).verdict == "accepted"
+    assert check(content, limits=Limits(pixels=2399)).reason == "too_many_pixels"
+    assert check(content, limits=Limits(file_bytes=100)).reason == "too_many_bytes"
+    (tmp_path / "a.png").write_bytes(content)
+    assert check(path=str(tmp_path / "a.png"), limits=Limits(file_bytes=100)).reason == "too_many_bytes"
+
+
+@pytest.mark.parametrize(("size", "reason"), [((200, 1), None), ((201, 1), "aspect_ratio"), ((1, 201), "aspect_ratio"), ((1, 1), None)])
+def test_aspect_ratio(size, reason):
+    assert check(encoded(noise(*size))).reason == reason
+
+
+def test_broken_contents_behind_a_good_header():
+    content = bytearray(encoded(noise(), "PNG"))
+    content[200:260] = bytes(60)
+    assert check(bytes(content)).reason in ("undecodable", "truncated")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_unusual_modes_are_accepted(mode):
+    grey = noise(channels=1)
+    image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
+    record = check(encoded(image, "TIFF"))
+    assert record.verdict == "accepted" and (record.width, record.height) == (60, 40)
+
+
+def test_size_is_the_size_after_exif_rotation():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    record = check(encoded(noise(60, 40), "JPEG", exif=exif))
+    assert (record.width, record.height) == (40, 60)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_damaged_images_never_raise(data):
+    content = bytearray(encoded(noise(20, 12), data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"]))))
+    for place, value in data.draw(st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), max_size=6)):
+        content[place] = value
+    record = check(bytes(content[: data.draw(st.integers(0, len(content)))]))
+    assert record.reason in (None, *REASONS)
+
+
+# --- one row's label --------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("label", "stored", "notes"), [
+    ("cat", "cat", []), (" cat\n", "cat", ["label_trimmed"]), ("kitten", "cat", ["label_alias"]),
+    (unicodedata.normalize("NFD", "naïve fish"), "naïve fish", ["label_unicode"]),
+])
+def test_labels_that_are_repaired(label, stored, notes):
+    record = check(label=label)
+    assert (record.label, record.notes, record.reason) == (stored, notes, None)
+    assert record.verdict == ("repaired" if notes else "accepted") and set(notes) <= set(REPAIRS)
+
+
+@pytest.mark.parametrize(("label", "reason", "hint"), [
+    (None, "empty_label", ""), ("", "empty_label", ""), ("  ", "empty_label", ""), ("Cat", "undeclared_label", "'cat'"),
+    ("ｃａｔ", "undeclared_label", "'cat'"), ("dgo", "undeclared_label", "'dog'"), ("KITTEN", "undeclared_label", "'kitten'"),
+    ("elephant", "undeclared_label", "not declared"), ("naïvefish", "undeclared_label", "'naïve fish'"),
+])
+def test_labels_that_are_not_usable(label, reason, hint):
+    record = check(label=label)
+    assert record.reason == reason and hint in record.detail
+
+
+def test_open_tasks_accept_any_text():
+    assert check(label="Tel. 0171 ✆", task=TEXT).verdict == "accepted"
+    assert check(label=" ", task=TEXT).reason == "empty_label"
+
+
+def test_a_row_with_a_bad_label_keeps_its_picture_for_the_page():
+    record, content = inspect_row(Row("x", image=encoded(noise()), label="elephant"), PET, "train", Limits())
+    assert record.reason and content and record.phash
+
+
+# --- across rows ------------------------------------------------------------------------------
+
+def records_of(*rows) -> list[Checked]:
+    "Records of (id, split, label, seed of the picture)."
+    return [inspect_row(Row(id, image=encoded(noise(seed=seed)), label=label), PET, split, Limits())[0] for id, split, label, seed in rows]
+
+
+def test_ids_are_unique_within_a_split_and_free_across():
+    records = records_of(("a", "train", "cat", 0), ("a", "train", "cat", 1), ("a#2", "train", "cat", 2), ("a", "train", "cat", 3), ("a", "test", "cat", 4))
+    number_duplicate_ids(records)
+    assert [record.id for record in records] == ["a", "a#2", "a#2#2", "a#3", "a"]
+    assert [record.verdict for record in records] == ["accepted", "repaired", "repaired", "repaired", "accepted"]
+
+
+def test_leaks_leave_test_alone():
+    records = records_of(
+        ("1", "train", "cat", 0), ("2", "validation", "cat", 0), ("3", "test", "cat", 0), ("4", "train", "dog", 1),
+        ("5", "validation", "dog", 1), ("6", "train", "dog", 2), ("7", "train", "dog", 2), ("8", "all", "cat", 0))
+    quarantine_leaks(records)
+    assert [record.reason for record in records] == [
+        "also_in_test", "also_in_test", None, "also_in_validation", None, None, None, "also_in_test"]
+    assert "3" in records[0].detail
+
+
+def test_a_quarantined_row_of_test_leaks_nothing():
+    records = records_of(("1", "train", "cat", 0), ("2", "test", "elephant", 0))
+    quarantine_leaks(records)
+    assert records[0].reason is None
+
+
+def test_two_labels_for_one_picture_are_reported_but_not_for_two_questions():
+    records = records_of(("1", "train", "cat", 0), ("2", "test", "dog", 0), ("3", "train", "cat", 1), ("4", "train", "dog", 1))
+    records[2].question, records[3].question = "one?", "another?"
+    note_two_labels(records)
+    assert [record.notes for record in records] == [["two_labels"], ["two_labels"], [], []]
+    assert "'dog'" in records[0].detail
+
+
+def test_groups_hold_recompressed_and_resized_copies_only():
+    face = Image.new("RGB", (120, 120), "white")
+    pen = ImageDraw.Draw(face)
+    pen.ellipse((10, 10, 110, 110), fill="peachpuff")
+    pen.ellipse((35, 40, 50, 55), fill="black")
+    pen.arc((35, 60, 85, 95), 0, 180, fill="black", width=5)
+    copies = [encoded(face), encoded(face, "JPEG", quality=60), encoded(face.resize((80, 80)), "PNG"), encoded(face.convert("L"), "WEBP")]
+    others = [encoded(noise(seed=seed)) for seed in range(3)]
+    records = [check(content) for content in copies + others]
+    assign_groups(records, Limits())
+    assert len({record.group for record in records[:4]}) == 1 and len({record.group for record in records}) == 4
+    assert records[0].group == min(record.sha256 for record in records[:4])[:16]
+    before = [record.group for record in records]
+    assign_groups(records[::-1], Limits())
+    assert before == [record.group for record in records]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 20), st.integers(1, 60))
+def test_close_pairs_equal_those_of_comparing_all(seed, most, count):
+    rng = np.random.default_rng(seed)
+    centres = rng.integers(0, 2, (4, 256), dtype=np.uint8)
+    bits = centres[rng.integers(0, 4, count)] ^ (rng.random((count, 256)) < rng.random() * 0.12)
+    brute = {(i, j) for i in range(count) for j in range(i + 1, count) if (bits[i] != bits[j]).sum() <= most}
+    found = {tuple(sorted(map(int, pair))) for pair in close_pairs(bits.astype(np.uint8), most)}
+    assert found == brute
+    component = connected(count, np.array(sorted(brute)))
+    assert all(component[i] == component[j] for i, j in brute)
+
+
+def test_a_large_bucket_is_compared_completely():
+    bits = np.zeros((700, 256), np.uint8)
+    bits[np.arange(700), np.arange(700) % 256] ^= 1  # all share most bands
+    assert len({tuple(sorted(map(int, pair))) for pair in close_pairs(bits, 2)}) == 700 * 699 // 2
+
+
+def test_twenty_thousand_hashes_take_seconds():
+    import time
+
+    bits = np.random.default_rng(0).integers(0, 2, (20_000, 256), dtype=np.uint8)
+    start = time.perf_counter()
+    assert len(close_pairs(bits, 16)) == 0
+    assert time.perf_counter() - start < 20
+
+
+def test_duplicates_and_shared_sources_are_noted():
+    records = records_of(("1", "train", "cat", 0), ("2", "train", "cat", 0), ("3", "train", "cat", 1), ("4", "test", "dog", 2))
+    for record in records[2:]:
+        record.source = "clip"
+    assign_groups(records, Limits())
+    note_duplicates(records)
+    assert [record.notes for record in records] == [["exact_duplicate"], ["exact_duplicate"], ["shared_source"], ["shared_source"]]
+    assert all(record.verdict == "accepted" for record in records)
+
+
+# --- the report -------------------------------------------------------------------------------
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["train", "validation", "test", "all"]), st.sampled_from(["cat", "dog", "Cat", "", " kitten", None]), st.integers(-2, 3)), max_size=12))
+def test_counts_always_add_up(rows):
+    contents = {seed: encoded(noise(seed=seed)) for seed in range(4)} | {-1: b"no image", -2: b""}
+    records = [inspect_row(Row("x", image=contents[seed], label=label), PET, split, Limits())[0] for split, label, seed in rows]
+    number_duplicate_ids(records)
+    note_two_labels(records)
+    quarantine_leaks(records)
+    assign_groups(records, Limits())
+    note_duplicates(records)
+    counts = counts_of(records)
+    assert counts["accepted"] + counts["repaired"] + counts["quarantined"] == counts["rows_read"] == len(rows)
+    assert sum(counts["reasons"].values()) == counts["quarantined"]
+    assert set(counts["reasons"]) <= set(REASONS) and set(counts["notes"]) <= set(NOTES)
+    kept = {record.sha256 for record in records if not record.reason and record.split == "test"}
+    assert not kept & {record.sha256 for record in records if not record.reason and record.split != "test"}
+    assert Audit("s", records).page()
+
+
+def test_the_page_escapes_all_text_and_needs_nothing_outside():
+    evil = '<script>alert("x")</script>'
+    record = check(label=evil)
+    record.id = record.where = record.task = evil
+    page = Audit(evil, [record, check()], remarks={evil: [evil]}).page()
+    assert "<script" not in page and "http://" not in page and "https://" not in page
+    assert "undeclared_label" in page
+
+
+def test_codes_mean_one_thing():
+    assert len({*REASONS, *NOTES, *REPAIRS}) == len(REASONS) + len(NOTES) + len(REPAIRS)
+
+
+def test_decode_gives_upright_rgb():
+    assert decode(encoded(noise().convert("CMYK"), "JPEG")).mode == "RGB"
