@@ -479,12 +479,12 @@ def contact_rows(split: str) -> Iterator[Row]:
             ink, paper = pick(rng, ((0, 255), (40, 235), (255, 30), (230, 90)))
             yield demo_row("contact", split, text_line(text, font, ink, paper), label=label, source=f"text:{text}")
 
-# %% ../../nbs/21_data.demo.ipynb #f7e6ea0b
+# %% ../../nbs/21_data.demo.ipynb #b667119b
 DEMO_TASKS = {"digit": digit_rows, "number": number_rows, "face": face_rows, "wear": wear_rows, "style": style_rows,
               "content": content_rows, "contact": contact_rows}
 
 
-@reader("demo")
+@reader("demo", options=("task", "split"))
 def read_demo(source: dict, folder: Path | None = None) -> Iterator[Row]:
     "Rows of the demo task `source['task']` and split `source['split']`; InputError if there is no such task or split."
     task, split = source.get("task"), source.get("split")

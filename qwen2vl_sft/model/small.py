@@ -8,7 +8,7 @@ __all__ = ['SMALL_RANKS', 'SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'qwen_ranks', 'part
            'Lessons', 'collate_answers', 'lesson_accuracy', 'Pretraining', 'pretraining_arguments', 'reporter',
            'pretrain']
 
-# %% ../../nbs/33_model.small.ipynb #977be8b4
+# %% ../../nbs/33_model.small.ipynb #27900679
 import base64
 import json
 import os
@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..core import ASSETS, InputError, RunFailure, say, write_atomically
-from ..data.pretraining import lesson
+from ..data.pretraining import FIRST_LESSONS, lesson
 from ..encoding.batch import Sample, pad
 from ..encoding.prompt import IGNORED, Encoder, load_encoder
 
@@ -103,7 +103,7 @@ def build_tokenizer(
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
-# %% ../../nbs/33_model.small.ipynb #2acb86e8
+# %% ../../nbs/33_model.small.ipynb #cc030644
 def small_config(
     tokenizer: Any,
 ) -> Any:  # Qwen2VLConfig
@@ -112,10 +112,10 @@ def small_config(
 
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     text = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.04, tie_word_embeddings=True,
+                num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.08, tie_word_embeddings=True,
                 rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
                 bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
-    vision = dict(depth=4, embed_dim=128, hidden_size=128, num_heads=4, mlp_ratio=4, patch_size=8, initializer_range=0.04)
+    vision = dict(depth=4, embed_dim=128, hidden_size=128, num_heads=4, mlp_ratio=4, patch_size=8, initializer_range=0.08)
     return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True,
                          image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
                          vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
@@ -207,7 +207,7 @@ def collate_answers(
     keep = batch["labels"].shape[1] - first + 1
     return {**batch, "labels": batch["labels"][:, -keep:], "logits_to_keep": keep, "use_cache": False}
 
-# %% ../../nbs/33_model.small.ipynb #8d061f65
+# %% ../../nbs/33_model.small.ipynb #099a74ef
 @torch.no_grad()
 def lesson_accuracy(
     model: Any,
@@ -217,7 +217,7 @@ def lesson_accuracy(
     batch_size: int = 32,
 ) -> dict[str, float]:
     "Share of held-out lessons answered exactly, by kind, with the mean of all lessons as `all`."
-    lessons, right = Lessons(encoder, count, seed), {}
+    lessons, right = Lessons(encoder, count, seed, start=FIRST_LESSONS), {}
     model.eval()
     for start in range(0, count, batch_size):
         rows = [lessons[i] for i in range(start, min(start + batch_size, count))]
@@ -231,15 +231,15 @@ def lesson_accuracy(
     model.train()
     return {kind: sum(values) / len(values) for kind, values in sorted(right.items())}
 
-# %% ../../nbs/33_model.small.ipynb #ea43f409
+# %% ../../nbs/33_model.small.ipynb #a344a9f3
 @dataclass
 class Pretraining:
     "What a pretraining run makes and how; the defaults made the shipped weights."
 
-    steps: int = 8000
+    steps: int = 7500
     batch_size: int = 32
-    learning_rate: float = 2e-3
-    warmup_steps: int = 200
+    learning_rate: float = 8e-4
+    warmup_steps: int = 300
     weight_decay: float = 0.02
     seed: int = 0
     save_every: int = 500  # steps between saved weights and held-out figures
