@@ -1,0 +1,148 @@
+"""Plots: they draw what they are given, whatever the names, without warnings, and readable without colour."""
+
+import itertools
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_experiment import Plan, build_experiment
+
+from qwen2vl_sft.comparison import plots
+from qwen2vl_sft.comparison.scoreboard import Scoreboard
+from qwen2vl_sft.rundir import RunDir
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    return build_experiment(tmp_path_factory.mktemp("plots"), Plan(samples=40))
+
+
+@pytest.fixture(scope="module")
+def board(experiment):
+    return Scoreboard.from_experiment(experiment)
+
+
+def drawn(figure) -> list[str]:
+    """Every text in a figure, after drawing it with warnings as errors."""
+    from matplotlib.text import Text
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.canvas.draw()
+    return [text.get_text() for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+
+
+def test_heat_map_prints_every_figure_and_the_means(board):
+    texts = drawn(plots.heat_map(board.cells, board.means))
+    for value in [*board.cells["accuracy"], *board.means["strict"]]:
+        assert f"{value:.1f}" in texts
+    assert "strict mean" in texts and "c" in texts and any(text.startswith("c: collapsed") for text in texts)
+
+
+def test_heat_map_of_the_original_with_its_refusals():
+    board = Scoreboard.from_csv()
+    texts = drawn(plots.heat_map(board.cells, board.means))
+    assert texts.count("67.8") >= 7 and "r" in texts and "Qwen2-vl-mix" in texts
+
+
+def test_accuracy_by_step_has_a_panel_a_task_and_the_untuned_dashed(board):
+    figure = plots.accuracy_by_step(board.cells)
+    drawn(figure)
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title(loc="left") for axes in panels] == board.tasks
+    base = board.cells[(board.cells["row"] == "base") & (board.cells["task"] == "digit")]["accuracy"].item()
+    level = [line for line in panels[0].lines if np.allclose(line.get_ydata(), base)]
+    assert len(level) == 1 and level[0].get_linestyle() == "--"
+    mix = board.cells[(board.cells["model"] == "mix") & (board.cells["task"] == "digit")]
+    assert any(np.allclose(line.get_ydata(), mix["accuracy"]) for line in panels[0].lines if len(line.get_ydata()) == 4)
+    assert len(panels[0].collections) == 2  # an interval band a run
+
+
+def test_a_row_without_answers_is_not_drawn_as_zero():
+    board = Scoreboard.from_csv()
+    figure = plots.accuracy_by_step(board.cells)
+    texts = drawn(figure)
+    assert texts.count("gpt4o: no answer") == 2
+
+
+def test_mean_by_step_marks_the_best_step_of_each_run(board):
+    texts = drawn(plots.mean_by_step(board.means))
+    for run in ("mix", "full"):
+        best = board.means[board.means["model"] == run]["strict"].max()
+        assert f"{best:.1f}" in texts
+    assert any("strict" in text for text in texts)
+    assert any("common support" in text for text in drawn(plots.mean_by_step(board.means, "common")))
+
+
+def test_loss_curves_hold_the_logged_values(experiment):
+    losses = pd.concat([RunDir(experiment / run).metrics().assign(model=run) for run in ("mix", "full")])
+    figure = plots.loss_curves(losses)
+    drawn(figure)
+    line = figure.axes[0].lines[0]
+    assert np.allclose(line.get_ydata(), losses[losses["model"] == "mix"]["loss"])
+    assert "nothing was logged" in drawn(plots.loss_curves(pd.DataFrame({"model": [], "step": [], "loss": []})))
+
+
+def renamed(board: Scoreboard, task: str, model: str) -> pd.DataFrame:
+    cells = board.cells.copy()
+    return cells.assign(task=cells["task"].replace("digit", task), model=cells["model"].replace("mix", model))
+
+
+@pytest.mark.parametrize("name", ["违规信息检测_图片_182501", "a$b_{c}^d$", "x" * 90, "line\nbreak\t\x1b", "<img onerror=x>", "\U0001f52b emoji"])
+def test_any_name_can_be_drawn(board, name):
+    cells = renamed(board, name, name)
+    for figure in (plots.heat_map(cells), plots.accuracy_by_step(cells), plots.mean_by_step(board.means.assign(model=name))):
+        drawn(figure)
+
+
+def test_chinese_falls_back_visibly_without_a_cjk_font(board, monkeypatch):
+    monkeypatch.setattr(plots, "fonts", lambda: ("DejaVu Sans",))
+    texts = drawn(plots.heat_map(renamed(board, "违规_1", "mix")))
+    assert "1: □□_1" in texts
+    assert any("install a CJK font" in text for text in texts)
+
+
+def test_chinese_is_drawn_where_a_font_is_installed():
+    if len(plots.fonts()) == 1:
+        pytest.skip("no CJK font installed (apt-get install fonts-noto-cjk)")
+    assert plots.drawable(["违规信息"]) == ["违规信息"]
+
+
+def test_missing_cells_and_tables_without_steps(board):
+    some = board.cells[~((board.cells["row"] == "base") & (board.cells["task"] == "digit"))]
+    assert "–" in drawn(plots.heat_map(some))
+    levels = board.cells[board.cells["step"].isna()]
+    drawn(plots.accuracy_by_step(levels))
+    drawn(plots.mean_by_step(board.means[board.means["step"].isna()]))
+    drawn(plots.heat_map(board.cells[board.cells["task"] == "digit"]))
+
+
+def luminance(colour) -> float:
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+def test_the_heat_map_survives_a_grey_printer_and_its_figures_can_be_read():
+    shades = [luminance(plots.shade(value)) for value in range(0, 101, 5)]
+    assert all(a > b for a, b in itertools.pairwise(shades))
+    for value in range(101):
+        ground, ink = luminance(plots.shade(value)), 0.0 if plots.ink_on(plots.shade(value)) == "#000000" else 1.0
+        high, low = max(ground, ink), min(ground, ink)
+        assert (high + 0.05) / (low + 0.05) >= 3.6
+
+
+def test_drawing_leaves_the_readers_settings_and_pyplot_alone(board):
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    before, figures = dict(matplotlib.rcParams), plt.get_fignums()
+    plots.heat_map(board.cells)
+    assert dict(matplotlib.rcParams) == before and plt.get_fignums() == figures
+
+
+def test_importing_needs_no_matplotlib():
+    code = "import sys; sys.modules['matplotlib'] = None; import qwen2vl_sft.comparison.plots"
+    subprocess.run([sys.executable, "-c", code], check=True)
