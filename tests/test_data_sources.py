@@ -39,6 +39,7 @@ def test_all_columns_of_a_table_arrive(table):
     first, second = rows_of(table, format="csv", path="t.csv")
     assert first == Row("1", path=str(table / "a.png"), label="cat", question="what?", source="clip1", where="t.csv, row 1")
     assert second.label == "" and second.reason is None  # an empty label is the audit's matter
+    assert second.question is second.source is None  # rows without a source must not become one source
 
 
 def test_columns_can_have_any_name(table):

@@ -216,14 +216,14 @@ class Checked:
     def quarantine(self, code: str, detail: str) -> None:
         self.reason, self.detail = code, detail
 
-# %% ../../nbs/22_data.audit.ipynb #55c4cc47
+# %% ../../nbs/22_data.audit.ipynb #4f9e9342
 HASH_SIDE = 16  # bits a side of the perceptual hash
 
 
 def inspect_row(row: Row, task: Task, split: str, limits: Limits) -> tuple[Checked, bytes | None]:
     "The record of one row, and its image's bytes where they are a whole image (even if the label is not usable)."
     text = row.question.strip() if row.question else None
-    record = Checked(task.name, split, row.id, row.where or row.id, row.label, text or None, row.source,
+    record = Checked(task.name, split, row.id, row.where or row.id, row.label, text or None, row.source or None,
                      name=Path(row.path).name if row.path else None)
     content = None
     try:

@@ -47,12 +47,12 @@ def stored_row(record: Checked, content: bytes) -> dict:
     row = {name: getattr(record, name) for name in COLUMNS if name != "image"}
     return row | {"image": {"bytes": content, "path": record.name}}
 
-# %% ../../nbs/23_data.prepare.ipynb #9dbe614b
+# %% ../../nbs/23_data.prepare.ipynb #e695c125
 GROUP_ROWS, GROUP_BYTES, SHARD_BYTES = 128, 16_000_000, 500_000_000
 
 
 class ShardWriter:
-    "Writes `<split>-00000.parquet`, -00001, ... into a folder; at least one file, also without rows."
+    "Writes `<split>-00000.parquet`, -00001, ... into a folder; no file without rows (`datasets` refuses such a split)."
 
     def __init__(self, folder: Path, split: str):
         self.folder, self.split, self.shards, self.writer = folder, split, 0, None
@@ -82,7 +82,7 @@ class ShardWriter:
         self.writer, self.shards, self.shard_bytes = None, self.shards + 1, 0
 
     def close(self) -> None:
-        if self.rows or (self.writer is None and self.shards == 0):
+        if self.rows:
             self.flush()
         if self.writer is not None:
             self.close_shard()
@@ -260,7 +260,7 @@ def prepare_task(task: Task, suite: Suite, staging: Path, limits: Limits, fracti
     spool.path.unlink()
     return audit
 
-# %% ../../nbs/23_data.prepare.ipynb #ca4dd768
+# %% ../../nbs/23_data.prepare.ipynb #5bfdb3e7
 FORMAT = 1  # of prepared data; a change prepares everything anew
 
 
@@ -276,14 +276,15 @@ def content_of(suite: Suite, limits: Limits, fractions: dict) -> str:
     return fingerprint([FORMAT, suite.model_dump(mode="json"), sources, asdict(limits), fractions])
 
 
-def is_current(folder: Path, wanted: str, suite: Suite) -> bool:
+def is_current(folder: Path, wanted: str) -> bool:
     "Whether `folder` holds complete prepared data of this fingerprint."
     try:
         report = json.loads((folder / "audit.json").read_text())
-    except (OSError, ValueError):
+        files = [folder / task / f"{split}-00000.parquet" for task, content in report["tasks"].items()
+                 for split in SPLITS if content["splits"][split]["rows"]]
+    except (OSError, ValueError, KeyError):
         return False
-    files = [folder / task.name / f"{split}-00000.parquet" for task in suite.tasks for split in SPLITS]
-    return report.get("fingerprint") == wanted and all(file.exists() for file in files)
+    return report["fingerprint"] == wanted and all(file.exists() for file in files)
 
 # %% ../../nbs/23_data.prepare.ipynb #66f50a94
 def previous_splits(folder: Path, fractions: dict) -> dict[str, dict[str, str]]:
@@ -328,7 +329,7 @@ def join_audits(suite: Suite, audits: list[Audit]) -> Audit:
         joined.thumbnails |= {offset + number: picture for number, picture in audit.thumbnails.items()}
     return joined
 
-# %% ../../nbs/23_data.prepare.ipynb #c31ce12e
+# %% ../../nbs/23_data.prepare.ipynb #e27f2639
 def prepare(
     suite: Suite,
     out: Path | None = None,  # the folder that gets a subfolder for the suite; default: prepared/ of the project
@@ -345,7 +346,7 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(out / f".{suite.name}.lock"):
         wanted = content_of(suite, limits, fractions)
-        if is_current(folder, wanted, suite) and not force:
+        if is_current(folder, wanted) and not force:
             say(f"{folder} is up to date")
         else:
             write_suite(suite, folder, limits, fractions, wanted)
@@ -373,14 +374,15 @@ def write_suite(suite: Suite, folder: Path, limits: Limits, fractions: dict, wan
     say(audit.summary())
     say(f"the audit's page: {folder / 'audit.html'}")
 
-# %% ../../nbs/23_data.prepare.ipynb #4ea98766
+# %% ../../nbs/23_data.prepare.ipynb #01e19f92
 class Rows(Sequence):
     "The rows of one split: `rows[i]` is a dict with image (bytes), label, question, id, width, height, sha256, ..."
 
     def __init__(self, files: list[Path], cache_bytes: int = 500_000_000):
         self.files, self.cache_bytes = list(files), cache_bytes
         names = [name for name in COLUMNS if name != "image"]
-        self.table = pa.concat_tables([pq.read_table(file, columns=names) for file in self.files])
+        tables = [pq.read_table(file, columns=names) for file in self.files]
+        self.table = pa.concat_tables(tables or [SCHEMA.empty_table().select(names)]).combine_chunks()
         self.places: list[tuple[int, int]] = []  # of each row: row group, position in it
         self.groups: list[tuple[Path, int]] = []
         for file in self.files:
@@ -423,7 +425,7 @@ def without_images(rows: Rows) -> dict:
 
 Rows.image, Rows.__getstate__ = image, without_images
 
-# %% ../../nbs/23_data.prepare.ipynb #7def24e6
+# %% ../../nbs/23_data.prepare.ipynb #6f71f650
 class Prepared:
     "Prepared data of a suite: tasks, splits and the audit. InputError where `folder` has none."
 
@@ -443,12 +445,14 @@ class Prepared:
         return [task.name for task in self.suite.tasks]
 
     def split(self, task: str, split: str) -> Rows:
-        "The rows of one split; InputError for an unknown task or split."
+        "The rows of one split, maybe none; InputError for an unknown task or split, or lost files."
         self.suite.task(task)
-        files = sorted((self.folder / task).glob(f"{split}-*.parquet"))
-        if split not in SPLITS or not files:
-            raise InputError(f"{self.folder / task} has no split {split!r}; it has {', '.join(SPLITS)}")
-        return Rows(files)
+        if split not in SPLITS:
+            raise InputError(f"there is no split {split!r}; there are {', '.join(SPLITS)}")
+        rows = Rows(sorted((self.folder / task).glob(f"{split}-*.parquet")))
+        if len(rows) != self.audit["tasks"][task]["splits"][split]["rows"]:
+            raise InputError(f"{self.folder / task}: files of {split} are missing or changed; prepare the suite again")
+        return rows
 
     def counts(self, what: str = "rows") -> pd.DataFrame:
         "Table of task by split: `rows`, `sources` (independent ones) or `groups` (near duplicates as one)."

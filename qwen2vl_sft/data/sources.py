@@ -174,7 +174,7 @@ def column_names(source: dict, available: list[str], file: Path) -> dict[str, st
                              f"Its columns: {', '.join(available)}; name yours with {field}: COLUMN in the source.")
     return names
 
-# %% ../../nbs/20_data.sources.ipynb #260f9487
+# %% ../../nbs/20_data.sources.ipynb #b0779b29
 def text_or_none(value) -> str | None:
     "A cell as text: None for nothing and NaN, `3` for 3.0 read from a column of floats, else str(value)."
     if value is None or value != value:
@@ -188,6 +188,9 @@ def row_of_record(record: dict, names: dict[str, str], file: Path, number: int, 
     "The Row of one record of a table; `number` counts from 1."
     root = Path(folder) / str(source["root"]) if source.get("root") else file.parent
     texts = {field: text_or_none(record.get(names[field])) for field in names if field != "image"}
+    for field in ("id", "question", "source"):  # an empty cell states nothing
+        if not (texts.get(field) or "").strip():
+            texts.pop(field, None)
     key = texts.pop("id", None) or f"{os.path.relpath(file, folder)}:{number}"
     return Row(key, where=f"{file.name}, row {number}", **texts, **locate_image(record.get(names["image"]), root))
 
