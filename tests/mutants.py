@@ -27,7 +27,188 @@ class Mutation:
     tests: tuple[str, ...]  # node ids; each must fail
 
 
-MUTATIONS: list[Mutation] = []
+MUTATIONS: list[Mutation] = [
+    Mutation(
+        '5.1', "the image's tokens are counted without the merge", 'qwen2vl_sft/encoding/images.py',
+        'return int(np.prod(self.grid(width, height))) // self.merge**2',
+        'return int(np.prod(self.grid(width, height))) // self.merge',
+        ('tests/test_correctness.py::test_5_1_the_text_is_the_templates_byte_for_byte',),
+    ),
+    Mutation(
+        '5.1', "the answer's prompt lacks the generation prompt", 'qwen2vl_sft/encoding/prompt.py',
+        'add_generation_prompt=answer is None)',
+        'add_generation_prompt=False)',
+        ('tests/test_correctness.py::test_5_1_the_prompt_is_the_templates_up_to_the_answer',),
+    ),
+    Mutation(
+        '5.2', 'the newline after the turn is supervised', 'qwen2vl_sft/encoding/prompt.py',
+        'newline if encoder.supervise_newline else',
+        'newline if not encoder.supervise_newline else',
+        ('tests/test_correctness.py::test_5_2_the_answer_and_its_end_are_supervised_and_nothing_else',),
+    ),
+    Mutation(
+        '5.2', 'the end of the turn is not supervised', 'qwen2vl_sft/encoding/prompt.py',
+        'labels += [target,',
+        'labels += [np.where(target == encoder.end_id, IGNORED, target),',
+        ('tests/test_correctness.py::test_5_2_the_answer_and_its_end_are_supervised_and_nothing_else',),
+    ),
+    Mutation(
+        '5.2', 'special tokens in data are let through', 'qwen2vl_sft/encoding/prompt.py',
+        'if token in text]:',
+        'if token == text]:',
+        ('tests/test_correctness.py::test_5_2_data_cannot_write_the_conversation',),
+    ),
+    Mutation(
+        '5.3', "the image token's id is a literal", 'qwen2vl_sft/encoding/prompt.py',
+        'return self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)',
+        'return 150000 + 1655',
+        ('tests/test_correctness.py::test_5_1_the_text_is_the_templates_byte_for_byte',),
+    ),
+    Mutation(
+        '5.4', 'text after the image counts on by tokens, not by rows', 'qwen2vl_sft/encoding/batch.py',
+        'after = image_start + max(rows, columns)',
+        'after = image_start + rows * columns',
+        ('tests/test_correctness.py::test_5_4_positions_are_the_stock_models',),
+    ),
+    Mutation(
+        '5.4', 'left padding shifts nothing into place', 'qwen2vl_sft/encoding/batch.py',
+        'mask[row, place], positions[:, row, place] = 1, sample.positions',
+        'mask[row, place], positions[:, row, :length] = 1, sample.positions',
+        ('tests/test_correctness.py::test_5_4_the_padding_side_does_not_change_the_logits',),
+    ),
+    Mutation(
+        '5.4', 'packed samples share one count of text positions', 'qwen2vl_sft/encoding/batch.py',
+        '"position_ids": torch.from_numpy(np.concatenate(rows, axis=1))[:, None],',
+        '"position_ids": torch.from_numpy(np.concatenate(rows, axis=1))[1:, None],',
+        ('tests/test_correctness.py::test_5_4_changing_one_packed_sample_changes_nothing_in_the_others',),
+    ),
+    Mutation(
+        '5.4', 'packed training keeps the cache on', 'qwen2vl_sft/training/loss.py',
+        'logits_to_keep=keep, use_cache=False)',
+        'logits_to_keep=keep, use_cache=True)',
+        ('tests/test_correctness.py::test_5_4_packed_loss_and_gradients_equal_separate_stock_forwards',),
+    ),
+    Mutation(
+        '5.5', 'lengths are not checked', 'qwen2vl_sft/training/trainer.py',
+        'if length > max_tokens]:',
+        'if length > 10**9]:',
+        ('tests/test_correctness.py::test_5_5_a_sample_that_cannot_fit_is_named_before_any_weight_loads',),
+    ),
+    Mutation(
+        '5.6', 'EXIF orientation is ignored', 'qwen2vl_sft/encoding/images.py',
+        '_to_8_bits(ImageOps.exif_transpose(image))',
+        '_to_8_bits(image)',
+        ('tests/test_correctness.py::test_5_6_exif_orientation_is_applied',),
+    ),
+    Mutation(
+        '5.6', 'transparency becomes black', 'qwen2vl_sft/encoding/images.py',
+        'drawing.size, "white")',
+        'drawing.size, "black")',
+        ('tests/test_correctness.py::test_5_6_transparency_is_white_and_16_bits_are_scaled',),
+    ),
+    Mutation(
+        '5.6', 'the resize filter is another', 'qwen2vl_sft/encoding/images.py',
+        'encoder.size(*image.size), encoder.resample)',
+        'encoder.size(*image.size), Image.Resampling.BILINEAR)',
+        ('tests/test_correctness.py::test_5_6_patches_equal_the_stock_processors',),
+    ),
+    Mutation(
+        '5.7', 'the tower is quantised (skip list says `visual`)', 'qwen2vl_sft/model/load.py',
+        '["model.visual", "lm_head"]',
+        '["visual", "lm_head"]',
+        ('tests/test_correctness.py::test_5_7_nf4_covers_the_language_model_and_nothing_else',),
+    ),
+    Mutation(
+        '5.7', 'no double quantisation', 'qwen2vl_sft/model/load.py',
+        'bnb_4bit_use_double_quant=method.double_quantisation',
+        'bnb_4bit_use_double_quant=False',
+        ('tests/test_correctness.py::test_5_7_nf4_covers_the_language_model_and_nothing_else',),
+    ),
+    Mutation(
+        '5.8', 'full training runs on bfloat16 weights', 'qwen2vl_sft/model/load.py',
+        'torch.float32 if method and method.name == "full" else compute_dtype(config)',
+        'compute_dtype(config)',
+        ('tests/test_correctness.py::test_5_8_full_training_has_float32_master_weights',),
+    ),
+    Mutation(
+        '5.8', "an adapter's keys are not compared", 'qwen2vl_sft/model/load.py',
+        '    _check_landed(model, stored, name, folder)\n    return model',
+        '    return model',
+        ('tests/test_correctness.py::test_5_8_an_adapter_whose_keys_do_not_land_is_an_error',),
+    ),
+    Mutation(
+        '5.8', 'an idle adapter is accepted', 'qwen2vl_sft/model/load.py',
+        'return not torch.equal(tuned, plain)',
+        'return True',
+        ('tests/test_correctness.py::test_5_8_an_adapter_that_changes_nothing_is_an_error',),
+    ),
+    Mutation(
+        '5.9', 'the frozen tower builds a graph', 'qwen2vl_sft/model/vision_cache.py',
+        '@torch.no_grad()\ndef tower_features(',
+        'def tower_features(',
+        ('tests/test_correctness.py::test_5_9_the_frozen_towers_backward_does_not_run_under_activation_checkpointing',),
+    ),
+    Mutation(
+        '5.10', 'every position goes through the head', 'qwen2vl_sft/training/loss.py',
+        'logits_to_keep=keep, use_cache=False).logits',
+        'use_cache=False).logits[keep]',
+        ('tests/test_correctness.py::test_5_10_the_head_runs_on_supervised_positions_only',),
+    ),
+    Mutation(
+        '5.10', 'labels are not shifted', 'qwen2vl_sft/training/loss.py',
+        'F.pad(labels[:, 1:] != IGNORED, (0, 1))',
+        '(labels != IGNORED)',
+        ('tests/test_correctness.py::test_5_10_the_head_runs_on_supervised_positions_only',),
+    ),
+    Mutation(
+        '5.11', 'each micro-batch is averaged for itself', 'qwen2vl_sft/training/trainer.py',
+        'return averaged(losses, inputs, average, total) * world',
+        'return averaged(losses, inputs, average) / config.schedule.accumulation',
+        ('tests/test_correctness.py::test_5_11_accumulation_averages_over_the_tokens_of_the_effective_batch',),
+    ),
+    Mutation(
+        '5.12', 'the merge goes into 4-bit weights', 'qwen2vl_sft/model/export.py',
+        'plain = load_base(config, MethodConfig(name="lora"))',
+        'plain = load_base(config, MethodConfig(name="qlora"))',
+        ('tests/test_correctness.py::test_5_12_a_merge_is_made_in_the_original_weights',),
+    ),
+    Mutation(
+        '5.12', 'the gate is not asked', 'qwen2vl_sft/model/export.py',
+        'if gate.agreement < least_agreement:',
+        'if gate.agreement < 0:',
+        ('tests/test_correctness.py::test_5_12_the_gate_refuses_a_merge_that_changes_labels',),
+    ),
+    Mutation(
+        '5.13', "the label's end is left out", 'qwen2vl_sft/scoring/labels.py',
+        'wordings = paths[:, nodes] + after[:, nodes + 1, encoder.end_id]',
+        'wordings = paths[:, nodes]',
+        ('tests/test_correctness.py::test_5_13_label_probabilities_equal_one_stock_forward_a_label',),
+    ),
+    Mutation(
+        '5.13', 'a node sees every other node', 'qwen2vl_sft/scoring/labels.py',
+        'allowed[:, length:, length:] = torch.from_numpy(tree.sees)',
+        'allowed[:, length:, length:] = True',
+        ('tests/test_correctness.py::test_5_13_label_probabilities_equal_one_stock_forward_a_label',),
+    ),
+    Mutation(
+        '5.13', 'log-probabilities are averaged by length', 'qwen2vl_sft/scoring/labels.py',
+        'return torch.stack([wordings[:, index == label].logsumexp(dim=1)',
+        'return torch.stack([wordings[:, index == label].mean(dim=1)',
+        ('tests/test_correctness.py::test_5_13_label_probabilities_equal_one_stock_forward_a_label',),
+    ),
+    Mutation(
+        '5.14', 'padding of a batch is attended to', 'qwen2vl_sft/scoring/labels.py',
+        'allowed[:, length:, :length] = prompt[:, None].bool()',
+        'allowed[:, length:, :length] = True',
+        ('tests/test_correctness.py::test_5_14_a_sample_alone_and_in_a_batch_has_the_same_label',),
+    ),
+    Mutation(
+        '5.14', 'the self-test scores the whole batch again', 'qwen2vl_sft/scoring/suite.py',
+        'alone = score_labels(model, scorer.encoder, [sample], tree)',
+        'alone = score_labels(model, scorer.encoder, samples[i:] + samples[:i], tree)',
+        ('tests/test_correctness.py::test_5_14_the_self_test_stops_a_model_that_depends_on_the_batch',),
+    ),
+]
 
 
 def tree_copy(folder: Path) -> None:

@@ -130,18 +130,18 @@ def image_encoder(
         resample=int(processor.resample),
     )
 
-# %% ../../nbs/10_encoding.images.ipynb #3d4af976
+# %% ../../nbs/10_encoding.images.ipynb #22180c9d
 def resize(
     encoder: ImageEncoder,
     image: Image.Image,  # mode RGB, upright
 ) -> np.ndarray:  # uint8, [height, width, 3], both sides multiples of patch x merge
     "The image at the size the model sees."
-    return np.asarray(image.resize(encoder.size(*image.size), encoder.resample))
+    return np.array(image.resize(encoder.size(*image.size), encoder.resample))
 
 
 ImageEncoder.resize = resize
 
-# %% ../../nbs/10_encoding.images.ipynb #90cdf1fa
+# %% ../../nbs/10_encoding.images.ipynb #fe1725a1
 def patches(
     encoder: ImageEncoder,
     pictures: list[np.ndarray],  # uint8, each [height, width, 3] from `resize`
@@ -152,7 +152,7 @@ def patches(
     std = torch.tensor(encoder.std, device=device).view(3, 1, 1)
     values, grids = [], []
     for picture in pictures:
-        pixels = torch.from_numpy(np.ascontiguousarray(picture)).to(device).permute(2, 0, 1)
+        pixels = torch.from_numpy(picture).to(device).permute(2, 0, 1)
         values.append(_flatten((pixels * (1 / 255) - mean) / std, encoder))
         grids.append([1, picture.shape[0] // encoder.patch, picture.shape[1] // encoder.patch])
     return torch.cat(values), torch.tensor(grids, dtype=torch.int64, device=device)
