@@ -129,7 +129,18 @@ def test_every_row_is_somewhere(given, tmp_path):
 def test_given_splits_are_respected(given, tmp_path):
     prepared = prepare(given, tmp_path / "out")
     assert prepared.counts().loc["t"].to_dict() == {"train": 6, "validation": 2, "test": 2}
-    assert prepared.audit["tasks"]["t"]["remarks"] == []
+    assert prepared.audit["tasks"]["t"]["remarks"] == ["test has 2 independent sources: a score is known to ±69 points"]
+
+
+def test_remarks_on_what_the_data_cannot_support(tmp_path):
+    write_table(tmp_path, "train.csv", [("a", i) for i in range(5)])
+    write_table(tmp_path, "test.csv", [("a", i) for i in range(100, 290)] + [("b", i) for i in range(300, 310)])
+    suite = suite_of(tmp_path, train="train.csv", test="test.csv")
+    suite.tasks.append(suite.tasks[0].model_copy(update={"name": "u", "sources": {"train": {"format": "csv", "path": "test.csv"}}}))
+    audit = prepare(suite, tmp_path / "out", fractions={"train": 1.0, "validation": 0.0, "test": 0.0}).audit
+    assert audit["tasks"]["t"]["remarks"][1:] == [
+        "no rows in validation", "no rows in train with the label b", "answering 'a' always scores 95 on test",
+        "200 test pictures are in train of u, with its question"]
 
 
 def test_validation_is_drawn_from_train_and_said(tmp_path):

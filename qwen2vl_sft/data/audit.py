@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['REASONS', 'REPAIRS', 'NOTES', 'FORMATS', 'HASH_SIDE', 'PRECEDENCE', 'EXAMPLES', 'STYLE', 'Limits', 'Unusable',
            'read_bytes', 'check_header', 'broken', 'decode', 'wordings_of', 'look_alike_key', 'check_label', 'Checked',
-           'inspect_row', 'number_duplicate_ids', 'quarantine_leaks', 'note_two_labels', 'hash_bits', 'close_pairs',
-           'connected', 'assign_groups', 'note_duplicates', 'Audit', 'counts_of', 'task_report', 'examples', 'meaning',
-           'summary', 'thumbnail', 'cards_html', 'splits_html', 'labels_html', 'problem_html', 'page', 'audit_fragment']
+           'perceptual_hash', 'inspect_row', 'number_duplicate_ids', 'quarantine_leaks', 'note_two_labels', 'hash_bits',
+           'close_pairs', 'connected', 'assign_groups', 'note_duplicates', 'task_remarks', 'shared_between_tasks',
+           'Audit', 'counts_of', 'task_report', 'examples', 'meaning', 'summary', 'thumbnail', 'cards_html',
+           'splits_html', 'labels_html', 'problem_html', 'page', 'audit_fragment']
 
-# %% ../../nbs/22_data.audit.ipynb #5a7ddc35
+# %% ../../nbs/22_data.audit.ipynb #2598b347
 import base64
 import io
 import re
@@ -27,7 +28,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..core import did_you_mean, sha256_of
 from .sources import Row
-from ..tasks import Task
+from ..tasks import SPLITS, Task
 
 # %% ../../nbs/22_data.audit.ipynb #48bfae39
 REASONS = {
@@ -216,8 +217,15 @@ class Checked:
     def quarantine(self, code: str, detail: str) -> None:
         self.reason, self.detail = code, detail
 
-# %% ../../nbs/22_data.audit.ipynb #4f9e9342
+# %% ../../nbs/22_data.audit.ipynb #1e7ab922
 HASH_SIDE = 16  # bits a side of the perceptual hash
+
+
+def perceptual_hash(picture: Image.Image) -> str:
+    "imagehash.phash of 256 bits, as 64 hexadecimal digits; large pictures are averaged down first, in a third of the time."
+    grey = picture.convert("L")
+    factor = min(grey.size) // (8 * HASH_SIDE)
+    return str(imagehash.phash(grey.reduce(factor) if factor > 1 else grey, hash_size=HASH_SIDE))
 
 
 def inspect_row(row: Row, task: Task, split: str, limits: Limits) -> tuple[Checked, bytes | None]:
@@ -232,7 +240,7 @@ def inspect_row(row: Row, task: Task, split: str, limits: Limits) -> tuple[Check
         record.format, record.width, record.height = check_header(content, limits)
         picture = decode(content)
         record.width, record.height = picture.size
-        record.phash = str(imagehash.phash(picture, hash_size=HASH_SIDE))
+        record.phash = perceptual_hash(picture)
         record.label, record.notes = check_label(row.label, wordings_of(task))
     except Unusable as problem:
         record.quarantine(problem.code, problem.detail)
@@ -345,7 +353,41 @@ def note_duplicates(records: Iterable[Checked]) -> None:
             record.notes.append("shared_source")
             record.detail = record.detail or f"source {record.source} lies in {', '.join(sorted(splits))}"
 
-# %% ../../nbs/22_data.audit.ipynb #a2f8b741
+# %% ../../nbs/22_data.audit.ipynb #34f496e9
+def task_remarks(task: Task, records: Iterable[Checked]) -> list[str]:
+    "Sentences on splits without rows, labels without rows, a dominant label in test, and a small test set."
+    kept = [record for record in records if not record.reason]
+    labels = {split: Counter(record.label for record in kept if record.split == split) for split in SPLITS}
+    remarks = [f"no rows in {split}" for split in SPLITS if not labels[split]]
+    for split in ("train", "test"):
+        missing = [label for label in task.labels or [] if not labels[split][label]]
+        if missing and labels[split]:
+            remarks.append(f"no rows in {split} with the label {', '.join(missing[:10])}")
+    rows = sum(labels["test"].values())
+    if task.is_closed and rows and (top := labels["test"].most_common(1)[0])[1] > 0.8 * rows:
+        remarks.append(f"answering {top[0]!r} always scores {100 * top[1] / rows:.0f} on test")
+    sources = len({record.source or record.group for record in kept if record.split == "test"})
+    margin = 98 / max(1, sources) ** 0.5
+    if rows and margin > 10:
+        remarks.append(f"test has {sources} independent sources: a score is known to ±{margin:.0f} points")
+    return remarks
+
+# %% ../../nbs/22_data.audit.ipynb #e580b489
+def shared_between_tasks(records: Iterable[Checked]) -> dict[str, list[str]]:
+    "Task -> remarks on test pictures (equal sha256) that another task trains on, with another question."
+    kept = [record for record in records if not record.reason]
+    trained = defaultdict(set)
+    for record in kept:
+        if record.split == "train":
+            trained[record.sha256].add(record.task)
+    shared = Counter((record.task, other) for record in kept if record.split == "test"
+                     for other in trained[record.sha256] - {record.task})
+    remarks = defaultdict(list)
+    for (task, other), number in shared.items():
+        remarks[task].append(f"{number} test pictures are in train of {other}, with its question")
+    return dict(remarks)
+
+# %% ../../nbs/22_data.audit.ipynb #1715c648
 EXAMPLES = 24  # rows shown of each problem
 
 
@@ -373,7 +415,7 @@ class Audit:
         }
         return report
 
-# %% ../../nbs/22_data.audit.ipynb #ac73c3d0
+# %% ../../nbs/22_data.audit.ipynb #ac70f99a
 def counts_of(records: list[Checked]) -> dict:
     "Rows read, by verdict, and by code of reason, repair and note."
     verdicts = Counter(record.verdict for record in records)
@@ -386,13 +428,13 @@ def counts_of(records: list[Checked]) -> dict:
         "notes": {code: number for code, number in notes.most_common() if code in NOTES},
     }
 
-# %% ../../nbs/22_data.audit.ipynb #4eca6ed1
+# %% ../../nbs/22_data.audit.ipynb #b53790d4
 def task_report(audit: Audit, task: str) -> dict:
     "Counts, formats and splits of one task."
     records = [record for record in audit.records if record.task == task]
     kept = [record for record in records if not record.reason]
     splits = {}
-    for split in ("train", "validation", "test"):
+    for split in SPLITS:
         rows = [record for record in kept if record.split == split]
         labels = {} if task in audit.open_tasks else dict(Counter(record.label for record in rows).most_common())
         splits[split] = {"rows": len(rows), "sources": len({record.source for record in rows}),
@@ -414,7 +456,7 @@ def examples(audit: Audit) -> dict[str, list[int]]:
 
 Audit.task_report, Audit.examples = task_report, examples
 
-# %% ../../nbs/22_data.audit.ipynb #ba1730c9
+# %% ../../nbs/22_data.audit.ipynb #0dadcf3e
 def meaning(code: str) -> str:
     "The sentence that explains a code."
     return (REASONS | REPAIRS | NOTES).get(code, code)
@@ -427,8 +469,8 @@ def summary(report: dict) -> str:
     width = max((len(task) for task in report["tasks"]), default=4)
     lines.append(f"  {'task':<{width}}  {'train':>7} {'valid.':>7} {'test':>7}   independent sources")
     for task, content in report["tasks"].items():
-        rows = [content["splits"][split]["rows"] for split in ("train", "validation", "test")]
-        sources = [content["splits"][split]["sources"] for split in ("train", "validation", "test")]
+        rows = [content["splits"][split]["rows"] for split in SPLITS]
+        sources = [content["splits"][split]["sources"] for split in SPLITS]
         lines.append(f"  {task:<{width}}  " + " ".join(f"{n:>7,}" for n in rows) + "   " + " / ".join(f"{n:,}" for n in sources))
     for kind in ("reasons", "repairs", "notes"):
         lines += [f"  {'quarantined' if kind == 'reasons' else kind[:-1]}: {number:,} x {code}: {meaning(code)}"
@@ -436,7 +478,7 @@ def summary(report: dict) -> str:
     lines += [f"  {task}: {remark}" for task, content in report["tasks"].items() for remark in content["remarks"]]
     return "\n".join(lines)
 
-# %% ../../nbs/22_data.audit.ipynb #bb7d823e
+# %% ../../nbs/22_data.audit.ipynb #5e990fc4
 def thumbnail(content: bytes, side: int = 96) -> str:
     "A data URI of the picture, at most `side` pixels wide and high."
     picture = decode(content)
@@ -445,7 +487,7 @@ def thumbnail(content: bytes, side: int = 96) -> str:
     picture.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../../nbs/22_data.audit.ipynb #2d78a33e
+# %% ../../nbs/22_data.audit.ipynb #3cc1ee87
 STYLE = """
 :root { --ink:#1c2733; --soft:#5d6b7a; --line:#dfe5ec; --card:#fff; --page:#f5f7fa; --bar:#4c7dd0; --bad:#c2413b; --good:#2f855a }
 @media (prefers-color-scheme: dark) { :root { --ink:#e6ebf1; --soft:#9aa8b7; --line:#33404e; --card:#1b242e; --page:#12181f; --bar:#6c9bea; --bad:#ef7a72; --good:#5cc08d } }
@@ -462,7 +504,7 @@ details { background:var(--card); border:1px solid var(--line); border-radius:10
 .row img,.none { width:72px; height:72px; object-fit:contain; flex:none; background:#fff; border-radius:4px } .none { background:var(--line) }
 """
 
-# %% ../../nbs/22_data.audit.ipynb #525b1230
+# %% ../../nbs/22_data.audit.ipynb #cd435566
 def cards_html(report: dict) -> str:
     "The four counts."
     tones = {"rows_read": "", "accepted": "good", "repaired": "", "quarantined": "bad" if report["quarantined"] else ""}
@@ -472,7 +514,7 @@ def cards_html(report: dict) -> str:
 
 def splits_html(report: dict) -> str:
     "A table of rows and independent sources per task and split."
-    head = "".join(f'<th class="n">{split}</th>' for split in ("train", "validation", "test"))
+    head = "".join(f'<th class="n">{split}</th>' for split in SPLITS)
     body = ""
     for task, content in report["tasks"].items():
         cells = "".join(f'<td class="n">{split["rows"]:,}<br><span class="soft">{split["sources"]:,} sources</span></td>'
@@ -481,7 +523,7 @@ def splits_html(report: dict) -> str:
         body += f'<tr><td>{escape(task)}{remarks}</td>{cells}<td class="n">{content["quarantined"]:,}</td></tr>'
     return f'<table><tr><th>task</th>{head}<th class="n">quarantined</th></tr>{body}</table>'
 
-# %% ../../nbs/22_data.audit.ipynb #7c8e399c
+# %% ../../nbs/22_data.audit.ipynb #f88ee6d2
 def labels_html(report: dict, most: int = 40) -> str:
     "Bars of label counts per split, a block a task."
     blocks = ""
@@ -504,7 +546,7 @@ def labels_html(report: dict, most: int = 40) -> str:
         blocks += f"<details open><summary>{escape(task)}</summary><table><tr><th>label</th>{head}</tr>{body}</table>{more}</details>"
     return blocks
 
-# %% ../../nbs/22_data.audit.ipynb #c3da6abf
+# %% ../../nbs/22_data.audit.ipynb #e141429e
 def problem_html(code: str, number: int, audit: Audit, indices: list[int]) -> str:
     "One kind of problem: its meaning and examples with thumbnails."
     rows = ""
@@ -530,7 +572,7 @@ def page(audit: Audit) -> str:
             f"<h2>Rows per task and split</h2>{splits_html(report)}"
             f"<h2>Problems and notes</h2>{problems or '<p>None.</p>'}<h2>Labels</h2>{labels_html(report)}</html>")
 
-# %% ../../nbs/22_data.audit.ipynb #c7abf3ae
+# %% ../../nbs/22_data.audit.ipynb #1bb5d6b9
 def audit_fragment(audit: Audit) -> str:
     "The counts and the table of splits, for a notebook."
     report = audit.to_json()

@@ -9,7 +9,7 @@ __all__ = ['COLUMNS', 'FEATURES', 'SCHEMA', 'GROUP_ROWS', 'GROUP_BYTES', 'SHARD_
            'write_tables', 'join_audits', 'prepare', 'write_suite', 'Rows', 'image', 'without_images', 'Prepared',
            'prepared_html', 'load_split']
 
-# %% ../../nbs/23_data.prepare.ipynb #4039fc0a
+# %% ../../nbs/23_data.prepare.ipynb #cf3f53ea
 import errno
 import json
 from collections import Counter, OrderedDict, defaultdict
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from ..core import InputError, RunFailure, fingerprint, project_root, published_folder, say, sha256_of, write_atomically
 from .audit import (Audit, Checked, Limits, assign_groups, connected, inspect_row, note_duplicates,
-                                    note_two_labels, number_duplicate_ids, quarantine_leaks, thumbnail)
+                                    note_two_labels, number_duplicate_ids, quarantine_leaks, shared_between_tasks, task_remarks, thumbnail)
 from .sources import read_rows, source_contents
 from ..tasks import SPLITS, Suite, Task, load_suite
 
@@ -209,7 +209,7 @@ def keep_place(unit: list[Checked], parts: dict[str, float], previous: dict[str,
         placed[record.split] += 1
     return bool(splits)
 
-# %% ../../nbs/23_data.prepare.ipynb #6739cdf7
+# %% ../../nbs/23_data.prepare.ipynb #00bc6767
 def settle_splits(task: Task, records: list[Checked], limits: Limits, fractions: dict, previous: dict[str, str]) -> list[str]:
     "Checks across a task's rows, and the split of each; returns remarks for the audit."
     number_duplicate_ids(records)
@@ -226,8 +226,7 @@ def settle_splits(task: Task, records: list[Checked], limits: Limits, fractions:
     if parts:
         shares = ", ".join(f"{split} {100 * share:.0f} %" for split, share in parts.items())
         remarks.append(f"drawn from `{pool}`: {shares}")
-    kept = Counter(record.split for record in records if not record.reason)
-    return remarks + [f"no rows in {split}" for split in SPLITS if not kept[split]]
+    return remarks + task_remarks(task, records)
 
 # %% ../../nbs/23_data.prepare.ipynb #d11532c4
 def write_task(folder: Path, records: list[Checked], spool: Spool, pictured: set[int]) -> dict[int, str]:
@@ -317,7 +316,7 @@ def write_tables(staging: Path, audit: Audit, suite: Suite, fractions: dict) -> 
     settings = suite.model_dump(mode="json", exclude_defaults=True)
     write_atomically(staging / "suite.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
-# %% ../../nbs/23_data.prepare.ipynb #c099eeb4
+# %% ../../nbs/23_data.prepare.ipynb #f166845e
 def join_audits(suite: Suite, audits: list[Audit]) -> Audit:
     "One audit of all tasks."
     joined = Audit(suite.name, [])
@@ -327,6 +326,8 @@ def join_audits(suite: Suite, audits: list[Audit]) -> Audit:
         joined.open_tasks |= audit.open_tasks
         joined.remarks |= audit.remarks
         joined.thumbnails |= {offset + number: picture for number, picture in audit.thumbnails.items()}
+    for task, remarks in shared_between_tasks(joined.records).items():
+        joined.remarks[task] += remarks
     return joined
 
 # %% ../../nbs/23_data.prepare.ipynb #e27f2639
