@@ -456,7 +456,7 @@ def examples(audit: Audit) -> dict[str, list[int]]:
 
 Audit.task_report, Audit.examples = task_report, examples
 
-# %% ../../nbs/22_data.audit.ipynb #0dadcf3e
+# %% ../../nbs/22_data.audit.ipynb #c71c4a4b
 def meaning(code: str) -> str:
     "The sentence that explains a code."
     return (REASONS | REPAIRS | NOTES).get(code, code)
@@ -471,7 +471,8 @@ def summary(report: dict) -> str:
     for task, content in report["tasks"].items():
         rows = [content["splits"][split]["rows"] for split in SPLITS]
         sources = [content["splits"][split]["sources"] for split in SPLITS]
-        lines.append(f"  {task:<{width}}  " + " ".join(f"{n:>7,}" for n in rows) + "   " + " / ".join(f"{n:,}" for n in sources))
+        cells = " ".join(f"{n:>7,}" for n in rows), " / ".join(f"{n:,}" for n in sources)
+        lines.append(f"  {task:<{width}}  {cells[0]}   {cells[1]}")
     for kind in ("reasons", "repairs", "notes"):
         lines += [f"  {'quarantined' if kind == 'reasons' else kind[:-1]}: {number:,} x {code}: {meaning(code)}"
                   for code, number in report[kind].items()]
@@ -504,11 +505,12 @@ details { background:var(--card); border:1px solid var(--line); border-radius:10
 .row img,.none { width:72px; height:72px; object-fit:contain; flex:none; background:#fff; border-radius:4px } .none { background:var(--line) }
 """
 
-# %% ../../nbs/22_data.audit.ipynb #cd435566
+# %% ../../nbs/22_data.audit.ipynb #7faf1ff8
 def cards_html(report: dict) -> str:
     "The four counts."
     tones = {"rows_read": "", "accepted": "good", "repaired": "", "quarantined": "bad" if report["quarantined"] else ""}
-    cards = [f'<div class="card"><b class="{tone}">{report[key]:,}</b>{key.replace("_", " ")}</div>' for key, tone in tones.items()]
+    cards = [f'<div class="card"><b class="{tone}">{report[key]:,}</b>{key.replace("_", " ")}</div>'
+             for key, tone in tones.items()]
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
@@ -523,7 +525,7 @@ def splits_html(report: dict) -> str:
         body += f'<tr><td>{escape(task)}{remarks}</td>{cells}<td class="n">{content["quarantined"]:,}</td></tr>'
     return f'<table><tr><th>task</th>{head}<th class="n">quarantined</th></tr>{body}</table>'
 
-# %% ../../nbs/22_data.audit.ipynb #f88ee6d2
+# %% ../../nbs/22_data.audit.ipynb #d5912a10
 def labels_html(report: dict, most: int = 40) -> str:
     "Bars of label counts per split, a block a task."
     blocks = ""
@@ -540,19 +542,22 @@ def labels_html(report: dict, most: int = 40) -> str:
         body = ""
         for label, _ in totals.most_common(most):
             numbers = [split["labels"].get(label, 0) for split in splits.values()]
-            cells = "".join(f'<td><span class="bar" style="width:{140 * n / largest:.0f}px"></span> {n:,}</td>' for n in numbers)
+            bar = '<span class="bar" style="width:{:.0f}px"></span>'
+            cells = "".join(f"<td>{bar.format(140 * n / largest)} {n:,}</td>" for n in numbers)
             body += f"<tr><td>{escape(label)}</td>{cells}</tr>"
         more = f'<p class="soft">and {len(totals) - most:,} more labels</p>' if len(totals) > most else ""
-        blocks += f"<details open><summary>{escape(task)}</summary><table><tr><th>label</th>{head}</tr>{body}</table>{more}</details>"
+        table = f"<table><tr><th>label</th>{head}</tr>{body}</table>{more}"
+        blocks += f"<details open><summary>{escape(task)}</summary>{table}</details>"
     return blocks
 
-# %% ../../nbs/22_data.audit.ipynb #e141429e
+# %% ../../nbs/22_data.audit.ipynb #47ab9a23
 def problem_html(code: str, number: int, audit: Audit, indices: list[int]) -> str:
     "One kind of problem: its meaning and examples with thumbnails."
     rows = ""
     for index in indices:
         record = audit.records[index]
-        picture = f'<img alt="" src="{audit.thumbnails[index]}">' if index in audit.thumbnails else '<div class="none"></div>'
+        thumb = audit.thumbnails.get(index)
+        picture = f'<img alt="" src="{thumb}">' if thumb else '<div class="none"></div>'
         label = f"label: {escape(str(record.label)[:200])}<br>" if record.label else ""
         rows += (f'<div class="row">{picture}<div><b>{escape(record.task)} / {escape(record.split)}</b><br>'
                  f'{escape(record.where)}<br>{label}<span class="soft">{escape((record.detail or "")[:400])}</span></div></div>')

@@ -61,11 +61,12 @@ def weights_by_name(sizes: dict[str, int], settings: MixtureConfig) -> dict[str,
         raise InputError(f"mixture.weights lacks {', '.join(missing)}; give each task a weight, 0 to leave it out")
     return dict(settings.weights)
 
-# %% ../../nbs/24_data.mixture.ipynb #7cecde5c
+# %% ../../nbs/24_data.mixture.ipynb #ca5fbd66
 def expected_shares(sizes: dict[str, int], settings: MixtureConfig) -> dict[str, float]:
     "Task -> share of the samples, adding up to 1; InputError for an unknown mixture or weights that can't be used."
     if settings.name not in MIXTURES:
-        raise InputError(f"unknown mixture {settings.name!r}.{did_you_mean(settings.name, MIXTURES)} Known: {', '.join(MIXTURES)}.")
+        raise InputError(f"unknown mixture {settings.name!r}.{did_you_mean(settings.name, MIXTURES)} "
+                         f"Known: {', '.join(MIXTURES)}.")
     weights = MIXTURES[settings.name](sizes, settings)
     for task, weight in weights.items():
         if not 0 <= weight < float("inf"):

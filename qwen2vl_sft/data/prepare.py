@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'FEATURES', 'SCHEMA', 'GROUP_ROWS', 'GROUP_BYTES', 'SHARD_BYTES', 'FRACTIONS', 'FORMAT', 'stored_row',
-           'ShardWriter', 'Spool', 'read_task', 'check_fractions', 'parts_to_draw', 'units_of', 'divide', 'unit_key',
-           'keep_place', 'settle_splits', 'write_task', 'prepare_task', 'content_of', 'is_current', 'previous_splits',
-           'write_tables', 'join_audits', 'prepare', 'write_suite', 'Rows', 'image', 'without_images', 'Prepared',
-           'prepared_html', 'load_split']
+           'ShardWriter', 'close_shard', 'Spool', 'read_task', 'check_fractions', 'parts_to_draw', 'units_of',
+           'unit_key', 'keep_place', 'divide', 'settle_splits', 'write_task', 'prepare_task', 'content_of',
+           'is_current', 'previous_splits', 'write_tables', 'join_audits', 'prepare', 'write_suite', 'Rows', 'image',
+           'without_images', 'Prepared', 'counts', 'quarantine', 'prepared_html', 'pictures_html', 'load_split']
 
-# %% ../../nbs/23_data.prepare.ipynb #cf3f53ea
+# %% ../../nbs/23_data.prepare.ipynb #28d90abf
 import errno
 import json
 from collections import Counter, OrderedDict, defaultdict
@@ -26,19 +26,21 @@ import yaml
 from filelock import FileLock
 from tqdm import tqdm
 
-from ..core import InputError, RunFailure, fingerprint, project_root, published_folder, say, sha256_of, write_atomically
+from ..core import (InputError, RunFailure, fingerprint, project_root, published_folder, say, sha256_of,
+                              write_atomically)
 from .audit import (Audit, Checked, Limits, assign_groups, connected, inspect_row, note_duplicates,
-                                    note_two_labels, number_duplicate_ids, quarantine_leaks, shared_between_tasks, task_remarks, thumbnail)
+                                    note_two_labels, number_duplicate_ids, quarantine_leaks, shared_between_tasks,
+                                    task_remarks, thumbnail)
 from .sources import read_rows, source_contents
 from ..tasks import SPLITS, Suite, Task, load_suite
 
-# %% ../../nbs/23_data.prepare.ipynb #e97b20d9
+# %% ../../nbs/23_data.prepare.ipynb #4562ac8e
 COLUMNS = {
     "id": pa.string(), "image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]), "label": pa.string(),
     "question": pa.string(), "width": pa.int32(), "height": pa.int32(), "sha256": pa.string(), "phash": pa.string(),
     "group": pa.string(), "source": pa.string(),
 }
-FEATURES = {name: {"_type": "Image"} if name == "image" else {"dtype": str(kind), "_type": "Value"} for name, kind in COLUMNS.items()}
+FEATURES = {name: {"dtype": str(kind), "_type": "Value"} for name, kind in COLUMNS.items()} | {"image": {"_type": "Image"}}
 SCHEMA = pa.schema(list(COLUMNS.items()), metadata={"huggingface": json.dumps({"info": {"features": FEATURES}})})
 
 
@@ -47,7 +49,7 @@ def stored_row(record: Checked, content: bytes) -> dict:
     row = {name: getattr(record, name) for name in COLUMNS if name != "image"}
     return row | {"image": {"bytes": content, "path": record.name}}
 
-# %% ../../nbs/23_data.prepare.ipynb #e695c125
+# %% ../../nbs/23_data.prepare.ipynb #fd0cfc81
 GROUP_ROWS, GROUP_BYTES, SHARD_BYTES = 128, 16_000_000, 500_000_000
 
 
@@ -77,17 +79,22 @@ class ShardWriter:
         if self.shard_bytes >= SHARD_BYTES:
             self.close_shard()
 
-    def close_shard(self) -> None:
-        self.writer.close()
-        self.writer, self.shards, self.shard_bytes = None, self.shards + 1, 0
-
     def close(self) -> None:
         if self.rows:
             self.flush()
         if self.writer is not None:
             self.close_shard()
 
-# %% ../../nbs/23_data.prepare.ipynb #f87561a8
+# %% ../../nbs/23_data.prepare.ipynb #0dacff45
+def close_shard(shards: ShardWriter) -> None:
+    "Finish the current file; the next row starts another."
+    shards.writer.close()
+    shards.writer, shards.shards, shards.shard_bytes = None, shards.shards + 1, 0
+
+
+ShardWriter.close_shard = close_shard
+
+# %% ../../nbs/23_data.prepare.ipynb #d73ca803
 class Spool:
     "Images on disk between reading and writing: `add(number, bytes)`, then iterate over (number, bytes)."
 
@@ -114,7 +121,7 @@ class Spool:
             for batch in pa.ipc.open_stream(file):
                 yield from zip(batch["number"].to_pylist(), batch["image"].to_pylist(), strict=True)
 
-# %% ../../nbs/23_data.prepare.ipynb #b343af84
+# %% ../../nbs/23_data.prepare.ipynb #4a30bdea
 def read_task(task: Task, folder: Path, limits: Limits, spool: Spool) -> list[Checked]:
     "Audit each row of a task by itself; images that decode go into the spool under their record's number."
     if not task.sources:
@@ -136,7 +143,7 @@ def read_task(task: Task, folder: Path, limits: Limits, spool: Spool) -> list[Ch
                 raise InputError(f"task {task.name}, {split}: the source {source} has no rows")
     return records
 
-# %% ../../nbs/23_data.prepare.ipynb #0eaa901c
+# %% ../../nbs/23_data.prepare.ipynb #de7018ca
 FRACTIONS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
 
@@ -160,7 +167,7 @@ def parts_to_draw(task: Task, fractions: dict[str, float]) -> tuple[str | None, 
         return pool, {"train": 1.0}
     return pool, {split: share / total for split, share in parts.items() if share}
 
-# %% ../../nbs/23_data.prepare.ipynb #979081e5
+# %% ../../nbs/23_data.prepare.ipynb #c192133f
 def units_of(records: list[Checked]) -> list[list[Checked]]:
     "Records joined by equal group or equal source, directly or through others; in order of first appearance."
     first: dict[tuple, int] = {}
@@ -174,24 +181,7 @@ def units_of(records: list[Checked]) -> list[list[Checked]]:
         units[int(number)].append(record)
     return list(units.values())
 
-# %% ../../nbs/23_data.prepare.ipynb #e69f85c8
-def divide(records: list[Checked], parts: dict[str, float], previous: dict[str, str], stratified: bool = True) -> None:
-    "Give every record a split of `parts` (split -> share); `previous` maps sha256 -> split of the last preparation."
-    strata: dict[str | None, list[list[Checked]]] = defaultdict(list)
-    for unit in units_of(records):
-        label = Counter(record.label for record in unit).most_common(1)[0][0] if stratified else None
-        strata[label].append(unit)
-    for units in strata.values():
-        placed = Counter()
-        new = [unit for unit in units if not keep_place(unit, parts, previous, placed)]
-        total = sum(map(len, units))
-        for unit in sorted(new, key=unit_key):
-            split = max(parts, key=lambda split: (parts[split] * total - placed[split], SPLITS.index(split)))
-            placed[split] += len(unit)
-            for record in unit:
-                record.split = split
-
-
+# %% ../../nbs/23_data.prepare.ipynb #53cc0830
 def unit_key(unit: list[Checked]) -> str:
     "A hash that orders units the same way on every machine."
     return sha256_of(min(record.sha256 for record in unit).encode())
@@ -209,8 +199,32 @@ def keep_place(unit: list[Checked], parts: dict[str, float], previous: dict[str,
         placed[record.split] += 1
     return bool(splits)
 
-# %% ../../nbs/23_data.prepare.ipynb #00bc6767
-def settle_splits(task: Task, records: list[Checked], limits: Limits, fractions: dict, previous: dict[str, str]) -> list[str]:
+# %% ../../nbs/23_data.prepare.ipynb #9afd03dd
+def divide(
+    records: list[Checked],  # with group and label; their split is set
+    parts: dict[str, float],  # split -> share
+    previous: dict[str, str],  # sha256 -> split of the last preparation
+    stratified: bool = True,  # by label
+) -> None:
+    "Give every record a split; units stay together, and stay where they were."
+    strata: dict[str | None, list[list[Checked]]] = defaultdict(list)
+    for unit in units_of(records):
+        label = Counter(record.label for record in unit).most_common(1)[0][0] if stratified else None
+        strata[label].append(unit)
+    for units in strata.values():
+        placed = Counter()
+        new = [unit for unit in units if not keep_place(unit, parts, previous, placed)]
+        total = sum(map(len, units))
+        for unit in sorted(new, key=unit_key):
+            split = max(parts, key=lambda split: (parts[split] * total - placed[split], SPLITS.index(split)))
+            placed[split] += len(unit)
+            for record in unit:
+                record.split = split
+
+# %% ../../nbs/23_data.prepare.ipynb #dbf7c1fe
+def settle_splits(
+    task: Task, records: list[Checked], limits: Limits, fractions: dict[str, float], previous: dict[str, str]
+) -> list[str]:
     "Checks across a task's rows, and the split of each; returns remarks for the audit."
     number_duplicate_ids(records)
     note_two_labels(records)
@@ -228,7 +242,7 @@ def settle_splits(task: Task, records: list[Checked], limits: Limits, fractions:
         remarks.append(f"drawn from `{pool}`: {shares}")
     return remarks + task_remarks(task, records)
 
-# %% ../../nbs/23_data.prepare.ipynb #d11532c4
+# %% ../../nbs/23_data.prepare.ipynb #e5584411
 def write_task(folder: Path, records: list[Checked], spool: Spool, pictured: set[int]) -> dict[int, str]:
     "Write a task's splits; returns thumbnails of the records numbered in `pictured`."
     writers = {split: ShardWriter(folder, split) for split in SPLITS}
@@ -243,7 +257,7 @@ def write_task(folder: Path, records: list[Checked], spool: Spool, pictured: set
         writer.close()
     return thumbnails
 
-# %% ../../nbs/23_data.prepare.ipynb #652b399b
+# %% ../../nbs/23_data.prepare.ipynb #b179031a
 def prepare_task(task: Task, suite: Suite, staging: Path, limits: Limits, fractions: dict, previous: dict) -> Audit:
     "Read, audit, split and write one task; InputError where no row is usable."
     spool = Spool(staging / ".spool")
@@ -259,7 +273,7 @@ def prepare_task(task: Task, suite: Suite, staging: Path, limits: Limits, fracti
     spool.path.unlink()
     return audit
 
-# %% ../../nbs/23_data.prepare.ipynb #5bfdb3e7
+# %% ../../nbs/23_data.prepare.ipynb #1b9e9750
 FORMAT = 1  # of prepared data; a change prepares everything anew
 
 
@@ -285,7 +299,7 @@ def is_current(folder: Path, wanted: str) -> bool:
         return False
     return report["fingerprint"] == wanted and all(file.exists() for file in files)
 
-# %% ../../nbs/23_data.prepare.ipynb #66f50a94
+# %% ../../nbs/23_data.prepare.ipynb #e0c2b1c1
 def previous_splits(folder: Path, fractions: dict) -> dict[str, dict[str, str]]:
     "Task -> sha256 -> split of rows that were drawn before with the same fractions; empty where there is nothing."
     try:
@@ -316,7 +330,7 @@ def write_tables(staging: Path, audit: Audit, suite: Suite, fractions: dict) -> 
     settings = suite.model_dump(mode="json", exclude_defaults=True)
     write_atomically(staging / "suite.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
-# %% ../../nbs/23_data.prepare.ipynb #f166845e
+# %% ../../nbs/23_data.prepare.ipynb #1e0d7f42
 def join_audits(suite: Suite, audits: list[Audit]) -> Audit:
     "One audit of all tasks."
     joined = Audit(suite.name, [])
@@ -330,7 +344,7 @@ def join_audits(suite: Suite, audits: list[Audit]) -> Audit:
         joined.remarks[task] += remarks
     return joined
 
-# %% ../../nbs/23_data.prepare.ipynb #e27f2639
+# %% ../../nbs/23_data.prepare.ipynb #6f4c1501
 def prepare(
     suite: Suite,
     out: Path | None = None,  # the folder that gets a subfolder for the suite; default: prepared/ of the project
@@ -356,14 +370,15 @@ def prepare(
         raise InputError(f"{prepared.audit['quarantined']} rows are quarantined; see {folder / 'audit.html'}")
     return prepared
 
-# %% ../../nbs/23_data.prepare.ipynb #a5f80233
+# %% ../../nbs/23_data.prepare.ipynb #446e5bf0
 def write_suite(suite: Suite, folder: Path, limits: Limits, fractions: dict, wanted: str) -> None:
     "Prepare all tasks into `folder`, which appears or changes at the end."
     say(f"preparing {suite.name}: {len(suite.tasks)} tasks")
     previous = previous_splits(folder, fractions)
     try:
         with published_folder(folder) as staging:
-            audits = [prepare_task(task, suite, staging, limits, fractions, previous.get(task.name, {})) for task in suite.tasks]
+            audits = [prepare_task(task, suite, staging, limits, fractions, previous.get(task.name, {}))
+                      for task in suite.tasks]
             audit = join_audits(suite, audits)
             audit.settings = {"limits": asdict(limits), "fractions": fractions}
             audit.fingerprint = wanted
@@ -375,7 +390,7 @@ def write_suite(suite: Suite, folder: Path, limits: Limits, fractions: dict, wan
     say(audit.summary())
     say(f"the audit's page: {folder / 'audit.html'}")
 
-# %% ../../nbs/23_data.prepare.ipynb #01e19f92
+# %% ../../nbs/23_data.prepare.ipynb #9c92e0ea
 class Rows(Sequence):
     "The rows of one split: `rows[i]` is a dict with image (bytes), label, question, id, width, height, sha256, ..."
 
@@ -405,7 +420,7 @@ class Rows(Sequence):
         "One column without the images, such as `label`."
         return self.table[name].to_pylist()
 
-# %% ../../nbs/23_data.prepare.ipynb #ffad201b
+# %% ../../nbs/23_data.prepare.ipynb #ebc74ed6
 def image(rows: Rows, index: int) -> bytes:
     "The image file of a row."
     group, position = rows.places[index]
@@ -426,7 +441,7 @@ def without_images(rows: Rows) -> dict:
 
 Rows.image, Rows.__getstate__ = image, without_images
 
-# %% ../../nbs/23_data.prepare.ipynb #6f71f650
+# %% ../../nbs/23_data.prepare.ipynb #deaf3449
 class Prepared:
     "Prepared data of a suite: tasks, splits and the audit. InputError where `folder` has none."
 
@@ -455,30 +470,41 @@ class Prepared:
             raise InputError(f"{self.folder / task}: files of {split} are missing or changed; prepare the suite again")
         return rows
 
-    def counts(self, what: str = "rows") -> pd.DataFrame:
-        "Table of task by split: `rows`, `sources` (independent ones) or `groups` (near duplicates as one)."
-        splits = {task: self.audit["tasks"][task]["splits"] for task in self.tasks}
-        return pd.DataFrame({task: {split: content[split][what] for split in SPLITS} for task, content in splits.items()}).T
+# %% ../../nbs/23_data.prepare.ipynb #0c8da0b5
+def counts(prepared: Prepared, what: str = "rows") -> pd.DataFrame:
+    "Table of task by split: `rows`, `sources` (independent ones) or `groups` (near duplicates as one)."
+    tasks = {task: prepared.audit["tasks"][task]["splits"] for task in prepared.tasks}
+    return pd.DataFrame({task: {split: splits[split][what] for split in SPLITS} for task, splits in tasks.items()}).T
 
-    def quarantine(self) -> pd.DataFrame:
-        "Every row that was left out: task, split, id, where, reason, detail, label, name, sha256."
-        return pq.read_table(self.folder / "quarantine.parquet").to_pandas()
 
-# %% ../../nbs/23_data.prepare.ipynb #e7b6587f
+def quarantine(prepared: Prepared) -> pd.DataFrame:
+    "Every row that was left out: task, split, id, where, reason, detail, label, name, sha256."
+    return pq.read_table(prepared.folder / "quarantine.parquet").to_pandas()
+
+
+Prepared.counts, Prepared.quarantine = counts, quarantine
+
+# %% ../../nbs/23_data.prepare.ipynb #4b43a570
 def prepared_html(prepared: Prepared) -> str:
     "Counts, a few pictures of each task, and where the audit's page is."
     rows, sources = prepared.counts(), prepared.counts("sources")
     body = ""
     for task in prepared.suite.tasks:
-        train = prepared.split(task.name, "train")
-        pictures = "".join(f'<img height="40" style="margin:1px" title="{escape(train[i]["label"])}" src="{thumbnail(train.image(i), 60)}">'
-                           for i in range(0, len(train), max(1, len(train) // 6)))
-        cells = "".join(f"<td>{rows.loc[task.name, s]:,}<br><small>{sources.loc[task.name, s]:,} sources</small></td>" for s in SPLITS)
-        body += f'<tr><td><b>{escape(task.name)}</b><br><small>{escape(task.question)}</small></td>{cells}<td>{pictures}</td></tr>'
+        name = f"<b>{escape(task.name)}</b><br><small>{escape(task.question)}</small>"
+        numbers = [f"{rows.loc[task.name, split]:,}<br><small>{sources.loc[task.name, split]:,} sources</small>" for split in SPLITS]
+        cells = [name, *numbers, pictures_html(prepared.split(task.name, "train"))]
+        body += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     head = "".join(f"<th>{name}</th>" for name in ("task", *SPLITS, "pictures"))
     audit = prepared.audit
-    return (f"<b>{escape(prepared.suite.name)}</b>: {audit['rows_read']:,} rows read, {audit['quarantined']:,} quarantined, "
-            f"{audit['repaired']:,} repaired (audit.html in {escape(str(prepared.folder))})<table><tr>{head}</tr>{body}</table>")
+    return (f"<b>{escape(prepared.suite.name)}</b>: {audit['rows_read']:,} rows read, {audit['repaired']:,} repaired, "
+            f"{audit['quarantined']:,} quarantined; audit.html in {escape(str(prepared.folder))}"
+            f"<table><tr>{head}</tr>{body}</table>")
+
+
+def pictures_html(rows: Rows, count: int = 6) -> str:
+    "Small pictures of rows spread over a split, the label as their title."
+    places = range(0, len(rows), max(1, len(rows) // count))
+    return "".join(f'<img height="40" title="{escape(rows[i]["label"])}" src="{thumbnail(rows.image(i), 60)}">' for i in places)
 
 
 Prepared._repr_html_ = prepared_html

@@ -304,7 +304,7 @@ def read_jsonl(source: dict, folder: Path) -> Iterator[Row]:
                 yield Row(f"{os.path.relpath(file, folder)}:{number}", where=f"{file.name}, row {number}",
                           reason=f"not_json: the line is not a JSON object {str(record)[:200]}")
 
-# %% ../../nbs/20_data.sources.ipynb #97ad20e7
+# %% ../../nbs/20_data.sources.ipynb #40495eb6
 def folder_contents(source: dict, folder: Path) -> list:
     "Names, sizes and times of all files of a folder source."
     return [image_stamp(row) for row in read_folder(source, folder)]
@@ -326,7 +326,7 @@ def read_folder(source: dict, folder: Path) -> Iterator[Row]:
                     place = locate_text(key, top)
                 yield Row(key, label=label, where=f"{top.name}/{key}", **place)
 
-
+# %% ../../nbs/20_data.sources.ipynb #54aae224
 def files_below(top: Path) -> Iterator[Path]:
     "Files and links to folders below a folder, sorted, hidden ones left out."
     if top.is_symlink():
@@ -340,7 +340,7 @@ def files_below(top: Path) -> Iterator[Path]:
         else:
             yield Path(entry.path)
 
-# %% ../../nbs/20_data.sources.ipynb #401047ab
+# %% ../../nbs/20_data.sources.ipynb #b9c451dd
 def class_names(schema, column: str) -> list[str] | None:
     "Names of a Hugging Face ClassLabel column, from the Parquet schema's metadata; None for any other column."
     text = (schema.metadata or {}).get(b"huggingface", b"{}")
@@ -349,7 +349,7 @@ def class_names(schema, column: str) -> list[str] | None:
     except (ValueError, KeyError, TypeError):
         return None
 
-# %% ../../nbs/20_data.sources.ipynb #d7ca717b
+# %% ../../nbs/20_data.sources.ipynb #3876471c
 @reader("parquet", options=FILE_OPTIONS, contents=table_contents)
 def read_parquet(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: parquet, path: train-*.parquet}`; only the named columns are read, in batches."
@@ -371,7 +371,7 @@ def read_parquet(source: dict, folder: Path) -> Iterator[Row]:
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{file}: not readable as Parquet ({error})") from None
 
-# %% ../../nbs/20_data.sources.ipynb #78892cab
+# %% ../../nbs/20_data.sources.ipynb #7d6177e7
 def source_contents(source: dict, folder: Path) -> list:
     "A JSON-able value that changes when the source's rows or images do."
     found = reader_of(source)
