@@ -77,7 +77,7 @@ def train(
 
     print(train_run(config))
 
-# %% ../nbs/90_cli.ipynb #c47e8119
+# %% ../nbs/90_cli.ipynb #4a486c5b
 @app.command()
 def score(
     experiment: Experiment,
@@ -98,7 +98,7 @@ def score(
     from qwen2vl_sft.workflow.notebook import experiment_folder, scoring_config
 
     settings, folder = scoring_config(**parameters), experiment_folder(experiment)
-    from qwen2vl_sft.scoring.suite import score_experiment
+    from qwen2vl_sft.scoring.experiment import score_experiment
 
     score_experiment(folder, settings)
 

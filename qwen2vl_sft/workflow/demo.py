@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL_DEMO', 'REDUCED_DEMO', 'UNTRAINED', 'DemoSettings', 'Stage', 'is_prepared', 'is_trained', 'is_scored',
-           'is_reported', 'demo_stages', 'demo', 'stages_suite']
+           'is_reported', 'demo_stages', 'demo']
 
 # %% ../../nbs/71_workflow.demo.ipynb #644e893e
 import time
@@ -109,7 +109,7 @@ def demo_stages(
     stages.append(Stage(title, "score", {**here, **settings.scoring}, lambda: is_scored(suite, configs, limit)))
     return [*stages, Stage("writing scoreboard, plots and report", "compare", here, lambda: is_reported(folder))]
 
-# %% ../../nbs/71_workflow.demo.ipynb #faeecbb1
+# %% ../../nbs/71_workflow.demo.ipynb #6c0a1f52
 def demo(
     reduced: bool = False,  # a few steps and samples: shows that everything works
     settings: DemoSettings | None = None,  # recipes and changes of your own
@@ -126,11 +126,6 @@ def demo(
             run_notebook(stage.notebook, stage.parameters)
     folder = project_root() / "runs" / settings.experiment
     say(f"done in {(time.time() - started) / 60:.1f} minutes\n")
-    print(text_table(Scoreboard.from_experiment(folder, prepared_folder(stages_suite(settings)))))
+    print(text_table(Scoreboard.from_experiment(folder)))
     print(f"\nreport: {folder / 'report.html'}", flush=True)
     return folder / "report.html"
-
-
-def stages_suite(settings: DemoSettings) -> str:
-    "Name of the suite that the demo's recipes train on."
-    return load_suite(workbench_file(training_config(settings.recipes[0]).suite)).name
