@@ -273,7 +273,7 @@ def prepare_task(task: Task, suite: Suite, staging: Path, limits: Limits, fracti
     spool.path.unlink()
     return audit
 
-# %% ../../nbs/23_data.prepare.ipynb #1b9e9750
+# %% ../../nbs/23_data.prepare.ipynb #8386a314
 FORMAT = 1  # of prepared data; a change prepares everything anew
 
 
@@ -289,12 +289,12 @@ def content_of(suite: Suite, limits: Limits, fractions: dict) -> str:
     return fingerprint([FORMAT, suite.model_dump(mode="json"), sources, asdict(limits), fractions])
 
 
-def is_current(folder: Path, wanted: str) -> bool:
+def is_current(folder: Path, wanted: str, suite: Suite) -> bool:
     "Whether `folder` holds complete prepared data of this fingerprint."
     try:
         report = json.loads((folder / "audit.json").read_text())
-        files = [folder / task / f"{split}-00000.parquet" for task, content in report["tasks"].items()
-                 for split in SPLITS if content["splits"][split]["rows"]]
+        files = [folder / task.name / f"{split}-00000.parquet" for task in suite.tasks
+                 for split in SPLITS if report["tasks"][task.name]["splits"][split]["rows"]]
     except (OSError, ValueError, KeyError):
         return False
     return report["fingerprint"] == wanted and all(file.exists() for file in files)
@@ -344,7 +344,7 @@ def join_audits(suite: Suite, audits: list[Audit]) -> Audit:
         joined.remarks[task] += remarks
     return joined
 
-# %% ../../nbs/23_data.prepare.ipynb #6f4c1501
+# %% ../../nbs/23_data.prepare.ipynb #73f62788
 def prepare(
     suite: Suite,
     out: Path | None = None,  # the folder that gets a subfolder for the suite; default: prepared/ of the project
@@ -361,7 +361,7 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(out / f".{suite.name}.lock"):
         wanted = content_of(suite, limits, fractions)
-        if is_current(folder, wanted) and not force:
+        if is_current(folder, wanted, suite) and not force:
             say(f"{folder} is up to date")
         else:
             write_suite(suite, folder, limits, fractions, wanted)
