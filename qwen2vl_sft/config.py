@@ -104,7 +104,7 @@ class MixtureConfig(Settings):
     weights: dict[str, float] = Field(default_factory=dict, description="task -> weight, for `weights`")
     temperature: float = Field(2.0, gt=0, description="shares go with size ** (1 / temperature), for `temperature`")
 
-# %% ../nbs/01_config.ipynb #ffa6df82
+# %% ../nbs/01_config.ipynb #c6802c93
 class ScheduleConfig(Settings):
     "Steps, batches and the optimiser."
 
@@ -124,6 +124,7 @@ class ScheduleConfig(Settings):
     packing: bool = Field(False, description="lay samples end to end instead of padding them")
     max_tokens: int = Field(4096, ge=1, description="longest sample; a longer one is reported before training starts, never cut")
     vision_cache: bool = Field(True, description="keep a frozen tower's outputs on disk")
+    vision_cache_gb: float = Field(20.0, ge=0, description="size limit of the vision cache; pictures beyond it are computed each time")
     activation_checkpointing: bool = Field(False, description="recompute the language model's activations: less memory, more time")
     shuffle_labels: bool = Field(False, description="train on labels permuted within each task: a control that must stay at chance")
     log_every: int = Field(10, ge=1)
@@ -141,7 +142,7 @@ class ScheduleConfig(Settings):
             raise ValueError(f"save_at names step {beyond[0]}, but the run has steps 1 to {self.steps}")
         return self
 
-# %% ../nbs/01_config.ipynb #b04713a6
+# %% ../nbs/01_config.ipynb #33d943cf
 class ScoringConfig(Settings):
     "How checkpoints are tested."
 
@@ -183,7 +184,7 @@ class RunConfig(Settings):
     def fingerprint(self) -> str:
         "Changes when what is trained could change; names of experiment and run, workers and scoring don't count."
         content = self.model_dump(mode="json", exclude={"experiment", "run", "scoring"})
-        return fingerprint({**content, "schedule": {k: v for k, v in content["schedule"].items() if k not in ("workers", "log_every", "vision_cache")}})
+        return fingerprint({**content, "schedule": {k: v for k, v in content["schedule"].items() if k not in ("workers", "log_every", "vision_cache", "vision_cache_gb")}})
 
 # %% ../nbs/01_config.ipynb #09b4ac66
 def settings_paths(

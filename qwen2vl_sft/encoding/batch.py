@@ -28,7 +28,7 @@ def mrope_positions(
     text = length - image_start - image.shape[1]
     return np.concatenate([np.tile(np.arange(image_start), (3, 1)), image, np.tile(np.arange(text) + after, (3, 1))], axis=1)
 
-# %% ../../nbs/12_encoding.batch.ipynb #f2b9e632
+# %% ../../nbs/12_encoding.batch.ipynb #b9acc9fd
 @dataclass
 class Sample:
     "An encoded sample with its picture."
@@ -46,12 +46,16 @@ def image_inputs(
     samples: list[Sample],
     images: ImageEncoder,
 ) -> dict[str, torch.Tensor]:
-    "`image_grid_thw` with `pixel_values`, or with `image_features` [all image tokens, hidden] where the tower's outputs are given."
-    if samples[0].features is not None:
-        grids = torch.tensor([sample.encoded.grid for sample in samples])
-        return {"image_features": torch.cat([sample.features for sample in samples]), "image_grid_thw": grids}
-    values, grids = images.patches([sample.pixels for sample in samples])
-    return {"pixel_values": values, "image_grid_thw": grids}
+    "`image_grid_thw` of all images, `pixel_values` of those with pixels, `image_features` of the others, and `image_is_cached` where there are both."
+    cached = [sample.features is not None for sample in samples]
+    inputs = {"image_grid_thw": torch.tensor([sample.encoded.grid for sample in samples])}
+    if not all(cached):
+        inputs["pixel_values"], _ = images.patches([sample.pixels for sample in samples if sample.features is None])
+    if any(cached):
+        inputs["image_features"] = torch.cat([sample.features for sample in samples if sample.features is not None])
+    if any(cached) and not all(cached):
+        inputs["image_is_cached"] = torch.tensor(cached)
+    return inputs
 
 # %% ../../nbs/12_encoding.batch.ipynb #617f2fae
 def pad(

@@ -21,7 +21,7 @@ from ..core import fingerprint, sha256_of
 from ..encoding.images import ImageEncoder
 from .load import unwrapped
 
-# %% ../../nbs/31_model.vision_cache.ipynb #2cb0f794
+# %% ../../nbs/31_model.vision_cache.ipynb #a9902fe3
 @torch.no_grad()
 def tower_features(
     model: nn.Module,
@@ -41,14 +41,21 @@ def forward_inputs(
     "Keyword arguments for the model's forward, labels left out, on the model's device. A frozen tower is run here."
     device = unwrapped(model).device
     inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-    features = inputs.pop("image_features", None)
-    if features is None and tower_is_frozen:
-        features = torch.cat(tower_features(model, inputs.pop("pixel_values"), inputs["image_grid_thw"]))
-    if features is not None:
-        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=(features,))}
+    if "image_features" in inputs or tower_is_frozen:
+        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=_all_features(model, inputs))}
     return inputs
 
-# %% ../../nbs/31_model.vision_cache.ipynb #3c927f61
+
+def _all_features(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    "The cached outputs and the tower's for the other pictures, in the order of the samples; removes what it used."
+    grid, stored, pixels = inputs["image_grid_thw"], inputs.pop("image_features", None), inputs.pop("pixel_values", None)
+    cached = inputs.pop("image_is_cached", torch.full((len(grid),), pixels is None, device=grid.device))
+    fresh = iter(() if pixels is None else tower_features(model, pixels, grid[~cached]))
+    tokens = grid[cached].prod(dim=1) // unwrapped(model).config.vision_config.spatial_merge_size**2
+    found = iter(() if stored is None else stored.split(tokens.tolist()))
+    return tuple(next(found if is_cached else fresh) for is_cached in cached.tolist())
+
+# %% ../../nbs/31_model.vision_cache.ipynb #f5a1f715
 def tower_key(
     model: nn.Module,
     images: ImageEncoder,
@@ -67,7 +74,9 @@ class VisionCache:
         path: Path | str,  # the SQLite file
         model: nn.Module,
         images: ImageEncoder,
+        limit_gb: float = 20.0,  # of stored outputs; what is stored stays, and pictures beyond are computed each time
     ):
+        self.limit_bytes = limit_gb * 1e9
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.path, self.key = Path(path), tower_key(model, images)
         self.dtype, self.width = unwrapped(model).model.visual.dtype, unwrapped(model).config.text_config.hidden_size
@@ -122,7 +131,7 @@ def missing(
 
 VisionCache.get, VisionCache.put, VisionCache.missing = get, put, missing
 
-# %% ../../nbs/31_model.vision_cache.ipynb #d82cddca
+# %% ../../nbs/31_model.vision_cache.ipynb #d895dde9
 def fill(
     cache: VisionCache,
     model: nn.Module,
@@ -133,12 +142,15 @@ def fill(
 ) -> int:  # pictures that were computed
     "Compute and store what is missing."
     wanted = list(images)
-    absent = cache.missing(wanted)
+    absent, size = cache.missing(wanted), cache.bytes
     cache.hits, cache.misses = cache.hits + len(set(wanted)) - len(absent), cache.misses + len(absent)
     for start in tqdm(range(0, len(absent), batch), desc="vision cache", unit="batch", disable=not absent, leave=False):
+        if size >= cache.limit_bytes:
+            return start
         names = absent[start : start + batch]
         values = tower_features(model, *encoder.patches([pixels(name) for name in names]))
         cache.put(dict(zip(names, values, strict=True)))
+        size += sum(value.numel() * value.element_size() for value in values)
     return len(absent)
 
 

@@ -200,7 +200,7 @@ def training_arguments(
         logging_steps=schedule.log_every, save_strategy="no", report_to=[], disable_tqdm=True,
     )  # fmt: skip
 
-# %% ../../nbs/52_training.trainer.ipynb #d2cafbdd
+# %% ../../nbs/52_training.trainer.ipynb #7aae6469
 def prepared_suite(
     suite_path: Path,
 ) -> Prepared:
@@ -220,12 +220,15 @@ def collator(
 def filled_cache(
     model: Any,
     data: TrainingOrder,
+    limit_gb: float,
 ) -> VisionCache:
     "The frozen tower's outputs for every picture of the run."
-    cache = VisionCache(project_root() / "prepared" / "vision-cache.sqlite", model, data.encoder.images)
+    cache = VisionCache(project_root() / "prepared" / "vision-cache.sqlite", model, data.encoder.images, limit_gb)
     wanted = {data.value(key, "sha256"): key for key in data.order}
     fresh = cache.fill(model, data.encoder.images, wanted, lambda image: data.pixels(wanted[image]))
-    say(f"vision cache: {len(wanted) - fresh} of {len(wanted)} pictures found, {fresh} computed, {cache.bytes / 1e6:.0f} MB")
+    beyond = len(cache.missing(wanted))
+    full = f"; the limit of {limit_gb} GB leaves {beyond} to be computed each time" if beyond else ""
+    say(f"vision cache: {len(wanted) - fresh - beyond} of {len(wanted)} pictures found, {fresh} computed, {cache.bytes / 1e6:.0f} MB{full}")
     return cache
 
 
@@ -239,7 +242,7 @@ def build_trainer(
     model = load_base(config.model, config.method)
     check_token_ids(model, setting.encoder)
     if config.method.tower_is_frozen and config.schedule.vision_cache:
-        data.cache = filled_cache(model, data)
+        data.cache = filled_cache(model, data, config.schedule.vision_cache_gb)
     model = trainable(model, config.method)
     if config.schedule.activation_checkpointing:
         unwrapped(model).model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
