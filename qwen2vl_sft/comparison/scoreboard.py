@@ -7,15 +7,16 @@ __all__ = ['OUTCOMES', 'ANSWERED', 'REQUIRED', 'BADGES', 'KINDS', 'ORIGINAL', 'L
            'cell_badges', 'Row', 'read_config', 'kind_of', 'rows_of', 'groups_of', 'read_run', 'task_order',
            'prepared_folder', 'experiment_samples', 'headline_rule', 'of_headline_rules', 'cells_from', 'read_long',
            'checked_accuracies', 'imported_kind', 'imported_cells', 'flag_repeated', 'common_samples', 'common_means',
-           'mean_table', 'mean_interval', 'paired_line', 'against', 'lead', 'Scoreboard', 'best_row', 'row_of_kind',
-           'accuracy_table', 'Finding', 'number', 'in_words', 'best_findings', 'step_findings', 'api_findings',
-           'paired_findings', 'collapse_findings', 'outcome_findings', 'regression_findings', 'bookkeeping_findings',
-           'findings', 'csv_text', 'display_width', 'printable', 'shortened', 'padded', 'letters', 'legend',
-           'rule_text', 'text_columns', 'text_table', 'markdown_cell', 'markdown_table', 'breakable', 'cell_title',
-           'html_cell', 'mean_cells', 'html_row', 'html_table']
+           'mean_table', 'mean_interval', 'paired_line', 'against', 'lead', 'Scoreboard', 'from_experiment', 'from_csv',
+           'best_row', 'row_of_kind', 'accuracy_table', 'Finding', 'number', 'in_words', 'best_findings',
+           'step_findings', 'api_findings', 'paired_findings', 'collapse_findings', 'outcome_findings',
+           'regression_findings', 'bookkeeping_findings', 'findings', 'csv_text', 'display_width', 'printable',
+           'shortened', 'padded', 'letters', 'legend', 'rule_text', 'text_columns', 'text_table', 'markdown_cell',
+           'markdown_table', 'breakable', 'cell_title', 'html_cell', 'mean_cells', 'html_row', 'html_table']
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #2f43e3c1
+# %% ../../nbs/61_comparison.scoreboard.ipynb #d1a844f9
 import html
+import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -77,16 +78,16 @@ def cell(
         "note": "",
     }
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #103fe0a7
+# %% ../../nbs/61_comparison.scoreboard.ipynb #67acf0cc
 BADGES = {  # name: letter, meaning
-    "collapsed": ("c", "collapsed: (nearly) every answer is one label; in imported rows: no training step moves the score"),
+    "collapsed": ("c", "(nearly) every answer is one label; in imported rows: no training step moves the score"),
     "refused": ("r", "some samples refused"),
     "off-list": ("o", "some answers are not labels of the task"),
     "unparseable": ("u", "some answers can't be read as one label"),
     "error": ("e", "some samples failed for technical reasons"),
     "partial": ("p", "fewer samples scored than in other rows"),
-    "other rule": ("f", "another rule than the rest of the column"),
-    "chosen on test": ("t", "best step of its run, chosen on these test sets: optimistic"),
+    "other rule": ("f", "obtained by another rule than the rest of the column"),
+    "chosen on test": ("t", "best step of its run, picked on these test sets: optimistic"),
 }
 
 
@@ -149,7 +150,7 @@ def rows_of(
     model = lambda name: run.name if name == run.name or step(name) is not None else f"{run.name}({name})"
     return [Row(model(name), step(name), kind, name) for name in names]
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #84177b79
+# %% ../../nbs/61_comparison.scoreboard.ipynb #e06f91dc
 def groups_of(
     prepared: Path,  # prepared/<suite>
     task: str,
@@ -161,7 +162,7 @@ def groups_of(
     table = pd.concat([pd.read_parquet(part, columns=["id", "group"]) for part in parts])
     return dict(zip(table["id"], table["group"], strict=True))
 
-
+# %% ../../nbs/61_comparison.scoreboard.ipynb #d3e04b83
 def read_run(
     run: RunDir,
     prepared: Path,
@@ -183,7 +184,7 @@ def read_run(
             tables.append(table.assign(row=row.name, model=row.model, step=row.step, kind=row.kind, task=task, group=group))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #f04438a2
+# %% ../../nbs/61_comparison.scoreboard.ipynb #a8f6f936
 def task_order(path: Path) -> list[str]:  # empty when there is no such suite file
     "The tasks of a suite file, in its order."
     try:
@@ -207,7 +208,7 @@ def prepared_folder(
         return root / "prepared" / str(name)
     return root / "prepared"
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #f623c662
+# %% ../../nbs/61_comparison.scoreboard.ipynb #f5ef87a1
 def experiment_samples(
     folder: Path,  # runs/<experiment>
     prepared: Path | None = None,  # prepared/<suite>; None: found from the runs' configs
@@ -228,7 +229,7 @@ def experiment_samples(
     samples = samples.sort_values("task", key=lambda tasks: tasks.map(order.index), kind="stable", ignore_index=True)
     return samples.assign(step=samples["step"].astype("Int64"))
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #1a3311f3
+# %% ../../nbs/61_comparison.scoreboard.ipynb #ba715414
 def headline_rule(
     rules: pd.DataFrame,  # columns kind, row, rule: what there is of one task
 ) -> str:
@@ -254,7 +255,7 @@ def of_headline_rules(
             kept.append(part[part["rule"] == rule].assign(other_rule=rule != headline and not baseline))
     return pd.concat(kept, ignore_index=True)
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #4ec6d92f
+# %% ../../nbs/61_comparison.scoreboard.ipynb #1076526f
 def cells_from(
     samples: pd.DataFrame,  # from `experiment_samples`
 ) -> pd.DataFrame:  # one line a (row, task): row, model, step, kind, task, and what `cell` gives
@@ -269,7 +270,7 @@ def cells_from(
     cells = pd.DataFrame(lines).sort_values("position", kind="stable", ignore_index=True)
     return cells.assign(step=cells["step"].astype("Int64"), partial=cells["n"] < cells.groupby("task")["n"].transform("max"))
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #09b4f028
+# %% ../../nbs/61_comparison.scoreboard.ipynb #f10fb00e
 ORIGINAL = ASSETS / "reference" / "original_scoreboard.csv" if ASSETS else None
 LONG = ("model", "step", "dataset", "accuracy")
 
@@ -290,7 +291,7 @@ def read_long(path: Path) -> pd.DataFrame:  # LONG, note, n, reported_mean_score
         table = table.rename(columns={"mean_score": "reported_mean_score"})
     return table.reindex(columns=[*LONG, "note", "n", "reported_mean_score"])
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #b641d893
+# %% ../../nbs/61_comparison.scoreboard.ipynb #b0773147
 def checked_accuracies(
     table: pd.DataFrame,  # from `read_long`
     path: Path,
@@ -322,7 +323,7 @@ def imported_kind(
         return "trained"
     return "base" if any(other.startswith(f"{model}-") for other in models) else "api"
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #b8f16c69
+# %% ../../nbs/61_comparison.scoreboard.ipynb #5c6b68f0
 def imported_cells(
     table: pd.DataFrame,  # from `checked_accuracies`
 ) -> pd.DataFrame:  # as `cells_from` gives; n and counts are 0 and intervals missing where the file has no n
@@ -354,7 +355,7 @@ def flag_repeated(cells: pd.DataFrame) -> pd.DataFrame:
             cells.loc[same, "collapsed"] = f"{len(same)} of {len(column)} tuned rows score the same"
     return cells
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #ec40a354
+# %% ../../nbs/61_comparison.scoreboard.ipynb #6ca6117b
 def common_samples(
     samples: pd.DataFrame,  # columns row, task, id, outcome
     rows: int,  # how many rows the table has
@@ -379,7 +380,7 @@ def common_means(
     shared = cells[cells.groupby("task")["coverage"].transform(lambda c: len(c) == rows and (c > 0).all())]
     return shared.groupby("row")["answered_only"].mean(), shared["task"].nunique(), 0
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #fdd720ae
+# %% ../../nbs/61_comparison.scoreboard.ipynb #257979fe
 def mean_table(
     cells: pd.DataFrame,
     samples: pd.DataFrame,  # empty for imported accuracies
@@ -401,7 +402,7 @@ def mean_table(
         })
     return pd.DataFrame(lines).astype({"step": "Int64"}).set_index("row")
 
-
+# %% ../../nbs/61_comparison.scoreboard.ipynb #46172a59
 def mean_interval(
     samples: pd.DataFrame,
     row: str,
@@ -413,14 +414,15 @@ def mean_interval(
     interval = bootstrap_mean([p["outcome"].eq("correct").to_numpy() for p in parts], [p["group"].tolist() for p in parts])
     return 100 * interval.low, 100 * interval.high
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #6bee84bc
+# %% ../../nbs/61_comparison.scoreboard.ipynb #104c43b8
 def paired_line(
     task: str,
     first: pd.DataFrame,  # predictions of one row on the task
     second: pd.DataFrame,
 ) -> dict:  # differences in points of percent
     "Compare two rows on one task, on the samples that both were asked."
-    both = first.merge(second, on="id", suffixes=("", "_other"))
+    columns = ["id", "outcome", "rule"]
+    both = first[[*columns, "group"]].merge(second[columns], on="id", suffixes=("", "_other"))
     right, other = (both[column].eq("correct").to_numpy() for column in ("outcome", "outcome_other"))
     test = mcnemar(right, other)
     return {
@@ -430,7 +432,7 @@ def paired_line(
         "values": right.astype(int) - other.astype(int), "groups": both["group"].tolist(),
     }
 
-
+# %% ../../nbs/61_comparison.scoreboard.ipynb #be5a831c
 def against(
     samples: pd.DataFrame,
     row: str,
@@ -446,7 +448,7 @@ def against(
         line |= {"smallest_difference": 100 * smallest_difference(line["n"], tests=len(lines))}
     return pd.DataFrame(lines)
 
-
+# %% ../../nbs/61_comparison.scoreboard.ipynb #9b13e440
 def lead(
     samples: pd.DataFrame,
     row: str,
@@ -459,7 +461,7 @@ def lead(
     interval = bootstrap_mean(table["values"].tolist(), table["groups"].tolist())
     return table["difference"].mean(), 100 * interval.low, 100 * interval.high
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #ba5d1cd7
+# %% ../../nbs/61_comparison.scoreboard.ipynb #f1d5a8ef
 @dataclass(eq=False)
 class Scoreboard:
     "Rows (model at a step) x tasks. `cells` has one line a (row, task), `samples` one a prediction (empty if imported)."
@@ -475,28 +477,13 @@ class Scoreboard:
         self.cells["chosen_on_test"] = self.cells["row"].isin(self.chosen_on_test)
         self.cells["badges"] = [cell_badges(one) for one in self.cells.to_dict("records")]
 
-    @classmethod
-    def from_experiment(cls, folder: Path | str, prepared: Path | None = None, chosen: dict[str, str] | None = None) -> "Scoreboard":
-        "Read `runs/<experiment>`; `prepared` holds the near-duplicate groups. Raises `InputError`."
-        samples = of_headline_rules(experiment_samples(Path(folder), prepared))
-        return cls(cells_from(samples), samples, Path(folder).name, chosen=chosen or {})
-
-    @classmethod
-    def from_csv(cls, path: Path | str | None = ORIGINAL) -> "Scoreboard":
-        "Import published accuracies; without a path, the original's. Raises `InputError`."
-        table = checked_accuracies(read_long(Path(path)), Path(path))
-        cells = imported_cells(table)
-        order = cells["kind"].map(KINDS.index).sort_values(kind="stable").index
-        reported = dict(zip(cells["row"], table["reported_mean_score"], strict=True))
-        return cls(cells.loc[order], title=Path(path).stem, reported={k: v for k, v in reported.items() if pd.notna(v)})
-
     @property
     def rows(self) -> list[str]:
-        return list(dict.fromkeys(self.cells["row"]))
+        return self.cells["row"].unique().tolist()
 
     @property
     def tasks(self) -> list[str]:
-        return list(dict.fromkeys(self.samples["task"] if len(self.samples) else self.cells["task"]))
+        return (self.samples if len(self.samples) else self.cells)["task"].unique().tolist()
 
     @cached_property
     def means(self) -> pd.DataFrame:
@@ -510,14 +497,38 @@ class Scoreboard:
         several = [part for model, part in tuned.groupby("model", sort=False) if len(part) > 1 and model not in self.chosen]
         return [part["strict"].idxmax() for part in several]
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #fbcaa26a
+# %% ../../nbs/61_comparison.scoreboard.ipynb #58debbcf
+def from_experiment(
+    folder: Path | str,  # runs/<experiment>
+    prepared: Path | str | None = None,  # prepared/<suite>, for near-duplicate groups and the tasks' order; None: beside runs/
+    chosen: dict[str, str] | None = None,  # model -> row chosen on validation data, such as {"mix": "mix(300)"}
+) -> Scoreboard:
+    "The scoreboard of an experiment's run directories. Raises `InputError`."
+    samples = of_headline_rules(experiment_samples(Path(folder), prepared))
+    return Scoreboard(cells_from(samples), samples, Path(folder).resolve().name, chosen=chosen or {})
+
+
+def from_csv(
+    path: Path | str | None = ORIGINAL,  # long or wide, see above; without a path, the original's
+) -> Scoreboard:
+    "The scoreboard of published accuracies. Raises `InputError`."
+    table = checked_accuracies(read_long(Path(path)), Path(path))
+    cells = imported_cells(table)
+    order = cells["kind"].map(KINDS.index).sort_values(kind="stable").index
+    reported = dict(zip(cells["row"], table["reported_mean_score"], strict=True))
+    return Scoreboard(cells.loc[order], title=Path(path).stem, reported={k: v for k, v in reported.items() if pd.notna(v)})
+
+
+Scoreboard.from_experiment, Scoreboard.from_csv = staticmethod(from_experiment), staticmethod(from_csv)
+
+# %% ../../nbs/61_comparison.scoreboard.ipynb #ae3e1636
 def best_row(
     board: Scoreboard,
 ) -> str | None:
     "The tuned row to ship: highest strict mean among complete rows; of a run chosen on validation data, only that step."
     means = board.means.dropna(subset="strict")
     tuned = means[means["kind"] == "trained"]
-    tuned = tuned[[model not in board.chosen or board.chosen[model] == row for row, model in tuned["model"].items()]]
+    tuned = tuned[[board.chosen.get(model, row) == row for row, model in tuned["model"].items()] if len(tuned) else slice(0)]
     tuned = tuned[tuned["complete"]] if tuned["complete"].any() else tuned
     return None if tuned.empty else tuned["strict"].idxmax()
 
@@ -535,7 +546,7 @@ def accuracy_table(
     "One figure of the cells as a wide table."
     return board.cells.pivot(index="row", columns="task", values=column).reindex(index=board.rows, columns=board.tasks)
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #85f62c85
+# %% ../../nbs/61_comparison.scoreboard.ipynb #3d58b6b8
 @dataclass(frozen=True)
 class Finding:
     "A sentence about a scoreboard."
@@ -554,7 +565,7 @@ def in_words(names: list[str], limit: int = 4) -> str:
     shown = [*names[:limit], *([f"{len(names) - limit} more"] if len(names) > limit else [])]
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}" if shown else "none"
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #2d15c4c1
+# %% ../../nbs/61_comparison.scoreboard.ipynb #1eea3941
 def best_findings(board: Scoreboard) -> list[Finding]:
     "Who leads, by how much over the untuned model, and how sure."
     best, base = best_row(board), row_of_kind(board, "base")
@@ -571,7 +582,7 @@ def best_findings(board: Scoreboard) -> list[Finding]:
     text = f"That is {number(abs(gain))} points {'above' if gain >= 0 else 'below'} the untuned {base} ({number(board.means.loc[base, 'strict'])} %){sure}."
     return [*found, Finding("gain", text)]
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #53c30623
+# %% ../../nbs/61_comparison.scoreboard.ipynb #18a2f043
 def step_findings(board: Scoreboard) -> list[Finding]:
     "Whether the step was chosen on the test sets, whether training went on too long, and whether one step suits all."
     found = []
@@ -591,7 +602,7 @@ def step_findings(board: Scoreboard) -> list[Finding]:
     found += [Finding("chosen on validation", f"{row} was chosen on validation data.") for row in board.chosen.values()]
     return found
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #2fca5855
+# %% ../../nbs/61_comparison.scoreboard.ipynb #03f0d97c
 def api_findings(board: Scoreboard) -> list[Finding]:
     "How the best tuned row stands against each API model, by each of the three means."
     best, found = best_row(board), []
@@ -624,7 +635,7 @@ def paired_findings(board: Scoreboard, row: str, other: str) -> list[Finding]:
         found.append(Finding("different rules", f"On {mixed} tasks {row} and {other} were scored by different rules; score {row} by the free rule too, to compare like with like."))
     return found
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #e5fd0667
+# %% ../../nbs/61_comparison.scoreboard.ipynb #d3a5919d
 def collapse_findings(board: Scoreboard) -> list[Finding]:
     "Tasks on which rows gave one label whatever the image; from accuracies alone it is only a suspicion."
     found = []
@@ -651,7 +662,7 @@ def outcome_findings(board: Scoreboard) -> list[Finding]:
             found.append(Finding(badge, f"{row} {verbs[badge]} {in_words(counts)}."))
     return found
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #5d1894e4
+# %% ../../nbs/61_comparison.scoreboard.ipynb #01d61e3d
 def regression_findings(board: Scoreboard) -> list[Finding]:
     "Tasks that the best row lost against the untuned model, and tasks where it does not beat the trivial baselines."
     best, base, found = best_row(board), row_of_kind(board, "base"), []
@@ -671,7 +682,7 @@ def regression_findings(board: Scoreboard) -> list[Finding]:
             found.append(Finding(kind, text))
     return found
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #269bedb9
+# %% ../../nbs/61_comparison.scoreboard.ipynb #38159431
 def bookkeeping_findings(board: Scoreboard) -> list[Finding]:
     "Rows that are not fully scored, and published means that their own figures don't give."
     found = []
@@ -690,7 +701,7 @@ def findings(board: Scoreboard) -> list[Finding]:
     parts = (best_findings, step_findings, api_findings, regression_findings, collapse_findings, outcome_findings, bookkeeping_findings)
     return [finding for part in parts for finding in part(board)]
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #61f52998
+# %% ../../nbs/61_comparison.scoreboard.ipynb #c3c8da08
 def csv_text(board: Scoreboard) -> str:
     "The scoreboard as `scoreboard.csv` holds it."
     table = accuracy_table(board).reset_index(drop=True)
@@ -701,7 +712,7 @@ def csv_text(board: Scoreboard) -> str:
 
 Scoreboard.to_csv = lambda board, path: write_atomically(path, csv_text(board))
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #7473efa2
+# %% ../../nbs/61_comparison.scoreboard.ipynb #4a37629f
 def display_width(text: str) -> int:
     "Places that a text takes in a terminal."
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
@@ -730,7 +741,7 @@ def padded(text: str, places: int, right: bool = False) -> str:
     gap = " " * max(0, places - display_width(text))
     return gap + text if right else text + gap
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #3d4f6bc6
+# %% ../../nbs/61_comparison.scoreboard.ipynb #74a9b027
 def letters(badges: list[str]) -> str:
     "A cell's badges as letters; the choice on test data is marked at the row's name."
     return "".join(BADGES[badge][0] for badge in badges if badge != "chosen on test")
@@ -739,7 +750,7 @@ def letters(badges: list[str]) -> str:
 def legend(board: Scoreboard) -> dict[str, str]:
     "Letters in use and what they mean."
     used = {badge for badges in board.cells["badges"] for badge in badges}
-    return {letter: meaning for badge, (letter, meaning) in BADGES.items() if badge in used}
+    return {letter: f"{badge}: {meaning}" for badge, (letter, meaning) in BADGES.items() if badge in used}
 
 
 def rule_text(board: Scoreboard) -> str:
@@ -751,7 +762,7 @@ def rule_text(board: Scoreboard) -> str:
     others = [f"{rule} on {in_words(list(part.index))}" for rule, part in rules[rules != common].groupby(rules)]
     return f"rule: {common}, {', '.join(others)}"
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #79736942
+# %% ../../nbs/61_comparison.scoreboard.ipynb #a080a849
 def text_columns(board: Scoreboard) -> tuple[list[str], list[list[str]]]:
     "Row names, and for each column its header and its entries; figures and badge letters line up."
     by_cell = {(one["row"], one["task"]): one for one in board.cells.to_dict("records")}
@@ -766,7 +777,7 @@ def text_columns(board: Scoreboard) -> tuple[list[str], list[list[str]]]:
         columns.append([header, *(number(value) for value in board.means[column])])
     return names, columns
 
-
+# %% ../../nbs/61_comparison.scoreboard.ipynb #1a11f443
 def text_table(
     board: Scoreboard,
     width: int = 120,  # places in a line
@@ -790,7 +801,7 @@ def text_table(
         text += ["", *("  ".join(line).rstrip() for line in lines)]
     return "\n".join([*text, "", *(f"{letter}  {meaning}" for letter, meaning in legend(board).items())]).rstrip()
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #1a02f92b
+# %% ../../nbs/61_comparison.scoreboard.ipynb #407987a8
 def markdown_cell(text: str) -> str:
     "Text that can't break out of a Markdown table or become HTML."
     return html.escape(printable(text), quote=False).replace("|", "\\|").replace("`", "&#96;").replace("*", "\\*").replace("_", "\\_").replace("[", "\\[")
@@ -808,29 +819,32 @@ def markdown_table(board: Scoreboard) -> str:
     marks = [f"- `{letter}` {meaning}" for letter, meaning in legend(board).items()]
     return "\n".join([f"# {markdown_cell(board.title)}", "", note, "", *table, "", *marks, "", "## Findings", "", *facts, ""])
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #ac997c01
+# %% ../../nbs/61_comparison.scoreboard.ipynb #dce6a16c
 STYLE = """
 .qboard{--ink:#1b1f24;--soft:#59636e;--paper:#fff;--line:#d5dae0;--tint:37,99,200;--warn:#8a4600;--warnbg:#fff1dd;
- font:14px/1.35 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Noto Sans CJK SC",sans-serif;color:var(--ink);background:var(--paper)}
+ overflow-wrap:normal;font:14px/1.35 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Noto Sans CJK SC",sans-serif;color:var(--ink);background:var(--paper)}
 @media (prefers-color-scheme:dark){.qboard{--ink:#e8ebef;--soft:#a3adb8;--paper:#14171b;--line:#363d46;--tint:96,155,255;--warn:#ffc27a;--warnbg:#40290c}}
 .qboard .scroll{overflow-x:auto;max-width:100%}
 .qboard table{border-collapse:separate;border-spacing:0;font-variant-numeric:tabular-nums;color:inherit;background:var(--paper);margin:0}
 .qboard th,.qboard td{padding:.35em .6em;border:0;border-bottom:1px solid var(--line);text-align:right;vertical-align:top;white-space:nowrap;background-color:var(--paper)}
-.qboard thead th{vertical-align:bottom;font-weight:600;border-bottom:2px solid var(--soft);white-space:normal;min-width:4.2em;max-width:9em;overflow-wrap:anywhere}
-.qboard th:first-child{text-align:left;position:sticky;left:0;z-index:1;white-space:nowrap;max-width:12em;overflow-wrap:anywhere;white-space:normal;min-width:7em}
-.qboard td small,.qboard th small{display:block;color:var(--soft);font-size:11px;font-weight:400}
+.qboard thead th{vertical-align:bottom;font-weight:600;border-bottom:2px solid var(--soft);white-space:normal;min-width:4.2em;max-width:10em;overflow-wrap:normal}
+.qboard th:first-child{text-align:left;position:sticky;left:0;z-index:1;max-width:13em;overflow-wrap:normal;white-space:normal;min-width:6.5em}
+.qboard td small,.qboard th small{display:block;color:inherit;opacity:.78;font-size:11.5px;font-weight:400}
 .qboard .mean{border-left:1px solid var(--line)}
-.qboard .b{display:inline-block;margin:1px 0 0 3px;padding:0 4px;border-radius:3px;background:var(--warnbg);color:var(--warn);font-size:11px;line-height:1.45}
+.qboard .b{display:inline-block;margin:1px 0 0;padding:0 4px;border-radius:3px;background:var(--warnbg);color:var(--warn);font-size:11px;line-height:1.45}
+.qboard .sortable td .b{display:block;width:fit-content;margin-left:auto}.qboard th .b{display:block;width:fit-content}
 .qboard .best td,.qboard .best th{font-weight:650}
+.qboard .text{text-align:left;white-space:normal;min-width:9em}
 .qboard p{margin:.4em 0;color:var(--soft)}
 """
 
 
 def breakable(text: str) -> str:
-    "Escaped text that may break after an underscore."
-    return html.escape(printable(text)).replace("_", "_<wbr>")
+    "Escaped text that may break after an underscore, and in parts of more than sixteen characters."
+    marked = re.sub(r"_|[^\s_]{16}(?=[^\s_])", lambda part: f"{part[0]}\0", printable(text))
+    return html.escape(marked).replace("\0", "<wbr>")
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #25ec01d5
+# %% ../../nbs/61_comparison.scoreboard.ipynb #258cc5b8
 def cell_title(one: Mapping) -> str:
     "A cell's tooltip: counts, rule, what it collapsed to."
     parts = [f"{one['row']} on {one['task']}: {number(one['accuracy'])} %", f"rule: {one['rule']}"]
@@ -851,7 +865,7 @@ def html_cell(one: Mapping | None) -> str:
     title = html.escape(printable(cell_title(one).replace("\n", " · ")), quote=True)
     return f'<td data-v="{one["accuracy"]:.4f}" title="{title}" style="{tint}">{number(one["accuracy"])}{interval}{badges}</td>'
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #fe60062e
+# %% ../../nbs/61_comparison.scoreboard.ipynb #04ea2a5b
 MEANS = {  # column of `means`: header, explanation
     "strict": ("mean", "strict: every sample of every task; whatever is not correct is wrong"),
     "answered_only": ("answered only", "over the samples that the row answered; see coverage"),
@@ -874,7 +888,7 @@ def html_row(board: Scoreboard, row: str, cells: Mapping, best: str | None) -> s
     style = ' class="best"' if row == best else ""
     return f'<tr{style}><th scope="row" data-v="{board.rows.index(row)}">{breakable(row)}{mark}</th>{mean_cells(board.means.loc[row])}{tds}</tr>'
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #63da53dc
+# %% ../../nbs/61_comparison.scoreboard.ipynb #5e4463c3
 def html_table(
     board: Scoreboard,
 ) -> str:  # a self-styled fragment
@@ -887,8 +901,9 @@ def html_table(
     heads += "".join(f'<th scope="col" class="mean" title="{explained}">{name}</th>' for name, explained in MEANS.values())
     heads += "".join(f'<th scope="col">{breakable(task)}<small>{detail(task)}</small></th>' for task in board.tasks)
     body = "\n".join(html_row(board, row, cells, best_row(board)) for row in board.rows)
-    note = f"Accuracy in percent, {html.escape(rule_text(board))}; small: 95 % interval. Means: " + "; ".join(f"<b>{name}</b> {explained}" for name, explained in MEANS.values())
-    marks = "".join(f'<span class="b">{name}</span> {meaning}; ' for name, (letter, meaning) in BADGES.items() if letter in legend(board))
+    small = "; small: 95 % interval" if board.cells["low"].notna().any() else "; no intervals, because the numbers of samples are not known"
+    note = f"Accuracy in percent, {html.escape(rule_text(board))}{small}. Means: " + "; ".join(f"<b>{name}</b> {explained}" for name, explained in MEANS.values())
+    marks = "; ".join(f'<span class="b">{name}</span> {meaning}' for name, (letter, meaning) in BADGES.items() if letter in legend(board))
     return (f'<div class="qboard"><style>{STYLE}</style><div class="scroll" tabindex="0"><table class="sortable"><thead><tr>{heads}</tr></thead>'
             f"<tbody>{body}</tbody></table></div><p>{note}.</p>{f'<p>{marks}</p>' if marks else ''}</div>")
 

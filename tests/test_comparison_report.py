@@ -1,0 +1,235 @@
+"""The report: written files, escaping, no requests, and how it behaves in a real browser."""
+
+import re
+import shutil
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from synthetic_experiment import LABELS, Plan, build_experiment
+
+from qwen2vl_sft.comparison.report import SCRIPT, page, pictures, write_report
+from qwen2vl_sft.comparison.scoreboard import Scoreboard, csv_text
+from qwen2vl_sft.core import InputError
+from qwen2vl_sft.rundir import RunDir
+
+EVIL_TASK = "<img src=x onerror=document.title='task'>"
+EVIL_LABEL = "<img src=x onerror=document.title='label'>\"'</script><script>document.title='script'</script>"
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory) -> Path:
+    folder = build_experiment(tmp_path_factory.mktemp("report"), Plan(samples=60, api=True))
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evil(tmp_path_factory) -> Path:
+    labels = {EVIL_TASK: ["x", EVIL_LABEL], "违规信息": ["违规", "正常"]}
+    plan = Plan(samples=40, labels=labels, collapsed={("base", EVIL_TASK): EVIL_LABEL})
+    folder = build_experiment(tmp_path_factory.mktemp("evil"), plan, name="demo")
+    run = RunDir(folder / "mix")
+    run.config_path.write_text(run.config_path.read_text() + f"# {EVIL_LABEL}\n")
+    return write_report(folder)
+
+
+class Structure(HTMLParser):
+    """Tags, addresses and scripts of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.addresses, self.handlers, self.scripts, self.inside = [], [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.inside = tag
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+
+    def handle_data(self, data):
+        if self.inside == "script" and data.strip():
+            self.scripts.append(data)
+            self.inside = ""
+
+
+def test_everything_is_written_beside_the_runs(experiment):
+    names = {path.relative_to(experiment).as_posix() for path in experiment.rglob("*") if path.is_file()}
+    assert {"report.html", "scoreboard.csv", "scoreboard.md"} <= names
+    assert {f"plots/{name}.png" for name in ("heat_map", "mean_by_step", "accuracy_by_step", "loss_curves")} <= names
+    board = Scoreboard.from_experiment(experiment)
+    assert (experiment / "scoreboard.csv").read_text() == csv_text(board)
+    assert all((experiment / "plots" / path).read_bytes().startswith(b"\x89PNG") for path in ("heat_map.png", "loss_curves.png"))
+
+
+def test_the_summary_is_computed_from_the_data(experiment):
+    text = re.sub(r"<[^>]+>", "", (experiment / "report.html").read_text())
+    board = Scoreboard.from_experiment(experiment)
+    best, base = board.means["strict"][board.means["kind"] == "trained"].idxmax(), board.means.loc["base", "strict"]
+    assert f"{best} has the highest strict mean of the tuned rows: {board.means.loc[best, 'strict']:.1f} %" in text
+    assert f"That is {board.means.loc[best, 'strict'] - base:.1f} points above the untuned base ({base:.1f} %)" in text
+    assert f"The step of {best} was chosen on these test sets among 4" in text
+    assert "On weapon, base collapsed" in text
+
+
+def test_settings_counts_and_provenance_are_in_it(experiment):
+    text = (experiment / "report.html").read_text()
+    assert "learning_rate: 0.0001" in text and "trained · finished (training)" in text
+    assert "suite.yaml sha256 " in text and "transformers " in text and "Labels: helmet, bow tie, neither" in text
+    assert text.index("<summary>mix ") < text.index("<summary>majority ")
+
+
+def test_the_page_asks_nobody_for_anything(experiment):
+    structure = Structure((experiment / "report.html").read_text())
+    assert structure.addresses and all(address.startswith(("data:image/png;base64,", "#")) for address in structure.addresses)
+    assert structure.scripts == [SCRIPT] and not structure.handlers
+    assert not {"link", "iframe", "object", "embed", "base", "form"} & set(structure.tags)
+    assert not re.search(r"url\(|@import", (experiment / "report.html").read_text())
+
+
+def test_what_comes_from_data_is_escaped(evil):
+    structure = Structure(evil.read_text())
+    assert structure.scripts == [SCRIPT] and not structure.handlers
+    assert structure.tags.count("img") == 4  # the plots
+
+
+def test_a_second_report_replaces_the_first(tmp_path):
+    folder = build_experiment(tmp_path, Plan(samples=12, labels={"face": LABELS["face"]}))
+    first, again = write_report(folder).read_text(), write_report(folder).read_text()
+    without_time = lambda text: re.sub(r"Written [^w]*with", "", text)
+    assert without_time(first) == without_time(again) and not list(folder.rglob("*.tmp"))
+
+
+def test_runs_that_failed_are_said(tmp_path):
+    folder = build_experiment(tmp_path, Plan(samples=12, labels={"face": LABELS["face"]}))
+    with pytest.raises(RuntimeError), RunDir(folder / "full").running("training"):
+        raise RuntimeError("out of memory")
+    text = write_report(folder).read_text()
+    assert "Run full is failed (training): RuntimeError: out of memory" in text
+
+
+def test_an_experiment_without_training_or_prepared_data(tmp_path):
+    folder = build_experiment(tmp_path, Plan(samples=12, labels={"face": LABELS["face"]}))
+    for run in ("mix", "full"):
+        shutil.rmtree(folder / run)
+    shutil.rmtree(tmp_path / "prepared")
+    text = write_report(folder).read_text()
+    assert "there is no best row" in text and "was not found beside the experiment" in text
+    assert not (folder / "plots" / "loss_curves.png").exists()
+
+
+def test_nothing_to_compare_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="no such experiment"):
+        write_report(tmp_path / "none")
+
+
+def test_imported_figures_make_a_page_too():
+    board = Scoreboard.from_csv()
+    text = page(board, pictures(board, pd.DataFrame()), [], Path("none"))
+    assert "no intervals, because the numbers of samples are not known" in text and "违规信息" in text
+
+
+# -------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="lacks playwright (pip install playwright)")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("lacks chromium (apt-get install chromium)")
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser):
+    """Open a file; `opened.requests` are addresses it asked for, `opened.messages` what it complained about."""
+    pages = []
+
+    def go(path: Path, width: int = 1200, scheme: str = "light"):
+        tab = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
+        tab.asked, tab.messages = [], []
+        tab.on("request", lambda request: tab.asked.append(request.url) if not request.url.startswith("data:") else None)
+        tab.on("console", lambda message: tab.messages.append(message.text))
+        tab.on("pageerror", lambda error: tab.messages.append(str(error)))
+        tab.goto(path.as_uri())
+        pages.append(tab)
+        return tab
+
+    yield go
+    for tab in pages:
+        tab.context.close()
+
+
+def first_column(tab) -> list[str]:
+    return tab.eval_on_selector_all("#scoreboard tbody tr", "rows => rows.filter(r => !r.hidden).map(r => r.cells[0].textContent)")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 400])
+def test_opens_without_requests_errors_or_sideways_scrolling(opened, experiment, width, scheme):
+    tab = opened(experiment / "report.html", width, scheme)
+    assert tab.asked == [(experiment / "report.html").as_uri()] and tab.messages == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 300)")
+    background, ink = (tab.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color"))
+    light = [sum(map(int, re.findall(r"\d+", colour)[:3])) > 384 for colour in (background, ink)]
+    assert light == ([True, False] if scheme == "light" else [False, True])
+
+
+def test_columns_sort_by_click_and_by_keyboard(opened, experiment):
+    tab = opened(experiment / "report.html")
+    board = Scoreboard.from_experiment(experiment)
+    start = first_column(tab)
+    down = board.means["strict"].sort_values(ascending=False).index
+    head = tab.locator("#scoreboard th", has_text=re.compile("^mean$"))
+    head.locator("button").click()
+    assert head.get_attribute("aria-sort") == "descending" and first_column(tab)[0].startswith(down[0])
+    head.locator("button").press("Enter")
+    assert head.get_attribute("aria-sort") == "ascending" and first_column(tab)[0].startswith(down[-1])
+    tab.locator("#scoreboard th button").first.click()
+    assert first_column(tab) == start
+
+
+def test_rows_filter(opened, experiment):
+    tab = opened(experiment / "report.html")
+    tab.fill("#filter", "full base")
+    assert [name.split("(")[0] for name in first_column(tab)] == ["base", "full", "full", "full", "full"]
+    tab.fill("#filter", "")
+    assert len(first_column(tab)) == 12
+
+
+def test_labels_from_data_run_nothing(opened, evil):
+    tab = opened(evil)
+    tab.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
+    tab.wait_for_timeout(200)
+    assert tab.title() == "demo: comparison" and tab.asked == [evil.as_uri()] and tab.messages == []
+    assert EVIL_TASK in tab.inner_text("#scoreboard thead").replace("\u200b", "").replace("\n", "")
+
+
+def test_the_policy_stops_a_script_even_if_escaping_failed(opened, experiment, tmp_path):
+    text = (experiment / "report.html").read_text()
+    broken = text.replace("<h1>", "<h1><img src=x onerror=document.title='hacked'><script>document.title='hacked'</script>")
+    path = tmp_path / "broken.html"
+    path.write_text(broken)
+    tab = opened(path)
+    tab.wait_for_timeout(200)
+    assert tab.title() != "hacked"
+    assert sum("Content Security Policy" in message for message in tab.messages) >= 2
+
+
+@pytest.mark.slow
+def test_twenty_tasks_of_500_samples_stay_small_and_quick(opened, tmp_path):
+    labels = {f"a_rather_long_name_of_a_task_{i:06d}": ["yes", "no"] for i in range(20)}
+    path = write_report(build_experiment(tmp_path, Plan(samples=500, labels=labels, collapsed={}, refused={})))
+    assert path.stat().st_size < 15e6
+    start = time.perf_counter()
+    tab = opened(path)
+    assert time.perf_counter() - start < 3
+    assert tab.evaluate("(() => { const t = performance.now(); document.querySelectorAll('#scoreboard th button')[1].click(); document.body.offsetHeight; return performance.now() - t })()") < 100
