@@ -23,6 +23,7 @@ from qwen2vl_sft.comparison.scoreboard import (
     findings,
     lead,
     markdown_table,
+    prepared_folder,
     row_of_kind,
     shortened,
     text_table,
@@ -217,6 +218,19 @@ def test_near_duplicates_widen_the_interval(experiment, board, tmp_path):
     assert alone.means["strict"].tolist() == pytest.approx(board.means["strict"].tolist())
     width = lambda board: (board.means["high"] - board.means["low"]).mean()
     assert width(board) > 1.1 * width(alone)
+
+
+@pytest.mark.parametrize(
+    ("stated", "folder"),
+    [("suites/other.yaml", "named"), ("suites/missing.yaml", "missing"), ("v1.2", "v1.2"), ("demo", "demo")],
+)
+def test_prepared_data_is_found_by_the_suite_that_runs_state(tmp_path, stated, folder):
+    write(tmp_path / "other.yaml", "name: named\n")
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "other.yaml").rename(tmp_path / "suites" / "other.yaml")
+    run = RunDir(tmp_path / "runs" / "x" / "base")
+    run.write_config(f"kind: base\nsuite: {stated}\n")
+    assert prepared_folder(run.path.parent, [run]) == tmp_path / "prepared" / folder
 
 
 def test_a_step_chosen_on_validation_loses_the_badge(experiment):

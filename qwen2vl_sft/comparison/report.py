@@ -8,7 +8,7 @@ __all__ = ['CAPTIONS', 'GOOD_TO_KNOW', 'SCRIPT', 'PAGE_STYLE', 'png', 'losses_of
            'troubles_of', 'run_html', 'versions', 'provenance_html', 'described_tasks', 'policy', 'page',
            'write_report']
 
-# %% ../../nbs/63_comparison.report.ipynb #3284f7d7
+# %% ../../nbs/63_comparison.report.ipynb #a221f1cc
 import base64
 import hashlib
 import html
@@ -25,7 +25,6 @@ import yaml
 
 from .plots import accuracy_by_step, heat_map, loss_curves, mean_by_step
 from qwen2vl_sft.comparison.scoreboard import (
-    OUTCOMES,
     Scoreboard,
     against,
     breakable,
@@ -39,6 +38,7 @@ from qwen2vl_sft.comparison.scoreboard import (
 )
 from ..core import sha256_of, write_atomically
 from ..rundir import RunDir
+from ..scoring.metrics import OUTCOMES
 
 # %% ../../nbs/63_comparison.report.ipynb #5cc88fe9
 if TYPE_CHECKING:
