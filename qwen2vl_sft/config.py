@@ -103,6 +103,11 @@ class MixtureConfig(Settings):
     name: str = Field("concatenate", description="concatenate, proportional, equal, temperature or weights")
     weights: dict[str, float] = Field(default_factory=dict, description="task -> weight, for `weights`")
     temperature: float = Field(2.0, gt=0, description="shares go with size ** (1 / temperature), for `temperature`")
+    cap: int | None = Field(None, ge=1, description="a larger task counts as this many rows; all of them are used over time")
+    fraction: float = Field(1.0, gt=0, le=1, description="train on a random part of each task's rows")
+    max_rows: int | None = Field(None, ge=1, description="train on at most this many random rows of each task")
+    balance_labels: bool = Field(False, description="within a closed task, each label equally often")
+    replacement: bool = Field(False, description="draw each sample anew, instead of each row once before any comes again")
 
 # %% ../nbs/01_config.ipynb #c6802c93
 class ScheduleConfig(Settings):
