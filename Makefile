@@ -52,12 +52,12 @@ test quick: export MPLBACKEND := Agg
 test: dev
 	$(BIN)/ruff check qwen2vl_sft tests
 	$(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/python -m pytest --durations 10
+	$(BIN)/python -m pytest -n 2 --dist loadscope --durations 10
 
 # The same without what is marked slow.
 quick: dev
 	$(BIN)/ruff check qwen2vl_sft tests
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m 'not slow'
 
 # --- for developers -----------------------------------------------------------------------------
 lint: dev

@@ -53,7 +53,7 @@ def pytest_terminal_summary(terminalreporter):
         return
     reasons = Counter()
     for report in skipped:
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reason = report.longrepr[2] if isinstance(report.longrepr, (tuple, list)) else str(report.longrepr)
         reasons[reason.removeprefix("Skipped: ")] += 1
     terminalreporter.section(f"{len(skipped)} TESTS DID NOT RUN", sep="!", yellow=True, bold=True)
     for reason, count in reasons.most_common():
