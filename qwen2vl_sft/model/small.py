@@ -125,7 +125,7 @@ def small_image_processor() -> Any:
 
     return Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=32 * 32, max_pixels=128 * 128)
 
-# %% ../../nbs/33_model.small.ipynb #00fea433
+# %% ../../nbs/33_model.small.ipynb #76e90acc
 def random_base(
     folder: Path | str,
     seed: int = 0,
@@ -147,7 +147,7 @@ def random_base(
     small_image_processor().save_pretrained(folder)
     return folder
 
-
+# %% ../../nbs/33_model.small.ipynb #0aefa1a0
 def save_weights(
     model: Any,
     folder: Path,
@@ -160,7 +160,7 @@ def save_weights(
     copy.generation_config = model.generation_config
     copy.save_pretrained(folder)
 
-# %% ../../nbs/33_model.small.ipynb #668aec4a
+# %% ../../nbs/33_model.small.ipynb #a5d11041
 def small_base() -> Path:
     "The folder of the shipped small model. Raises `InputError` if it is missing."
     folder = ASSETS / "small"
@@ -168,7 +168,7 @@ def small_base() -> Path:
         raise InputError(f"the small base model is missing in {folder}: run nbs/runs/pretrain.ipynb, or reinstall the package")
     return folder
 
-
+# %% ../../nbs/33_model.small.ipynb #00a3d818
 def size_in_words(
     model: Any,
 ) -> dict[str, int]:
@@ -179,7 +179,7 @@ def size_in_words(
     return {"tower": count(tower) - count(tower.merger), "merger": count(tower.merger), "language": count(language) - embeddings,
             "embeddings": embeddings}
 
-# %% ../../nbs/33_model.small.ipynb #ad821db4
+# %% ../../nbs/33_model.small.ipynb #f4bec395
 class Lessons(Dataset):
     "Lessons `start` to `start + count` of a course, encoded."
 
@@ -194,7 +194,7 @@ class Lessons(Dataset):
         encoded = self.encoder.encode(made.question, made.image.size, made.answer)
         return {"sample": Sample(encoded, self.encoder.images.resize(made.image)), "kind": made.kind}
 
-
+# %% ../../nbs/33_model.small.ipynb #96dfd724
 def collate_answers(
     rows: list[dict[str, Any]],  # of `Lessons`
     encoder: Encoder,
@@ -205,7 +205,7 @@ def collate_answers(
     keep = batch["labels"].shape[1] - first + 1
     return {**batch, "labels": batch["labels"][:, -keep:], "logits_to_keep": keep, "use_cache": False}
 
-# %% ../../nbs/33_model.small.ipynb #f6cdaba2
+# %% ../../nbs/33_model.small.ipynb #0e69e044
 @torch.no_grad()
 def lesson_accuracy(
     model: Any,
@@ -229,7 +229,7 @@ def lesson_accuracy(
     model.train()
     return {kind: sum(values) / len(values) for kind, values in sorted(right.items())}
 
-# %% ../../nbs/33_model.small.ipynb #4e8fb879
+# %% ../../nbs/33_model.small.ipynb #d7ea4698
 @dataclass
 class Pretraining:
     "What a pretraining run makes and how; the defaults made the shipped weights."
@@ -242,7 +242,7 @@ class Pretraining:
     seed: int = 0
     save_every: int = 500  # steps between saved weights and held-out figures
 
-# %% ../../nbs/33_model.small.ipynb #c074c331
+# %% ../../nbs/33_model.small.ipynb #c2953d70
 def pretraining_arguments(
     settings: Pretraining,
     folder: Path,
@@ -257,7 +257,7 @@ def pretraining_arguments(
         report_to=[], remove_unused_columns=False, seed=settings.seed, use_cpu=not torch.cuda.is_available(),
         dataloader_num_workers=0, train_sampling_strategy="sequential", label_names=["labels"], disable_tqdm=True)
 
-
+# %% ../../nbs/33_model.small.ipynb #ea50dc35
 def reporter(
     encoder: Encoder,
     folder: Path,
@@ -285,7 +285,7 @@ def reporter(
 
     return Reporter()
 
-# %% ../../nbs/33_model.small.ipynb #4b14840f
+# %% ../../nbs/33_model.small.ipynb #78d8869f
 def pretrain(
     folder: Path | str,
     settings: Pretraining = Pretraining(),
