@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -229,7 +228,13 @@ def test_twenty_tasks_of_500_samples_stay_small_and_quick(opened, tmp_path):
     labels = {f"a_rather_long_name_of_a_task_{i:06d}": ["yes", "no"] for i in range(20)}
     path = write_report(build_experiment(tmp_path, Plan(samples=500, labels=labels, collapsed={}, refused={})))
     assert path.stat().st_size < 15e6
-    start = time.perf_counter()
+    loading = "performance.getEntriesByType('navigation')[0].loadEventEnd / 1000"
+    assert min(opened(path).evaluate(loading) for _ in range(3)) < 3  # seconds; the best of three: other work may run beside
+    sort = """() => {
+      const start = performance.now();
+      document.querySelectorAll('#scoreboard th button')[1].click();
+      document.body.offsetHeight;
+      return performance.now() - start;
+    }"""
     tab = opened(path)
-    assert time.perf_counter() - start < 3
-    assert tab.evaluate("(() => { const t = performance.now(); document.querySelectorAll('#scoreboard th button')[1].click(); document.body.offsetHeight; return performance.now() - t })()") < 100
+    assert min(tab.evaluate(sort) for _ in range(5)) < 100  # milliseconds
