@@ -10,10 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 ROOT = Path(__file__).resolve().parent.parent
+WORKERS = 2
+HUNG_SECONDS = 300  # a mutation that makes a test run forever counts as noticed
 COPIED = ("qwen2vl_sft", "tests", "settings.ini", "pyproject.toml")
 
 
@@ -96,8 +101,8 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '5.6', 'EXIF orientation is ignored', 'qwen2vl_sft/encoding/images.py',
-        '_to_8_bits(ImageOps.exif_transpose(image))',
-        '_to_8_bits(image)',
+        '        ImageOps.exif_transpose(image, in_place=True)\n',
+        '        image.load()\n',
         ('tests/test_correctness.py::test_5_6_exif_orientation_is_applied',),
     ),
     Mutation(
@@ -223,11 +228,14 @@ def tree_copy(folder: Path) -> None:
 
 
 def run_tests(folder: Path, tests: list[str]) -> tuple[int, float, str]:
-    "pytest's exit code, seconds and the end of its output, with the package of `folder` first on the path."
+    "pytest's exit code (1 when it hangs), seconds and the end of its output, with the package of `folder` first on the path."
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    started = time.perf_counter()
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+    started, limit = time.perf_counter(), HUNG_SECONDS * len(tests)
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return 1, limit, "hung"
     return done.returncode, time.perf_counter() - started, done.stdout[-2500:] + done.stderr[-1000:]
 
 
@@ -242,6 +250,8 @@ def verdict(folder: Path, mutation: Mutation) -> tuple[str, float]:
     "'red' when every named test fails under the mutation; otherwise what happened. The copy is restored."
     path = folder / mutation.module
     original = path.read_text()
+    if original.count(mutation.old) != 1:
+        return f"NOT APPLIED: its text occurs {original.count(mutation.old)} times", 0.0
     path.write_text(original.replace(mutation.old, mutation.new))
     seconds = 0.0
     try:
@@ -256,25 +266,44 @@ def verdict(folder: Path, mutation: Mutation) -> tuple[str, float]:
     return "red", seconds
 
 
+def try_all(chosen: list[Mutation], folders: list[Path]) -> int:
+    "Try each mutation, a worker a folder; print a line for each and return how many survived."
+    free: SimpleQueue[Path] = SimpleQueue()
+    for folder in folders:
+        free.put(folder)
+
+    def attempt(mutation: Mutation) -> tuple[str, float]:
+        folder = free.get()
+        try:
+            return verdict(folder, mutation)
+        finally:
+            free.put(folder)
+
+    survivors = 0
+    with ThreadPoolExecutor(len(folders)) as pool:
+        for mutation, (result, seconds) in zip(chosen, pool.map(attempt, chosen), strict=True):
+            survivors += result != "red"
+            print(f"{mutation.point:6} {mutation.slip:70.70} {seconds:5.0f} s  {result}", flush=True)
+    return survivors
+
+
 def main(points: list[str]) -> int:
     chosen = [m for m in MUTATIONS if not points or any(m.point.startswith(point) for point in points)]
     tests = list(dict.fromkeys(test for mutation in chosen for test in mutation.tests))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name).resolve()
-        tree_copy(folder)
-        if not loads_the_copy(folder):
+    with ExitStack() as stack:
+        names = [stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(WORKERS)]
+        folders = [Path(name).resolve() for name in names]
+        for folder in folders:
+            tree_copy(folder)
+        if not loads_the_copy(folders[0]):
             print("the copy of the package is not the one imported")
             return 1
-        code, seconds, output = run_tests(folder, tests)
+        code, seconds, output = run_tests(folders[0], tests)
         if code != 0:
             print(output, f"\nthe unbroken package fails its tests (pytest exit {code})")
             return 1
         print(f"unbroken: {len(tests)} tests green in {seconds:.0f} s\n")
-        survivors = 0
-        for mutation in chosen:
-            result, seconds = verdict(folder, mutation)
-            survivors += result != "red"
-            print(f"{mutation.point:6} {mutation.slip:70.70} {seconds:5.0f} s  {result}", flush=True)
+        survivors = try_all(chosen, folders)
     print(f"\n{len(chosen) - survivors} passed, {survivors} failed")
     return int(survivors > 0)
 

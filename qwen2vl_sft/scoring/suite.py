@@ -265,7 +265,7 @@ def self_test(
         if alone.predictions[0] != together.predictions[i] and (best[-1] - best[-2] > (1e-4 if exact else BFLOAT16_MARGIN)):
             raise RunFailure(f"self-test: sample {i} of {data.task.name} is '{alone.predictions[0]}' alone and '{together.predictions[i]}' in a batch; scores can't be trusted with model.attention as set")
 
-# %% ../../nbs/43_scoring.suite.ipynb #011a59bf
+# %% ../../nbs/43_scoring.suite.ipynb #64f9aff3
 def candidates_of(
     run: RunDir,
     steps: list[int] | None = None,  # None: all
@@ -311,7 +311,7 @@ def score_candidates(
     scorer.cache = VisionCache(project_root() / "prepared" / "vision-cache.sqlite", model, scorer.encoder.images)
 
     def activate(candidate: Candidate) -> Any:
-        if candidate.folder and hasattr(model, "set_adapter"):
+        if hasattr(model, "peft_config"):
             model.set_adapter(candidate.checkpoint)
         return nullcontext(model)
 
