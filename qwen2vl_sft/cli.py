@@ -40,23 +40,41 @@ def _here(path: str) -> str:
     "An absolute path for a file that exists in the working directory."
     return str(Path(path).resolve()) if Path(path).is_file() else path
 
-# %% ../nbs/90_cli.ipynb #ea5d0ece
+# %% ../nbs/90_cli.ipynb #051cccd6
 @app.command()
 def prepare(
-    suite: Annotated[str, typer.Argument(help="The suite's YAML file.")],
+    suite: Annotated[str | None, typer.Argument(help="The suite's YAML file.", show_default=False)] = None,
+    data: Annotated[str | None, typer.Option("--from", help="A file or folder of labelled images: understand it and write a suite file to edit.", show_default=False)] = None,
+    out: Annotated[str | None, typer.Option(help="With --from: the suite file to write.", show_default="suite.yaml beside the data")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 2 if any row was quarantined.")] = False,
+    recipe: Annotated[str | None, typer.Option(help="Forecast lengths, steps and memory for this recipe too.", show_default=False)] = None,
     notebook: AsNotebook = False,
 ) -> None:
     """Read a suite's images, audit them, split without leaks and write Parquet to prepared/<suite>/.
 
     Example: qwen2vl-sft prepare suites/demo.yaml
+
+    Example: qwen2vl-sft prepare --from pets.csv
     """
+    if (suite is None) == (data is None):
+        raise InputError("name either a suite file or, with --from, a file or folder of data")
+    config = training_config(_here(recipe), None) if recipe else None
+    if data:
+        from qwen2vl_sft.data.guess import guess_suite
+
+        suite = str(guess_suite(data, out))
     if notebook:
         print(run_notebook("prepare", {"suite": _here(suite)}))
-        return
+        if not (strict or config):
+            return
     from qwen2vl_sft.data.prepare import prepare as prepare_suite
     from qwen2vl_sft.tasks import load_suite
 
-    prepare_suite(load_suite(workbench_file(_here(suite))))
+    prepared = prepare_suite(load_suite(workbench_file(_here(suite))), strict=strict)
+    if config:
+        from qwen2vl_sft.data.guess import forecast_prepared
+
+        print("\n".join(forecast_prepared(prepared, config)))
 
 # %% ../nbs/90_cli.ipynb #dfdbd01d
 @app.command()

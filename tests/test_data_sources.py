@@ -1,5 +1,6 @@
 """Readers: every row comes out once, whatever the file holds; a bad file is one clear InputError."""
 import base64
+import io
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from qwen2vl_sft.core import InputError
 from qwen2vl_sft.data.sources import LAZY_READERS, READERS, Row, locate_image, read_rows, reader_of, source_contents
@@ -249,3 +251,232 @@ def test_any_csv_record_is_one_row(tmp_path, records):
         writer.writerows([("image", "label"), *records])
     rows = rows_of(tmp_path, format="csv", path="x.csv")
     assert [row.label for row in rows] == [label for _, label in records]
+
+
+# --- JSON, conversations, Label Studio, Hugging Face ---------------------------------------------
+
+def human(text, answer="cat"):
+    return [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def test_json_lists_lines_and_single_objects(table):
+    write_json(table / "x.json", [{"image": "a.png", "label": "cat"}, 7, {"image": "b.png"}])
+    assert [(row.label, (row.reason or "fine").split(":")[0]) for row in rows_of(table, format="json", path="x.json")] == [
+        ("cat", "fine"), (None, "not_json"), (None, "fine")]
+    (table / "x.json").write_text('{"image": "a.png", "label": "cat"}\n{"image": \n')
+    assert len(rows_of(table, format="json", path="x.json")) == 2
+    (table / "x.json").write_text('{"image": \n{"image": "a.png", "label": "cat"}\n')
+    assert len(rows_of(table, format="json", path="x.json")) == 2
+    (table / "x.json").write_text(json.dumps({"image": "a.png"}, indent=2))
+    assert "one JSON object" in error_of(table, format="json", path="x.json")
+    (table / "x.json").write_text('[{"image": "a.png"},')
+    assert "x.json: not readable as JSON" in error_of(table, format="json", path="x.json")
+    (table / "x.json").write_text("[" * 200_000)
+    assert "not readable as JSON" in error_of(table, format="json", path="x.json")
+    (table / "x.json").write_text("[" + "9" * 10_000 + "]")
+    assert "not readable as JSON" in error_of(table, format="json", path="x.json")
+
+
+def test_half_characters_and_file_names_that_are_not_text(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"image": "a.png", "label": "\\ud800", "id": "\\udc80"}\n{"image": "\\ud800.png", "label": "cat"}\n')
+    rows = rows_of(tmp_path, format="jsonl", path="x.jsonl")
+    assert [row.reason.split(":")[0] for row in rows] == ["bad_characters", "missing_file"]
+    (tmp_path / "f" / "cat").mkdir(parents=True)
+    (tmp_path / "f" / "cat" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"x")
+    rows += rows_of(tmp_path, format="folder", path="f")
+    assert rows[2].reason.startswith("bad_characters") and len(rows) == 3
+    for row in rows:
+        "".join(filter(None, (row.id, row.label, row.where, row.reason, row.path))).encode()
+
+
+@pytest.mark.parametrize(("text", "question", "notes"), [
+    ("<image>\nWhich pet?", "Which pet?", 0), ("<image>Which pet?", "Which pet?", 0), ("Which pet?\n<image>", "Which pet?", 0),
+    ("  <image>  Which pet?", "Which pet?", 0), ("Which pet?", "Which pet?", 0), ("请看<image>这张图", "请看这张图", 1),
+    ("See <image> and say: which pet?", "See and say: which pet?", 1), ("See\n<image>\nWhich pet?", "See\nWhich pet?", 1),
+])
+def test_the_placeholder_may_stand_anywhere(table, text, question, notes):
+    write_json(table / "x.json", [{"image": "a.png", "conversations": human(text)}])
+    (row,) = rows_of(table, format="llava", path="x.json")
+    assert (row.question, row.label, row.reason, len(row.notes)) == (question, "cat", None, notes)
+
+
+def test_a_text_of_spaces_takes_no_time(table):
+    write_json(table / "x.json", [{"image": "a.png", "conversations": human(" \n" * 500_000 + "x" + " \n" * 500_000)}])
+    assert rows_of(table, format="llava", path="x.json")[0].question == "x"
+
+
+CHATS = {
+    "several_images": {"images": ["a.png", "b.png"], "conversations": human("<image><image>Which?")},
+    "several_images ": {"images": ["a.png"], "conversations": human("<image><image>Which?")},
+    "no_image": {"images": [], "conversations": human("Which?")},
+    "no_image ": {"conversations": human("Which?")},
+    "several_turns": {"images": ["a.png"], "conversations": human("<image>Which?") * 2},
+    "not_a_conversation": {"images": ["a.png"], "conversations": [{"from": "gpt", "value": "hello"}]},
+    "not_a_conversation ": {"images": ["a.png"], "conversations": []},
+    "not_a_conversation  ": {"images": ["a.png"], "conversations": "Which?"},
+    "not_a_conversation   ": {"images": ["a.png"], "conversations": [{"value": "Which?"}, 7]},
+    "not_a_conversation    ": {"images": ["a.png"], "conversations": human("Which?", "see <image>")},
+    "no_question": {"images": ["a.png"], "conversations": human("<image>")},
+    "outside_root": {"images": ["../a.png"], "conversations": human("<image>Which?")},
+    "other_media": {"images": ["a.png"], "videos": ["x.mp4"], "conversations": human("<image>Which?")},
+    "not_json": 7,
+}
+
+
+def test_conversations_that_are_no_sample_are_rows_with_their_reason(table):
+    write_json(table / "x.json", list(CHATS.values()))
+    rows = rows_of(table, format="llamafactory", path="x.json")
+    assert [row.reason.split(":")[0] for row in rows] == [code.strip() for code in CHATS]
+    assert [rows[4].question, rows[4].where] == ["Which?", "x.json, row 5"]
+
+
+def test_llama_factory_description_with_tags_system_and_columns(table):
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant", "system_tag": "sys"}
+    turns = [{"role": "sys", "content": "Be brief."}, {"role": "user", "content": "<image>Which?"}, {"role": "assistant", "content": "cat"}]
+    write_json(table / "x.json", [{"talk": turns, "pics": ["a.png"]}, {"talk": turns[1:], "pics": "b.png", "sys_text": "Be long."}])
+    columns = {"messages": "talk", "images": "pics", "system": "sys_text"}
+    write_json(table / "dataset_info.json", {
+        "pets": {"file_name": "x.json", "formatting": "sharegpt", "columns": columns, "tags": tags},
+        "hub": {"hf_hub_url": "someone/pets"}, "away": {"file_name": "../x.json"}, "pairs": {"file_name": "x.json", "ranking": True}})
+    first, second = rows_of(table, format="llamafactory", path="dataset_info.json", dataset="pets")
+    assert first.notes == ("system_prompt_left_out: Be brief.",) and second.notes == ("system_prompt_left_out: Be long.",)
+    assert {first.label, second.label} == {"cat"} and second.path == str(table / "b.png")
+    assert "Did you mean 'pets'?" in error_of(table, format="llamafactory", path=".", dataset="pet")
+    assert "names no file" in error_of(table, format="llamafactory", path=".", dataset="hub")
+    assert "is outside of" in error_of(table, format="llamafactory", path=".", dataset="away")
+    assert "preference" in error_of(table, format="llamafactory", path=".", dataset="pairs")
+    (table / "dataset_info.json").write_text("[]")
+    assert "no dataset_info.json" in error_of(table, format="llamafactory", path=".", dataset="pets")
+
+
+def test_alpaca(table):
+    rows = [{"instruction": "Which?", "input": "Look.", "output": "cat", "images": ["a.png"]},
+            {"instruction": "Which?", "output": "cat", "images": ["a.png"], "history": [["a", "b"]]},
+            {"instruction": ["Which?"], "output": "cat", "images": ["a.png"]}, {"output": "cat", "images": ["a.png"]}]
+    write_json(table / "x.json", rows)
+    rows = rows_of(table, format="llamafactory", path="x.json", formatting="alpaca")
+    assert rows[0].question == "Which?\nLook." and rows[0].label == "cat"
+    assert [row.reason.split(":")[0] for row in rows[1:]] == ["several_turns", "not_a_conversation", "no_question"]
+    assert "Did you mean 'alpaca'?" in error_of(table, format="llamafactory", path="x.json", formatting="alpacca")
+
+
+def test_content_in_parts(table):
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Which?"}]
+    urls = [{"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}, {"type": "text", "text": "Which?"}]
+    write_json(table / "x.json", [{"conversations": human(parts, [{"type": "text", "text": "cat"}])}, {"conversations": human(urls)}])
+    first, second = rows_of(table, format="llamafactory", path="x.json")
+    assert (first.question, first.label, first.path) == ("Which?", "cat", str(table / "a.png"))
+    assert second.reason.startswith("remote_image")
+
+
+def test_only_and_without_divide_a_file_without_remainder(table):
+    texts = ["Which?", "What colour?", "Which?", "Unique?"]
+    write_json(table / "x.json", [{"image": "a.png", "conversations": human(text)} for text in texts] + [{}])
+    parts = [{"only": ["Which?", None]}, {"only": ["What colour?"]}, {"without": ["Which?", "What colour?", None]}]
+    found = [rows_of(table, format="llava", path="x.json", **part) for part in parts]
+    assert [len(rows) for rows in found] == [3, 1, 1] and found[0][0].question is None and found[2][0].question == "Unique?"
+    for bad in ("Which?", [], [3]):
+        assert "list of questions" in error_of(table, format="llava", path="x.json", only=bad)
+
+
+def test_label_studio(table):
+    def task(*answers, **more):
+        result = [{"type": kind, "from_name": name, "value": {"choices" if kind == "choices" else "text": value}} for kind, name, value in answers]
+        return {"id": 5, "data": {"image": "/data/local-files/?d=a.png"}, "annotations": [{"result": result}]} | more
+
+    cat, dog, note = ("choices", "pet", ["cat"]), ("choices", "pet", ["dog"]), ("textarea", "note", ["it sleeps"])
+    write_json(table / "x.json", [
+        task(cat), task(cat, note), task(note), task(("choices", "pet", ["cat", "dog"])), task(),
+        task(cat) | {"annotations": task(cat)["annotations"] + task(dog)["annotations"]},
+        task(cat) | {"annotations": task(cat)["annotations"] * 2}, task() | {"annotations": [{"was_cancelled": True, "result": None}]},
+        task() | {"annotations": [{"result": [{"type": "choices", "from_name": "pet"}]}]}, {"id": 6}, 7, task(cat) | {"data": {"image": "../a.png"}}])
+    rows = rows_of(table, format="labelstudio", path="x.json", label="pet")
+    assert [row.label or row.reason.split(":")[0] for row in rows] == [
+        "cat", "cat", "empty_label", "several_answers", "empty_label", "several_answers", "cat", "empty_label",
+        "not_a_conversation", "not_json", "not_json", "cat"]
+    assert rows[0].path == str(table / "a.png") and rows[11].reason.startswith("outside_root")
+    assert rows_of(table, format="labelstudio", path="x.json")[1].reason.startswith("several_answers: cat, it sleeps")
+
+
+def test_hugging_face_splits_columns_and_broken_folders(tmp_path):
+    import datasets
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "PNG")
+    cell = {"bytes": buffer.getvalue(), "path": None}
+    features = datasets.Features({"pics": datasets.List(datasets.Image()), "class": datasets.ClassLabel(names=["cat", "dog"])})
+    data = datasets.Dataset.from_dict({"pics": [[cell], [cell, cell], []], "class": [1, 0, None]}, features)
+    datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(tmp_path / "saved")
+    source = {"format": "huggingface", "path": "saved", "image": "pics", "label": "class"}
+    rows = rows_of(tmp_path, **source, split="train")
+    assert [row.label for row in rows] == ["dog", "cat", None] and rows[0].image == buffer.getvalue()
+    assert rows[1].reason.startswith("several_images") and rows[2].reason.startswith("no_image")
+    assert "Its splits: train, test" in error_of(tmp_path, **source)
+    assert "Did you mean 'train'?" in error_of(tmp_path, **source, split="trian")
+    assert "no column 'image'" in error_of(tmp_path, format="huggingface", path="saved", split="test")
+    before = source_contents(source, tmp_path)
+    (tmp_path / "saved" / "train" / "state.json").write_text("{")
+    assert source_contents(source, tmp_path) != before
+    assert "not readable as a Hugging Face dataset" in error_of(tmp_path, **source, split="train")
+
+
+def test_a_dataset_on_a_hub_that_is_out_of_reach_is_one_clear_line(tmp_path):
+    assert "not readable as a Hugging Face dataset" in error_of(tmp_path, format="huggingface", path="someone/pets", split="train")
+
+
+READERS_OF_JSON = [("json", {}), ("jsonl", {}), ("llava", {}), ("llamafactory", {}), ("llamafactory", {"formatting": "alpaca"}), ("labelstudio", {})]
+
+
+@HOSTILE
+@given(st.binary(max_size=300), st.sampled_from(READERS_OF_JSON), st.sampled_from([b"", b"[", b"{", b'[{"data": ', b'[{"conversations": ']))
+def test_random_bytes_as_json(tmp_path, content, how, start):
+    (tmp_path / "x").write_bytes(start + content)
+    try:
+        rows = rows_of(tmp_path, format=how[0], path="x", **how[1])
+    except InputError:
+        return
+    assert all(isinstance(row, Row) for row in rows)
+
+
+KEYS = ["conversations", "messages", "from", "value", "images", "image", "instruction", "output", "history", "data", "annotations", "result", "type", "choices", "text", "id"]
+WORDS = st.sampled_from(["human", "gpt", "system", "<image>", "<image>Which?", "cat", "choices", "textarea", "a.png", "../a.png"])
+RECORDS = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5) | WORDS,
+                       lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4), max_leaves=12)
+
+
+@HOSTILE
+@given(st.lists(RECORDS, max_size=6), st.sampled_from([how for how in READERS_OF_JSON if how[0] != "jsonl"]))
+def test_any_json_list_gives_one_row_a_record(tmp_path, records, how):
+    (tmp_path / "x").write_text(json.dumps(records))
+    rows = rows_of(tmp_path, format=how[0], path="x", **how[1])
+    assert len(rows) == len(records)
+    for row in rows:
+        assert row.reason or row.path or row.image is not None
+        assert all(value is None or isinstance(value, str) for value in (row.label, row.question, row.source, row.id))
+        json.dumps([row.id, row.label, row.question, row.reason], ensure_ascii=False).encode()
+
+
+@HOSTILE
+@given(RECORDS, st.binary(max_size=60))
+def test_any_dataset_info_is_rows_or_an_input_error(tmp_path, entry, content):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": entry}))
+    (tmp_path / "x.json").write_bytes(content)
+    try:
+        rows_of(tmp_path, format="llamafactory", path=".", dataset="x")
+    except InputError:
+        return
+
+
+@HOSTILE
+@given(st.dictionaries(st.sampled_from(["file_name", "formatting", "columns", "tags", "ranking"]), RECORDS | st.just("x.json"), min_size=1))
+def test_any_description_is_rows_or_an_input_error(tmp_path, entry):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": entry}))
+    write_json(tmp_path / "x.json", [{"conversations": human("<image>Which?")}])
+    try:
+        rows_of(tmp_path, format="llamafactory", path=".", dataset="x")
+    except InputError:
+        return

@@ -1,0 +1,101 @@
+"""`qwen2vl-sft prepare`: from data that nobody has described, strictly, with a recipe's forecast."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from qwen2vl_sft import cli
+from qwen2vl_sft.data.prepare import Prepared
+
+
+@pytest.fixture
+def pets(project):
+    "Twenty pictures with labels in a CSV file whose columns have names of its own."
+    rng = np.random.default_rng(0)
+    (project / "data").mkdir()
+    with open(project / "data" / "pets.csv", "w", newline="") as stream:
+        table = csv.writer(stream)
+        table.writerow(["file", "breed"])
+        for number in range(20):
+            Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(project / "data" / f"{number}.png")
+            table.writerow([f"{number}.png", ["cat", "dog"][number % 2]])
+    return project / "data"
+
+
+def test_from_a_table_to_prepared_data_without_edits(pets, project, capsys):
+    assert cli.main(["prepare", "--from", str(pets / "pets.csv"), "--strict"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("read as csv from pets.csv", "image: file", "label: breed", "20 rows", "cat 10, dog 10", "sample:", f"wrote {pets / 'suite.yaml'}"):
+        assert part in shown
+    prepared = Prepared(project / "prepared" / "pets")
+    assert prepared.suite.task("pets").labels == ["cat", "dog"] and prepared.audit["accepted"] == 20
+    assert cli.main(["prepare", "--from", str(pets / "pets.csv")]) == 0  # again: nothing changes
+    assert cli.main(["prepare", str(pets / "suite.yaml")]) == 0
+
+
+def test_an_edited_suite_is_not_overwritten(pets, capsys):
+    assert cli.main(["prepare", "--from", str(pets / "pets.csv")]) == 0
+    edited = (pets / "suite.yaml").read_text().replace("Which label fits", "Which pet fits")
+    (pets / "suite.yaml").write_text(edited)
+    capsys.readouterr()
+    assert cli.main(["prepare", "--from", str(pets / "pets.csv")]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "exists already; prepare it with `qwen2vl-sft prepare" in shown
+    assert (pets / "suite.yaml").read_text() == edited
+
+
+def test_the_suite_can_be_written_elsewhere(pets, project, capsys):
+    assert cli.main(["prepare", "--from", str(pets / "pets.csv"), "--out", str(project / "suites" / "mine.yaml")]) == 0
+    content = yaml.safe_load((project / "suites" / "mine.yaml").read_text())
+    assert content["tasks"][0]["sources"]["all"]["path"] == "../data/pets.csv" and not (pets / "suite.yaml").exists()
+
+
+def test_strict_exits_with_2_after_preparing(pets, project, capsys):
+    (pets / "3.png").write_bytes(b"no picture")
+    assert cli.main(["prepare", "--from", str(pets / "pets.csv")]) == 0
+    assert cli.main(["prepare", str(pets / "suite.yaml"), "--strict"]) == 2
+    assert "1 rows are quarantined" in capsys.readouterr().err
+    assert Prepared(project / "prepared" / "pets").audit["reasons"] == {"not_an_image": 1}
+
+
+def test_the_forecast_of_a_recipe(pets, root, capsys):
+    assert cli.main(["prepare", "--from", str(pets / "pets.csv"), "--recipe", str(root / "recipes" / "qwen2-vl-7b-mix.yaml")]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("Qwen/Qwen2-VL-7B-Instruct, at most 571,536 pixels") and "1 steps of 32 an epoch" in line and "qlora" in line
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "name either a suite file or, with --from"),
+    (["suite.yaml", "--from", "data"], "name either a suite file or, with --from"),
+    (["--from", "nothing"], "doesn't exist"),
+    (["--from", "data/pets.csv", "--recipe", "nothing.yaml"], "no such file"),
+])
+def test_bad_input_is_one_line(pets, project, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(project)
+    assert cli.main(["prepare", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1 and message in shown.err and shown.out == ""
+
+
+def test_random_bytes_in_every_format_are_no_traceback(project, capsys):
+    rng = np.random.default_rng(0)
+    for suffix in ("csv", "tsv", "json", "jsonl", "parquet", "xlsx", "zip"):
+        for size in (0, 1, 40, 4000):
+            file = project / f"x.{suffix}"
+            file.write_bytes(rng.bytes(size))
+            assert cli.main(["prepare", "--from", str(file)]) == 2
+            assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_rows_without_a_picture_are_counted_not_fatal(pets, project, capsys):
+    turns = [{"from": "human", "value": "<image>Which pet?"}, {"from": "gpt", "value": "cat"}]
+    records = [{"image": f"{i}.png", "conversations": [turns[0], turns[1] | {"value": ["cat", "dog"][i % 2]}]} for i in range(20)]
+    records += [{"conversations": turns}, {"image": ["1.png", "2.png"], "conversations": turns}, {"image": "3.png", "conversations": turns * 2}, 7]
+    (pets / "chat.json").write_text(json.dumps(records))
+    assert cli.main(["prepare", "--from", str(pets / "chat.json")]) == 0
+    audit = Prepared(project / "prepared" / "chat").audit
+    assert audit["rows_read"] == 24 and audit["reasons"] == {"no_image": 1, "several_images": 1, "several_turns": 1, "not_json": 1}
