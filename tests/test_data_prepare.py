@@ -2,13 +2,17 @@
 import errno
 import io
 import json
+import multiprocessing
 import os
 import pickle
+import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,9 +20,10 @@ import pytest
 from PIL import Image
 
 from qwen2vl_sft.core import InputError, RunFailure, sha256_of
+from qwen2vl_sft.data import audit
 from qwen2vl_sft.data import prepare as module
 from qwen2vl_sft.data.audit import Checked, Limits
-from qwen2vl_sft.data.prepare import FRACTIONS, SCHEMA, Prepared, Rows, divide, load_split, parts_to_draw, prepare
+from qwen2vl_sft.data.prepare import FRACTIONS, SCHEMA, Prepared, Rows, divide, draw_folds, load_split, parts_to_draw, prepare
 from qwen2vl_sft.tasks import SPLITS, Suite, Task, load_suite
 
 
@@ -190,6 +195,67 @@ def test_the_order_of_rows_and_their_number_do_not_move_old_ones(tmp_path):
     assert sum(fresh.values()) == 90
 
 
+@pytest.fixture
+def small(tmp_path):
+    "47 rows, two of each clip; `all` is to be divided."
+    write_table(tmp_path, "all.csv", [("ab"[i % 2], i, f"clip{i // 2}") for i in range(47)])
+    return suite_of(tmp_path, all="all.csv")
+
+
+def test_folds_test_each_row_once_and_keep_clips_together(small, tmp_path):
+    prepared = prepare(small, tmp_path / "out", folds=4)
+    tested, validated = Counter(), Counter()
+    for number in range(4):
+        part = prepared.fold("t", number)
+        clips = {split: set(part[split].column("source")) for split in SPLITS}
+        assert not clips["test"] & clips["train"] and not clips["test"] & clips["validation"] and not clips["train"] & clips["validation"]
+        assert sum(map(len, part.values())) == 47 and 10 <= len(part["test"]) <= 13
+        assert [row["id"] for row in part["test"]] == part["test"].column("id")
+        assert all(sha256_of(row["image"]) == row["sha256"] for row in part["validation"])
+        tested.update(part["test"].column("id"))
+        validated.update(part["validation"].column("id"))
+    assert len(tested) == len(validated) == 47 and {*tested.values(), *validated.values()} == {1}
+
+
+def test_folds_stay_when_rows_are_added_or_folds_are_not_mentioned(small, tmp_path, capsys):
+    prepare(small, tmp_path / "out", folds=3)
+    before = splits_of_task(tmp_path / "out" / "s", "t")
+    prepare(small, tmp_path / "out")  # as training does
+    assert "up to date" in capsys.readouterr().out
+    write_table(tmp_path, "more.csv", [("a", i) for i in range(100, 130)])
+    add_rows(tmp_path / "all.csv", *(tmp_path / "more.csv").read_text().split()[1:])
+    prepared = prepare(small, tmp_path / "out")
+    after = splits_of_task(prepared.folder, "t")
+    assert len(after) == 77 and all(after[sha] == place for sha, place in before.items())
+    assert prepared.audit["settings"]["folds"] == 3
+    assert "fold" not in pq.read_schema(prepare(small, tmp_path / "out", folds=0).folder / "splits.parquet").names
+
+
+def test_folds_with_a_given_test_set(given, tmp_path):
+    del given.tasks[0].sources["validation"]
+    prepared = prepare(given, tmp_path / "out", folds=3)
+    parts = [prepared.fold("t", number) for number in range(3)]
+    assert [len(part["validation"]) for part in parts] == [2, 2, 2] and [len(part["train"]) for part in parts] == [4, 4, 4]
+    assert all(part["test"].column("id") == ["test.csv:1", "test.csv:2"] for part in parts)
+
+
+def test_folds_that_cannot_be(given, small, tmp_path):
+    with pytest.raises(InputError, match="3 or more"):
+        prepare(given, tmp_path / "out", folds=2)
+    with pytest.raises(InputError, match="without folds"):
+        prepare(given, tmp_path / "out").fold("t", 0)
+    with pytest.raises(InputError, match="gives all its splits"):
+        prepare(given, tmp_path / "out", folds=3).fold("t", 0)
+    with pytest.raises(InputError, match="there are 0 to 2"):
+        prepare(small, tmp_path / "small", folds=3).fold("t", 3)
+
+
+def test_a_row_that_joins_two_folds_is_in_none():
+    records = [Checked("t", "all", sha, "", label="a", group="g", sha256=sha) for sha in ("aa", "bb", "cc")]
+    assert draw_folds(records, 3, {"aa": 0, "bb": 2}) == [0, 2, None]
+    assert draw_folds(records, 3, {"aa": 1}) == [1, 1, 1]
+
+
 def test_a_row_that_joins_two_splits_is_quarantined():
     def record(id, sha, group):
         return Checked("t", "all", id, "", label="a", group=group, sha256=sha)
@@ -267,38 +333,180 @@ def test_a_failure_leaves_the_old_state(given, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if not path.name.endswith(".lock")) == ["s"]
 
 
-SLOW = """
-import sys, time
-from pathlib import Path
-import qwen2vl_sft.data.prepare as module
-from test_data_prepare import suite_of
-slow = module.inspect_row
-def inspect_row(row, *rest):
-    print("row", flush=True)
-    time.sleep(0.05)
-    return slow(row, *rest)
-module.inspect_row = inspect_row
-folder = Path(sys.argv[1])
-module.prepare(suite_of(folder, train="train.csv", validation="validation.csv", test="test.csv"), folder / "out")
-"""
+# --- kill -9 ----------------------------------------------------------------------------------
+
+def dying(owner, name: str, times: int):
+    "Replace a function by one that is killed instead of running for the (times + 1)-th time."
+    function, calls = getattr(owner, name), iter(range(times))
+
+    def counted(*arguments, **options):
+        if next(calls, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+
+    setattr(owner, name, counted)
 
 
-def test_kill_9_leaves_nothing_half_and_the_next_run_finishes(given, tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
-    process = subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
-    for line in process.stdout:
-        if line.strip() == b"row":
-            break
-    time.sleep(0.15)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert not (tmp_path / "out" / "s").exists()
-    with pytest.raises(InputError, match="no prepared data"):
-        Prepared(tmp_path / "out" / "s")
-    prepared = prepare(given, tmp_path / "out")
-    assert tree(prepared.folder) == tree(prepare(given, tmp_path / "other").folder)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) in (["s"], [".s.lock", "s"])
+def prepare_in_child(folder, out, workers, place, times) -> None:
+    inspect = module.inspect_row
+
+    def slowly(*arguments):
+        with open(folder / "inspected", "a") as file:
+            file.write("x")
+        time.sleep(0.01)
+        return inspect(*arguments)
+
+    module.inspect_row, module.CHUNK_ROWS, module.ROWS_BEFORE_WORKERS, module.GROUP_ROWS = slowly, 4, 8, 3
+    audit.forecast = lambda *_: {}  # imports transformers, which takes longer than all the rest
+    if place:
+        owner, _, name = place.partition(".")
+        dying({"module": module, "Path": Path, "shutil": shutil, "Progress": module.Progress}[owner], name, times)
+    module.prepare(two_tasks(folder), out, workers=workers, folds=3)
+
+
+def two_tasks(folder) -> Suite:
+    one = {"all": {"format": "csv", "path": "all.csv"}}
+    two = {"train": {"format": "csv", "path": "train.csv"}, "test": {"format": "csv", "path": "test.csv"}}
+    return Suite(name="s", folder=folder, tasks=[
+        Task(name=name, question="?", labels=["a", "b"], sources=sources) for name, sources in (("one", one), ("two", two))])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    "A suite of 52 rows in 14 chunks, one picture broken, and what preparing it gives."
+    folder = tmp_path_factory.mktemp("suite")
+    write_table(folder, "all.csv", [("ab"[i % 2], i, f"clip{i // 2}") for i in range(24)])
+    write_table(folder, "train.csv", [("ab"[i % 2], i) for i in range(100, 120)])
+    write_table(folder, "test.csv", [("ab"[i % 2], i) for i in range(200, 208)])
+    (folder / "img" / "7.png").write_bytes(picture(7)[:60])
+    prepare(two_tasks(folder), folder / "warm", workers=0)  # imports what its children need
+    began = time.perf_counter()
+    finish(folder, folder / "out")
+    return folder, tree(folder / "out" / "s"), time.perf_counter() - began
+
+
+def child(folder, out, workers=0, place="", times=0):
+    (folder / "inspected").write_text("")
+    process = multiprocessing.get_context("fork").Process(target=prepare_in_child, args=(folder, out, workers, place, times))
+    process.start()
+    return process
+
+
+def end(process) -> int:
+    process.join(60)
+    return process.exitcode
+
+
+def finish(folder, out, workers=0) -> int:
+    "Prepare to the end; returns how many rows were inspected."
+    assert end(child(folder, out, workers)) == 0
+    assert [path.name for path in sorted(out.iterdir()) if not path.name.endswith(".lock")] == ["s"]
+    return len((folder / "inspected").read_text())
+
+
+PLACES = [  # the call that kill -9 comes before, and how many of its calls went well
+    ("module.write_chunk", 0), ("module.write_chunk", 5), ("module.settle_splits", 1), ("module.write_task", 1),
+    ("Progress.finish_task", 0), ("module.write_tables", 0), ("Progress.publish", 0), ("Path.rename", 3),
+    ("Path.rename", 13), ("shutil.rmtree", 4), ("shutil.rmtree", 7), ("shutil.rmtree", 9), ("shutil.rmtree", 10)]
+
+
+@pytest.mark.parametrize(("place", "times"), PLACES)
+def test_killed_anywhere_it_continues_and_ends_the_same(undisturbed, tmp_path, place, times):
+    folder, expected, _ = undisturbed
+    assert end(child(folder, tmp_path, 0, place, times)) == -signal.SIGKILL
+    before = len((folder / "inspected").read_text())
+    after = finish(folder, tmp_path)
+    assert tree(tmp_path / "s") == expected
+    assert before + after <= 52 + 4  # at most one chunk is inspected twice
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_at_a_random_time_with_workers(undisturbed, tmp_path, seed):
+    folder, expected, seconds = undisturbed
+    reading, writing = os.pipe()
+    process = child(folder, tmp_path, 2)
+    os.close(writing)
+    time.sleep(np.random.default_rng(seed).uniform(0, seconds))
+    process.kill()
+    assert select.select([reading], [], [], 10)[0], "a worker outlived its parent"  # its end of the pipe is open
+    os.close(reading)
+    finish(folder, tmp_path, 2)
+    assert tree(tmp_path / "s") == expected
+
+
+@pytest.mark.parametrize("place", [("Path.rename", 23), ("Path.rename", 24)])
+def test_killed_while_replacing_it_keeps_the_old_splits(undisturbed, tmp_path, place):
+    source, _, _ = undisturbed
+    folder = tmp_path / "suite"
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("out"))
+    finish(folder, tmp_path / "out")
+    old = splits_of_task(tmp_path / "out" / "s", "one")
+    write_table(folder, "more.csv", [("a", i) for i in range(300, 340)])
+    (folder / "all.csv").write_text((folder / "all.csv").read_text() + "".join((folder / "more.csv").read_text().splitlines(True)[1:]))
+    assert end(child(folder, tmp_path / "out", 0, *place)) == -signal.SIGKILL
+    finish(folder, tmp_path / "out")
+    new = splits_of_task(tmp_path / "out" / "s", "one")
+    assert len(new) == len(old) + 40 and all(new[key] == value for key, value in old.items())
+
+
+def splits_of_task(folder, task) -> dict:
+    table = pq.read_table(folder / "splits.parquet").to_pandas()
+    table = table[table["task"] == task]
+    return dict(zip(table["sha256"], zip(table["split"], table["fold"], strict=True), strict=True))
+
+
+def test_other_settings_do_not_take_up_what_was_begun(undisturbed, tmp_path):
+    folder, _, _ = undisturbed
+    assert end(child(folder, tmp_path, 0, "module.write_tables", 0)) == -signal.SIGKILL
+    (tmp_path / ".s.state" / "0000.json").write_text("{}")  # would be believed
+    prepared = prepare(two_tasks(folder), tmp_path, limits=Limits(near_bits=1))
+    assert prepared.audit["rows_read"] == 52 and sorted(path.name for path in tmp_path.iterdir() if "lock" not in path.name) == ["s"]
+
+
+def test_a_damaged_chunk_or_task_is_read_again(undisturbed, tmp_path):
+    folder, expected, _ = undisturbed
+    assert end(child(folder, tmp_path, 0, "module.settle_splits", 1)) == -signal.SIGKILL
+    chunk = tmp_path / ".s.state" / "0001" / "train-000002.arrow"
+    chunk.write_bytes(chunk.read_bytes()[:-100])  # as after a power cut
+    (tmp_path / ".s.next" / "one" / "train-00000.parquet").write_bytes(b"PAR1")
+    assert finish(folder, tmp_path) == 24 + 4
+    assert tree(tmp_path / "s") == expected
+
+
+def test_workers_give_the_same_files(undisturbed, tmp_path):
+    folder, expected, _ = undisturbed
+    for workers in (1, 3):
+        assert finish(folder, tmp_path / str(workers), workers) == 52
+        assert tree(tmp_path / str(workers) / "s") == expected
+
+
+def test_a_worker_that_dies_is_a_clear_failure(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ROWS_BEFORE_WORKERS", 0)
+    monkeypatch.setattr(module, "inspect_row", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RunFailure, match=r"a worker process died.*fewer workers"):
+        prepare(given, tmp_path / "out", workers=1)
+
+
+def test_image_bytes_in_memory_stay_bounded(tmp_path, monkeypatch):
+    "60 pictures of 0.5 MB are read and written with a tenth of that in Arrow's memory."
+    import pyarrow as pa
+
+    write_table(tmp_path, "all.csv", [("ab"[i % 2], i) for i in range(2)])
+    pixels = np.random.default_rng(0)
+    for i in range(60):
+        picture = Image.fromarray(pixels.integers(0, 256, (300, 600, 3), dtype=np.uint8))
+        picture.save(tmp_path / "img" / f"{i}.bmp")
+    (tmp_path / "all.csv").write_text("image,label\n" + "".join(f"img/{i}.bmp,a\n" for i in range(60)))
+    for name, value in (("CHUNK_ROWS", 8), ("SHARD_BYTES", 4_000_000)):
+        monkeypatch.setattr(module, name, value)
+    allocated = []
+    monkeypatch.setattr(module, "stored_row", lambda *arguments: (allocated.append(pa.total_allocated_bytes()), module_stored_row(*arguments))[1])
+    prepared = prepare(suite_of(tmp_path, all="all.csv"), tmp_path / "out", workers=0)
+    assert len(list((prepared.folder / "t").glob("train-*"))) >= 6 and max(allocated) < 4_000_000
+    assert sum(map(len, (prepared.split("t", split) for split in SPLITS))) == 60
+
+
+module_stored_row = module.stored_row
 
 
 def test_a_full_disk_is_a_clear_failure(given, tmp_path, monkeypatch):
@@ -340,6 +548,44 @@ def test_shards_and_a_small_image_cache(given, tmp_path, monkeypatch):
         rows[6]
     copy = pickle.loads(pickle.dumps(rows))
     assert copy[2] == whole[2] and len(rows) == 6
+
+
+def test_shuffled_access_reads_little_more_than_the_row(tmp_path, monkeypatch):
+    write_table(tmp_path, "all.csv", [("a", 0)])
+    pixels = np.random.default_rng(0)
+    for i in range(100):
+        Image.fromarray(pixels.integers(0, 256, (200, 300, 3), dtype=np.uint8)).save(tmp_path / "img" / f"{i}.png")  # 180 kB
+    (tmp_path / "test.csv").write_text("image,label\n" + "".join(f"img/{i}.png,a\n" for i in range(100)))
+    rows = Rows(prepare(suite_of(tmp_path, test="test.csv"), tmp_path / "out").split("t", "test").files, cache_bytes=1)
+    read = []
+    original = Rows.read_group
+    monkeypatch.setattr(Rows, "read_group", lambda self, group: read.append(original(self, group)) or read[-1])
+    order = np.random.default_rng(0).permutation(100)
+    assert all(sha256_of(rows.image(i)) == rows.table["sha256"][i].as_py() for i in order.tolist())
+    wanted = sum(len(rows.image(i)) for i in range(100))
+    assert sum(map(len, map(b"".join, read[:100]))) < 8 * wanted  # not the 16 MB group it used to be: 90 times
+    assert len(rows.opened) == 1
+
+
+def test_streaming_gives_the_same_rows_with_one_group_in_memory(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "GROUP_ROWS", 2)
+    monkeypatch.setattr(module, "SHARD_BYTES", 1)
+    del given.tasks[0].sources["validation"]
+    prepared = prepare(given, tmp_path / "out", fractions={"train": 1.0, "validation": 0.0, "test": 0.0})
+    assert list(prepared.stream("t", "train")) == list(prepared.split("t", "train"))
+    assert list(prepared.stream("t", "validation")) == []
+    shuffled = list(prepared.stream("t", "train").shuffle(seed=0, buffer_size=4))
+    assert sorted(row["id"] for row in shuffled) == sorted(prepared.split("t", "train").column("id"))
+    parts = [list(prepared.stream("t", "train").shard(3, i)) for i in range(3)]  # a machine each
+    assert sorted(row["id"] for part in parts for row in part) == sorted(row["id"] for row in shuffled)
+
+
+def test_rows_in_data_loader_workers(given, tmp_path):
+    from torch.utils.data import DataLoader
+
+    rows = prepare(given, tmp_path / "out").split("t", "train")
+    assert rows.image(0)  # opens the file here, before the workers start
+    assert [row for batch in DataLoader(rows, 2, num_workers=2, collate_fn=list) for row in batch] == list(rows)
 
 
 def test_prepared_names_what_is_missing(given, tmp_path):
