@@ -23,11 +23,16 @@ from qwen2vl_sft.data.audit import (
     connected,
     counts_of,
     decode,
+    detection_power,
     inspect_row,
+    label_remarks,
+    look_alike_key,
     note_duplicates,
     note_two_labels,
     number_duplicate_ids,
     quarantine_leaks,
+    smallest_difference,
+    task_remarks,
 )
 from qwen2vl_sft.data.sources import Row, read_rows
 from qwen2vl_sft.tasks import Task
@@ -314,3 +319,78 @@ def test_codes_mean_one_thing():
 
 def test_decode_gives_upright_rgb():
     assert decode(encoded(noise().convert("CMYK"), "JPEG")).mode == "RGB"
+
+
+# --- look-alikes, small tests, the forecast -----------------------------------------------------
+
+@pytest.mark.parametrize("label", ["\u0441at", "c\u0430t", "\uff43\uff41\uff54", "ca\u200bt", "\U0001d41cat", "C\u0391T", "\u00adcat", "c a t"])
+def test_unicode_confusables_are_quarantined_with_a_suggestion(label):
+    record = check(label=label)
+    assert record.reason == "undeclared_label" and "Did you mean 'cat'?" in record.detail
+
+
+def test_the_key_keeps_different_words_apart():
+    words = ["cat", "dog", "违规", "正常", "éclair", "eclair", "yes", "no", "0", "1", "7", "🐈"]
+    assert len({look_alike_key(word) for word in words}) == len(words)
+
+
+def test_declared_labels_that_look_alike_or_begin_alike_are_remarked():
+    task = Task(name="t", question="Which?", labels=["phone", "phone number", "\u0440hone"])
+    look, begin = label_remarks(task)
+    assert "'phone' and '\u0440hone' look alike" in look and "'phone' of 'phone number'" in begin
+    assert label_remarks(PET) == [] and label_remarks(TEXT) == []
+
+
+def test_without_a_tokenizer_labels_are_still_audited(monkeypatch):
+    monkeypatch.setattr("qwen2vl_sft.data.audit.small_plan", lambda: None)
+    assert label_remarks(Task(name="t", question="Which?", labels=["phone", "phone number"])) == []
+
+
+@pytest.mark.parametrize("rows", [30, 100, 400])
+def test_the_smallest_difference_is_found_four_times_in_five(rows):
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    rng, difference = np.random.default_rng(0), smallest_difference(rows) / 100
+    share = max(0.2, difference)
+    found = 0
+    for _ in range(600):
+        better, worse, _ = rng.multinomial(rows, [(share + difference) / 2, (share - difference) / 2, 1 - share])
+        found += mcnemar([[0, better], [worse, 0]], exact=True).pvalue <= 0.05
+    assert 0.75 < found / 600 < 0.88
+
+
+def test_tiny_tests_can_show_nothing_and_power_is_no_more_than_the_level_without_a_difference():
+    assert smallest_difference(0) is None and smallest_difference(5) is None and smallest_difference(7) is not None
+    assert detection_power(200, 0.0) <= 0.05
+    assert smallest_difference(50_000) < 1
+
+
+def test_an_imbalance_is_remarked_and_counted():
+    records = [Checked("pet", "train", str(i), "", label="cat" if i else "dog", sha256=str(i), group=str(i)) for i in range(12)]
+    assert any("11 rows of 'cat' and 1 of 'dog'" in remark for remark in task_remarks(PET, records))
+    report = Audit("s", records).to_json()["tasks"]["pet"]
+    assert report["splits"]["train"]["imbalance"] == 11 and report["splits"]["test"]["imbalance"] == 1
+    assert report["smallest_difference"] is None
+
+
+def test_what_a_reader_changed_is_a_repair_and_unknown_codes_are_ignored():
+    record = check(notes=("placeholder_moved: it stood within", "of_ones_own: x"))
+    assert record.notes == ["placeholder_moved"] and record.verdict == "repaired" and "it stood within" in record.detail
+
+
+def test_every_reason_of_the_readers_has_a_meaning(root):
+    import re
+
+    text = (root / "qwen2vl_sft" / "data" / "sources.py").read_text()
+    codes = set(re.findall(r'"([a-z]+_[a-z_]+): ', text))
+    assert len(codes) > 15 and codes <= {*REASONS, *REPAIRS, *NOTES}, codes - {*REASONS, *REPAIRS, *NOTES}
+
+
+def test_the_report_forecasts_lengths_and_draws_them():
+    audit = Audit("s", [check(), check(label="elephant")])
+    report = audit.to_json()
+    assert report["forecast"]["small"]["tokens"]["max"] > 10 and report["forecast"]["small"]["too_long"] == 0
+    assert sum(rows for *_, rows in report["forecast"]["small"]["histogram"]) == 1  # quarantined rows don't train
+    assert "<svg" in audit.page() and "Forecast" in audit._repr_html_() and "forecast for small" in audit.summary()
+    assert report["forecast"]["Qwen/Qwen2-VL-7B-Instruct"]["gigabytes"]["qlora"] < 20
+    assert Audit("s", [check(label="elephant")]).to_json()["forecast"] == {}
