@@ -6,9 +6,11 @@
 __all__ = ['base_location', 'compute_dtype', 'nf4_config', 'load_base', 'check_token_ids', 'unwrapped', 'add_adapters',
            'trainable', 'load_adapter', 'changes_outputs', 'checkpoint_kind', 'stored_contract', 'load_checkpoint']
 
-# %% ../../nbs/30_model.load.ipynb #64ece245
+# %% ../../nbs/30_model.load.ipynb #dff5ca6c
 import json
+import logging
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,11 @@ from ..config import MethodConfig, ModelConfig
 from ..core import ASSETS, InputError, RunFailure, pick_device
 from ..encoding.prompt import Encoder
 
-# %% ../../nbs/30_model.load.ipynb #2c87ec58
+# %% ../../nbs/30_model.load.ipynb #75f65448
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels" not in record.getMessage())
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+
+# %% ../../nbs/30_model.load.ipynb #a3e9d3fc
 def base_location(
     base: str,  # `small`, a folder, or a hub name
 ) -> str:
@@ -40,7 +46,7 @@ def compute_dtype(
         return torch.bfloat16 if pick_device(config.device).type == "cuda" else torch.float32
     return getattr(torch, config.dtype)
 
-# %% ../../nbs/30_model.load.ipynb #62985b9a
+# %% ../../nbs/30_model.load.ipynb #fcf61188
 def nf4_config(
     method: MethodConfig,
     dtype: torch.dtype,  # of the computation
@@ -76,7 +82,7 @@ def load_base(
         raise InputError(f"model '{location}' can't be loaded: {str(error).splitlines()[0]}") from error
     return model.requires_grad_(False).eval()
 
-# %% ../../nbs/30_model.load.ipynb #a256d8c0
+# %% ../../nbs/30_model.load.ipynb #b4f55d2f
 def check_token_ids(
     model: nn.Module,
     encoder: Encoder,
@@ -93,7 +99,7 @@ def unwrapped(model: nn.Module) -> Qwen2VLForConditionalGeneration:
     "The Qwen2-VL model inside a PEFT model, or the model itself."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-# %% ../../nbs/30_model.load.ipynb #f6598231
+# %% ../../nbs/30_model.load.ipynb #9ed15dd5
 def add_adapters(
     model: Qwen2VLForConditionalGeneration,
     method: MethodConfig,
@@ -127,7 +133,7 @@ def trainable(
     tower.merger.requires_grad_(not method.freeze_merger)
     return model
 
-# %% ../../nbs/30_model.load.ipynb #c48977e3
+# %% ../../nbs/30_model.load.ipynb #cf645b0a
 def load_adapter(
     model: nn.Module,  # a base model, or a PEFT model that already has adapters
     folder: Path,  # holds adapter_model.safetensors
@@ -159,7 +165,7 @@ def _check_landed(model: nn.Module, stored: dict[str, torch.Tensor], name: str, 
     if idle := sorted(set(present) - set(stored)):
         raise RunFailure(f"{folder}: the adapter's file has no weight for {idle[0]}; it belongs to another configuration")
 
-# %% ../../nbs/30_model.load.ipynb #7db476e8
+# %% ../../nbs/30_model.load.ipynb #9edf079d
 @torch.no_grad()
 def changes_outputs(
     model: Any,  # PeftModel with the adapter active
@@ -172,7 +178,7 @@ def changes_outputs(
         plain = model(input_ids=ids, use_cache=False).logits
     return not torch.equal(tuned, plain)
 
-# %% ../../nbs/30_model.load.ipynb #f88995ad
+# %% ../../nbs/30_model.load.ipynb #a1e977bb
 def checkpoint_kind(
     folder: Path,
 ) -> str:  # "adapter" or "full"

@@ -131,7 +131,7 @@ def missing(
 
 VisionCache.get, VisionCache.put, VisionCache.missing = get, put, missing
 
-# %% ../../nbs/31_model.vision_cache.ipynb #d895dde9
+# %% ../../nbs/31_model.vision_cache.ipynb #0cf1d747
 def fill(
     cache: VisionCache,
     model: nn.Module,
@@ -144,7 +144,7 @@ def fill(
     wanted = list(images)
     absent, size = cache.missing(wanted), cache.bytes
     cache.hits, cache.misses = cache.hits + len(set(wanted)) - len(absent), cache.misses + len(absent)
-    for start in tqdm(range(0, len(absent), batch), desc="vision cache", unit="batch", disable=not absent, leave=False):
+    for start in tqdm(range(0, len(absent), batch), desc="vision cache", unit="batch", leave=False, delay=2.0):
         if size >= cache.limit_bytes:
             return start
         names = absent[start : start + batch]

@@ -25,7 +25,7 @@ from ..rundir import RunDir
 from .metrics import judge
 from .suite import TestSet, test_set
 
-# %% ../../nbs/44_scoring.baselines.ipynb #478a789e
+# %% ../../nbs/44_scoring.baselines.ipynb #dabee945
 PIXELS = 24  # side of the pictures that are compared
 
 
@@ -46,12 +46,13 @@ def nearest_neighbour_answers(
     train: Rows,
     test: TestSet,
 ) -> list[str]:
-    "The answer of the training picture with the least squared difference in pixels (scikit-learn's 1-nearest-neighbour)."
-    from sklearn.neighbors import KNeighborsClassifier
+    "The answer of the training picture with the least squared difference in pixels (scikit-learn's exact search)."
+    from sklearn.neighbors import NearestNeighbors
 
-    model = KNeighborsClassifier(n_neighbors=1, algorithm="brute")
-    model.fit(np.stack([thumbnail_pixels(train.image(i)) for i in range(len(train))]), train.column("label"))
-    return list(model.predict(np.stack([thumbnail_pixels(test.rows.image(row)) for row in test.chosen])))
+    known = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(np.stack([thumbnail_pixels(train.image(i)) for i in range(len(train))]))
+    nearest = known.kneighbors(np.stack([thumbnail_pixels(test.rows.image(row)) for row in test.chosen]), return_distance=False)
+    labels = train.column("label")
+    return [labels[i] for i in nearest[:, 0]]
 
 
 BASELINES: dict[str, Callable[[Rows, TestSet], list[str]]] = {"majority": majority_answers, "nearest_neighbour": nearest_neighbour_answers}
