@@ -64,7 +64,7 @@ lint: dev
 	$(BIN)/ruff check qwen2vl_sft tests
 
 lab: install
-	$(BIN)/jupyter lab --notebook-dir=.
+	$(BIN)/jupyter lab --notebook-dir=. $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # After editing a notebook: no outputs, no stray metadata, package in sync.
 export: dev
