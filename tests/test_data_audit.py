@@ -26,7 +26,7 @@ from qwen2vl_sft.data.audit import (
     detection_power,
     inspect_row,
     label_remarks,
-    look_alike_key,
+    look_alike,
     note_duplicates,
     note_two_labels,
     number_duplicate_ids,
@@ -329,9 +329,15 @@ def test_unicode_confusables_are_quarantined_with_a_suggestion(label):
     assert record.reason == "undeclared_label" and "Did you mean 'cat'?" in record.detail
 
 
-def test_the_key_keeps_different_words_apart():
-    words = ["cat", "dog", "违规", "正常", "éclair", "eclair", "yes", "no", "0", "1", "7", "🐈"]
-    assert len({look_alike_key(word) for word in words}) == len(words)
+def test_different_words_do_not_look_alike():
+    words = ["cat", "dog", "违规", "正常", "éclair", "eclair", "yes", "no", "🐈", *"abcdefghijkmnopqrstuvwxyz", *(f"t{i}" for i in range(200))]
+    assert [(a, b) for i, a in enumerate(words) for b in words[:i] if look_alike(a, b)] == []
+
+
+def test_classes_are_those_of_the_standard():
+    "Examples of UTS #39: paypal with Cyrillic letters, scope in Cyrillic, the digit and the letter."
+    for pair in (("paypal", "\u0440\u0430ypal"), ("scope", "\u0455\u0441\u043e\u0440\u0435"), ("0", "O"), ("1", "l"), ("rn", "m"), ("I", "l")):
+        assert look_alike(*pair), pair
 
 
 def test_declared_labels_that_look_alike_or_begin_alike_are_remarked():

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'REPAIRS', 'NOTES', 'HASH_SIDE', 'PRECEDENCE', 'IMBALANCE', 'EXAMPLES', 'STYLE', 'Limits', 'Unusable',
-           'read_bytes', 'check_header', 'broken', 'decode', 'wordings_of', 'confusable_characters', 'look_alike_key',
-           'check_label', 'Checked', 'perceptual_hash', 'inspect_row', 'number_duplicate_ids', 'quarantine_leaks',
-           'note_two_labels', 'hash_bits', 'close_pairs', 'connected', 'assign_groups', 'note_duplicates',
-           'detection_power', 'smallest_difference', 'look_alike_labels', 'prefix_labels', 'label_remarks', 'imbalance',
-           'task_remarks', 'shared_between_tasks', 'Audit', 'samples_of', 'counts_of', 'task_report', 'examples',
-           'meaning', 'difference_text', 'summary', 'thumbnail', 'cards_html', 'splits_html', 'labels_html',
-           'forecast_html', 'problem_html', 'page', 'audit_fragment']
+           'read_bytes', 'check_header', 'broken', 'decode', 'wordings_of', 'visible', 'confusable_characters',
+           'look_alike_key', 'look_alike', 'check_label', 'Checked', 'perceptual_hash', 'inspect_row',
+           'number_duplicate_ids', 'quarantine_leaks', 'note_two_labels', 'hash_bits', 'close_pairs', 'connected',
+           'assign_groups', 'note_duplicates', 'detection_power', 'smallest_difference', 'look_alike_labels',
+           'prefix_labels', 'label_remarks', 'imbalance', 'task_remarks', 'shared_between_tasks', 'Audit', 'samples_of',
+           'counts_of', 'task_report', 'examples', 'meaning', 'difference_text', 'summary', 'thumbnail', 'cards_html',
+           'splits_html', 'labels_html', 'forecast_html', 'problem_html', 'page', 'audit_fragment']
 
 # %% ../../nbs/22_data.audit.ipynb #dd2d3be4
 import base64
@@ -163,15 +163,20 @@ def decode(content: bytes) -> Image.Image:
     except Exception as error:  # as above
         raise broken(content, error) from None
 
-# %% ../../nbs/22_data.audit.ipynb #17b231be
+# %% ../../nbs/22_data.audit.ipynb #cb0645b0
 def wordings_of(task: Task) -> dict[str, str]:
     "Every accepted text -> its label; empty for an open task."
     return {wording.strip(): label for label, wordings in task.wordings.items() for wording in wordings}
 
 
+def visible(text: str) -> str:
+    "The text without invisible format characters: zero-width spaces and joiners, marks of direction, soft hyphens."
+    return "".join(character for character in text if unicodedata.category(character) != "Cf")
+
+
 @lru_cache
 def confusable_characters() -> dict[int, str]:
-    """Character -> what stands for all that look like it in either case, for `str.translate`.
+    """Character -> what stands for all that look like it, for `str.translate`.
 
     The classes of UTS #39 (Unicode security mechanisms, section 4) as the package confusable-homoglyphs ships them.
     """
@@ -181,25 +186,30 @@ def confusable_characters() -> dict[int, str]:
 
     def top(text: str) -> str:
         while (above := parent.setdefault(text, text)) != text:
-            parent[text] = text = parent[above]
+            text = above
         return text
 
-    alike = [(text, other["c"]) for text, others in confusables_data.items() for other in others]
-    alike += [(text, text.casefold()) for text in confusables_data if len(text) == len(text.casefold()) == 1]
-    for pair in alike:
-        first, second = sorted(map(top, pair), key=lambda each: (-len(each), each))
-        parent[second] = first  # a sequence such as `rn` stands for the single `m`
+    for text, others in confusables_data.items():
+        for other in others:
+            first, second = sorted(map(top, (visible(text), visible(other["c"]))), key=lambda each: (-len(each), each))
+            parent[second] = first  # a sequence such as `rn` stands for the single `m`
     return {ord(text): top(text) for text in list(parent) if len(text) == 1 and top(text) != text}
 
-# %% ../../nbs/22_data.audit.ipynb #c9feae00
-def look_alike_key(text: str) -> str:
-    "Texts that look alike share it: case, spaces, invisible characters and Unicode's confusables removed."
-    visible = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
-    plain = unicodedata.normalize("NFD", "".join(visible.casefold().split()))
+# %% ../../nbs/22_data.audit.ipynb #75f4025f
+@lru_cache(maxsize=10_000)
+def look_alike_key(text: str, keep_case: bool = False) -> str:
+    "Texts that look alike share it: spaces, invisible characters, Unicode's confusables and (unless kept) case removed."
+    plain = "".join(visible(unicodedata.normalize("NFKC", text)).split())
+    plain = unicodedata.normalize("NFD", plain if keep_case else plain.casefold())
     once = plain.translate(confusable_characters())
     return unicodedata.normalize("NFC", once.translate(confusable_characters()))
 
-# %% ../../nbs/22_data.audit.ipynb #4c6ef68c
+
+def look_alike(first: str, second: str) -> bool:
+    "Whether two texts look alike."
+    return any(look_alike_key(first, case) == look_alike_key(second, case) for case in (False, True))
+
+# %% ../../nbs/22_data.audit.ipynb #ff7dfb0c
 def check_label(label: str | None, wordings: dict[str, str]) -> tuple[str, list[str]]:
     "The label to store and the repairs made; Unusable where it is empty or not declared."
     text = (label or "").strip()
@@ -212,7 +222,7 @@ def check_label(label: str | None, wordings: dict[str, str]) -> tuple[str, list[
     if known is None and (known := wordings.get(unicodedata.normalize("NFC", text))) is not None:
         repairs.append("label_unicode")
     if known is None:
-        alike = [wording for wording in wordings if look_alike_key(wording) == look_alike_key(text)]
+        alike = [wording for wording in wordings if look_alike(wording, text)]
         hint = f" Did you mean {alike[0]!r}?" if alike else did_you_mean(text, wordings)
         raise Unusable("undeclared_label", f"{text[:100]!r} is not declared.{hint}")
     if known != text and "label_unicode" not in repairs:
@@ -418,13 +428,14 @@ def smallest_difference(rows: int) -> float | None:
         low, high = (low, middle) if detection_power(rows, middle / 1000) >= 0.8 else (middle, high)
     return high / 10
 
-# %% ../../nbs/22_data.audit.ipynb #200395ae
+# %% ../../nbs/22_data.audit.ipynb #4009608a
 def look_alike_labels(labels: list[str]) -> list[tuple[str, ...]]:
     "Groups of labels that look alike."
-    groups = defaultdict(list)
+    groups: list[list[str]] = []
     for label in labels:
-        groups[look_alike_key(label)].append(label)
-    return [tuple(group) for group in groups.values() if len(group) > 1]
+        alike = next((group for group in groups if look_alike(group[0], label)), None)
+        alike.append(label) if alike else groups.append([label])
+    return [tuple(group) for group in groups if len(group) > 1]
 
 
 def prefix_labels(labels: list[str], token_ids: dict[str, list[int]]) -> list[tuple[str, str]]:

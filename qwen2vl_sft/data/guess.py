@@ -12,7 +12,7 @@ __all__ = ['SPLIT_WORDS', 'IMAGE_SUFFIXES', 'COLUMN_WORDS', 'LOOKED_AT', 'SUFFIX
            'free_name', 'origin_lines', 'task_lines', 'suite_text', 'one_line_each', 'write_guess', 'make_folder',
            'guess_suite', 'forecast_prepared']
 
-# %% ../../nbs/28_data.guess.ipynb #f036e2f4
+# %% ../../nbs/28_data.guess.ipynb #10daeded
 import codecs
 import csv
 import os
@@ -26,7 +26,7 @@ import yaml
 
 from ..config import RunConfig
 from ..core import InputError, write_atomically
-from .audit import look_alike_key
+from .audit import look_alike
 from .forecast import Sample, forecast, forecast_lines, plan_of_recipe
 from .prepare import Prepared
 from .sources import (OPENAI_TAGS, SHAREGPT_TAGS, Row, dataset_entry, json_records, parsed, read_rows,
@@ -259,7 +259,7 @@ def guess_studio(records: list[dict], file: Path) -> list[dict]:
     picture = {} if image == "image" else {"image": image}
     return [{"format": "labelstudio", **picture, "label": control} for control in controls] or [{"format": "labelstudio", **picture}]
 
-# %% ../../nbs/28_data.guess.ipynb #39afb2a1
+# %% ../../nbs/28_data.guess.ipynb #1e85ee80
 @dataclass
 class Origin:
     "One set of data: split (or `all`) -> source."
@@ -277,6 +277,9 @@ def origins_of(named: list[tuple[str, dict]], fallback: str) -> list[Origin]:
             raise InputError(f"both {origin.sources[split]['path']} and {source['path']} look like the {split} split of "
                              f"{origin.name}; rename one or write a suite file")
         origin.sources[split] = source
+    for origin in found.values():
+        if len(origin.sources) == 1:  # a lone train.csv is all there is, and will be divided
+            origin.sources = {"all": next(iter(origin.sources.values()))}
     return list(found.values())
 
 
@@ -416,17 +419,19 @@ def counted(counts: Counter, most: int = 12) -> str:
     shown = ", ".join(f"{str(key)[:60]} {number:,}" for key, number in counts.most_common(most))
     return shown + (f" and {len(counts) - most:,} more" if len(counts) > most else "")
 
-# %% ../../nbs/28_data.guess.ipynb #ce9f0290
+# %% ../../nbs/28_data.guess.ipynb #f6a717ab
 MOST_LABELS, MOST_TASKS, OFTEN, FEW = 100, 30, 10, 5
 
 
 def label_set(answers: Counter) -> list[str] | None:
     "The labels of a closed task, or None where the answers are open."
     filled = Counter({answer: number for answer, number in answers.items() if answer})
-    kept: dict[str, str] = {}
+    if len(filled) > 3 * MOST_LABELS:
+        return None
+    labels: list[str] = []
     for answer, _ in filled.most_common():
-        kept.setdefault(look_alike_key(answer), answer)
-    labels = list(kept.values())
+        if not any(look_alike(label, answer) for label in labels):
+            labels.append(answer)
     rare = sum(filled[label] == 1 for label in labels)
     if not 2 <= len(labels) <= MOST_LABELS or sum(filled.values()) < 2 * len(labels) or rare > len(labels) / 2:
         return None
@@ -545,7 +550,7 @@ def task_lines(task: dict, answers: Counter) -> list[str]:
         lines.append(f"  not declared, as they look like a declared label: {', '.join(map(repr, left[:10]))}")
     return lines
 
-# %% ../../nbs/28_data.guess.ipynb #53cac52d
+# %% ../../nbs/28_data.guess.ipynb #b47dd957
 def suite_text(found: Guess) -> str:
     "The suite file: valid YAML, with what was understood as comments."
     parts = [f"# Guessed from {found.path.name}. Check questions and labels, then: qwen2vl-sft prepare THIS_FILE\n"]
@@ -554,7 +559,7 @@ def suite_text(found: Guess) -> str:
     for task in found.suite["tasks"]:
         parts += [f"  # {line}\n" for line in one_line_each(task_lines(task, found.answers[task["name"]]))]
         text = yaml.safe_dump([task], sort_keys=False, allow_unicode=True, width=110)
-        parts += [f"  {line}\n" for line in text.splitlines()]
+        parts += [f"  {line}\n" for line in text.rstrip("\n").split("\n")]  # splitlines would cut at U+2028
     return "".join(parts)
 
 

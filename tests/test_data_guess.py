@@ -1,0 +1,278 @@
+"""The guess: every usual shape is understood, what isn't clear is one line, and no row is lost between tasks."""
+
+import json
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from qwen2vl_sft.core import InputError
+from qwen2vl_sft.data.guess import detect_encoding, guess, label_set, slug, split_of, write_guess
+from qwen2vl_sft.data.sources import read_rows
+from qwen2vl_sft.tasks import load_suite
+
+HOSTILE = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "Twelve pictures in a folder `img`."
+    (tmp_path / "img").mkdir()
+    for number in range(12):
+        Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(tmp_path / "img" / f"{number}.png")
+    return tmp_path
+
+
+def labels(count=12, names=("cat", "dog")):
+    return [(f"img/{i}.png", names[i % len(names)]) for i in range(count)]
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def chat(image, question, answer):
+    return {"image": image, "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]}
+
+
+def suite_of(path, out=None):
+    "The suite that the guess writes, loaded, and its sources' rows: usable ones and all."
+    suite = load_suite(write_guess(guess(path), out))
+    rows = [row for task in suite.tasks for source in task.sources.values() for row in read_rows(source, suite.folder)]
+    return suite, rows
+
+
+def error_of(path) -> str:
+    with pytest.raises(InputError) as caught:
+        guess(path)
+    return str(caught.value)
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("name", "delimiter", "header", "encoding"), [
+    ("x.csv", ",", "image,label", "utf-8"), ("x.csv", ";", "file;class", "utf-8"), ("x.tsv", "\t", "Path\tLabel", "utf-8-sig"),
+    ("x.csv", ",", "图片,标签", "gbk"), ("x.csv", ",", "图片,标签", "utf-16"), ("x.csv", "|", "whatever|else", "utf-8"),
+    ("x.tsv", ",", "img,category", "utf-8"),
+])
+def test_tables(folder, name, delimiter, header, encoding):
+    lines = [header] + [delimiter.join(pair) for pair in labels(names=("猫", "狗"))]
+    (folder / name).write_bytes(("\n".join(lines) + "\n").encode(encoding))
+    suite, rows = suite_of(folder / name)
+    assert suite.tasks[0].labels == ["猫", "狗"] and [row.label for row in rows] == ["猫", "狗"] * 6
+    assert all(row.path and os.path.exists(row.path) for row in rows)
+
+
+def test_json_lines_and_parquet(folder):
+    records = [{"photo": image, "kind": label, "note": f"n{i}"} for i, (image, label) in enumerate(labels())]
+    (folder / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
+    write_json(folder / "y.json", records)
+    content = (folder / "img" / "1.png").read_bytes()
+    pq.write_table(pa.Table.from_pylist([{"p": content, "kind": label} for _, label in labels()]), folder / "z.parquet")
+    for name in ("x.jsonl", "y.json", "z.parquet"):
+        suite, rows = suite_of(folder / name, folder / f"{name}.yaml")
+        assert len(rows) == 12 and suite.tasks[0].labels == ["cat", "dog"] and not any(row.reason for row in rows)
+
+
+def test_what_is_not_clear_is_an_error_that_lists_the_columns(folder):
+    (folder / "x.csv").write_text("image,a,b\n" + "".join(f"img/{i}.png,{i % 2},{i % 3}\n" for i in range(12)))
+    assert "which column holds the label isn't clear; its columns: image, a, b" in error_of(folder / "x.csv")
+    (folder / "x.csv").write_text("a,b\n1,2\n")
+    assert "which column holds the image" in error_of(folder / "x.csv")
+    (folder / "x.csv").write_text("img/0.png,cat\nimg/1.png,dog\n")
+    assert "the first line looks like data" in error_of(folder / "x.csv")
+    (folder / "x.csv").write_bytes("image,label\nimg/0.png,naïve café\n".encode("latin-1"))
+    assert "encoding is neither UTF-8 nor clearly GBK" in error_of(folder / "x.csv")
+    (folder / "x.csv").write_bytes(b"")
+    assert "is empty" in error_of(folder / "x.csv")
+    (folder / "x.xlsx").write_bytes(b"PK")
+    assert "save spreadsheets as CSV" in error_of(folder / "x.xlsx")
+    (folder / "x.csv").write_text("image,label\n,cat\n,dog\n")
+    assert "none of its 2 rows can be used: no_image 2" in error_of(folder / "x.csv")
+    assert "doesn't exist" in error_of(folder / "nothing")
+
+
+def test_splits_by_file_name(folder):
+    for split in ("train", "val", "test"):
+        (folder / f"pets_{split}.csv").write_text("image,label\n" + "".join(f"{a},{b}\n" for a, b in labels()))
+    suite, rows = suite_of(folder)
+    assert [task.name for task in suite.tasks] == ["pets"] and list(suite.tasks[0].sources) == ["test", "train", "validation"]
+    assert [split_of(each) for each in ("a.train", "dev", "training set")] == [("a", "train"), ("", "validation"), ("set", "train")]
+    assert len(rows) == 36
+
+
+def test_two_files_for_one_split_are_an_error(folder):
+    for name in ("pets_val.csv", "pets_validation.csv"):
+        (folder / name).write_text("image,label\nimg/0.png,cat\nimg/1.png,dog\n")
+    assert "both pets_val.csv and pets_validation.csv look like the validation split" in error_of(folder)
+
+
+def test_folders_of_classes_with_and_without_splits(tmp_path):
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            (tmp_path / "s" / split / label).mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (4, 4)).save(tmp_path / "s" / split / label / f"{number}.png")
+    suite, rows = suite_of(tmp_path / "s")
+    assert set(suite.tasks[0].sources) == {"train", "test"} and len(rows) == 16 and suite.tasks[0].labels == ["cat", "dog"]
+    suite, rows = suite_of(tmp_path / "s" / "train")
+    assert set(suite.tasks[0].sources) == {"all"} and len(rows) == 8
+    (tmp_path / "empty").mkdir()
+    assert "nothing in it is understood" in error_of(tmp_path / "empty")
+
+
+# --- conversations ----------------------------------------------------------------------------
+
+def test_questions_become_tasks_and_every_row_belongs_to_one(folder):
+    records = [chat(f"img/{i}.png", "Which pet?", ["cat", "dog"][i % 2]) for i in range(12)]
+    records += [chat(f"img/{i}.png", "What is written?", f"text {i}") for i in range(11)]
+    records += [chat(f"img/{i}.png", f"Unique question {i}?", "yes") for i in range(7)]
+    records += [{"image": "img/0.png", "conversations": records[0]["conversations"] * 2}, {"image": []}, 7, chat([], "Asked once?", "no")]
+    write_json(folder / "chat.json", records)
+    suite, rows = suite_of(folder / "chat.json")
+    assert [(task.name, task.is_closed) for task in suite.tasks] == [
+        ("which_pet", True), ("what_is_written", False), ("other_questions", False)]
+    assert len(rows) == len(records) and sum(row.reason is not None for row in rows) == 4
+    assert {row.question for row in rows if row.label == "cat" and not row.reason} == {None}
+    assert "can't be used" in guess(folder / "chat.json").text()
+
+
+def test_few_questions_are_all_tasks_and_stray_rows_go_to_the_first(folder):
+    records = [chat("img/0.png", "Which pet?", "cat"), chat("img/1.png", "Which pet?", "dog"), chat([], "Only asked without image?", "x"), 7]
+    write_json(folder / "chat.json", records)
+    suite, rows = suite_of(folder / "chat.json")
+    assert len(suite.tasks) == 1 and len(rows) == 4
+
+
+def test_only_unique_questions_are_one_open_task(folder):
+    write_json(folder / "vqa.json", [chat(f"img/{i}.png", f"Question {i}?", f"a{i}") for i in range(12)])
+    suite, rows = suite_of(folder / "vqa.json")
+    assert [task.name for task in suite.tasks] == ["vqa"] and not suite.tasks[0].is_closed
+    assert [row.question for row in rows] == [f"Question {i}?" for i in range(12)]
+
+
+def test_llama_factory_folder_with_its_own_tags_and_image_root(folder):
+    turns = [{"role": "user", "content": "<image>Which pet?"}]
+    rows = [{"messages": [*turns, {"role": "assistant", "content": label}], "images": [image]} for image, label in labels()]
+    write_json(folder / "a_train.json", rows), write_json(folder / "a_test.json", rows)
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    entry = {"formatting": "sharegpt", "columns": {"messages": "messages", "images": "images"}, "tags": tags}
+    write_json(folder / "dataset_info.json", {"pets_train": {"file_name": "a_train.json", **entry}, "pets_test": {"file_name": "a_test.json", **entry},
+                                              "far": {"hf_hub_url": "x/y"}})
+    for path in (folder, folder / "dataset_info.json"):
+        suite, rows = suite_of(path, folder / f"{path.name}.yaml")
+        assert list(suite.tasks[0].sources) == ["train", "test"] and len(rows) == 24 and not any(row.reason for row in rows)
+    (folder / "b").mkdir()
+    write_json(folder / "b" / "plain.json", [{"conversations": [{"from": "user", "value": "Which?"}, {"from": "assistant", "value": label}], "images": [image]} for image, label in labels()])
+    suite, rows = suite_of(folder / "b" / "plain.json")
+    assert suite.tasks[0].sources["all"]["root"] == ".." and not any(row.reason for row in rows)
+
+
+def test_alpaca_and_label_studio(folder):
+    write_json(folder / "alpaca.json", [{"instruction": "<image>Which pet?", "input": "", "output": label, "images": [image]} for image, label in labels()])
+    suite, rows = suite_of(folder / "alpaca.json", folder / "1.yaml")
+    assert suite.tasks[0].labels == ["cat", "dog"] and suite.tasks[0].question == "Which pet?"
+    results = lambda label, text: [{"type": "choices", "from_name": "pet", "value": {"choices": [label]}}, {"type": "textarea", "from_name": "note", "value": {"text": [text]}}]
+    write_json(folder / "studio.json", [{"id": i, "data": {"picture": image}, "annotations": [{"result": results(label, f"note {i}")}]} for i, (image, label) in enumerate(labels())])
+    suite, rows = suite_of(folder / "studio.json", folder / "2.yaml")
+    assert {task.name: task.is_closed for task in suite.tasks} == {"studio_note": False, "studio_pet": True}
+    assert len(rows) == 24 and not any(row.reason for row in rows)
+
+
+def test_a_saved_dataset(folder):
+    import datasets
+
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"])})
+    data = datasets.Dataset.from_dict({"picture": [str(folder / "img" / f"{i}.png") for i in range(12)], "kind": [i % 2 for i in range(12)]}, features)
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(folder / "saved")
+    suite, rows = suite_of(folder / "saved")
+    assert set(suite.tasks[0].sources) == {"train", "test"} and {row.label for row in rows} == {"cat", "dog"} and rows[0].image
+
+
+# --- labels, names, the file ------------------------------------------------------------------
+
+@pytest.mark.parametrize(("answers", "expected"), [
+    ({"cat": 9, "dog": 8, "Cat": 1, "": 3}, ["cat", "dog"]), ({"10": 5, "9": 6, "2": 7}, ["2", "9", "10"]), ({"cat": 20}, None),
+    ({f"t{i}": 1 for i in range(50)}, None), ({f"t{i}": 5 for i in range(101)}, None), ({"x" * 81: 5, "y": 5}, None), ({}, None),
+    ({"cat": 10, "dog": 10, "typo": 1}, ["cat", "dog", "typo"]),
+])
+def test_label_sets(answers, expected):
+    from collections import Counter
+
+    assert label_set(Counter(answers)) == expected
+
+
+@given(st.text())
+def test_names_are_valid(text):
+    import re
+
+    assert re.fullmatch(r"\w[\w.-]*", slug(text))
+
+
+def test_hostile_texts_stay_in_comments_and_strings(folder):
+    nasty = ["a\nb: [", "# x", "- {", "\u2028y: !!python/object", "'\"", "null", "yes", "2024-01-01"]
+    write_json(folder / "x.json", [chat(f"img/{i}.png", "Q: [\n- x\u2028name: y?", nasty[i % 8]) for i in range(12)] * 2)
+    suite, rows = suite_of(folder / "x.json")
+    assert len(suite.tasks) == 1 and len(rows) == 24
+    assert set(yaml.safe_load((folder / "suite.yaml").read_text())) == {"name", "tasks"}
+
+
+@pytest.mark.parametrize(("content", "encoding"), [("图片,标签", "gbk"), ("图片,标签", "utf-8"), ("图片", "utf-16"), ("plain", "ascii")])
+def test_encodings(tmp_path, content, encoding):
+    (tmp_path / "x").write_bytes(content.encode(encoding))
+    assert detect_encoding(tmp_path / "x") == {"ascii": "utf-8"}.get(encoding, encoding)
+
+
+# --- fuzz -------------------------------------------------------------------------------------
+
+@HOSTILE
+@given(st.binary(max_size=300), st.sampled_from(["x.csv", "x.tsv", "x.json", "x.jsonl", "x.parquet", "dataset_info.json"]),
+       st.sampled_from([b"", b"image,label\n", b"[", b'{"image": "a.png", "label": "', b'[{"conversations": [', b"PAR1"]))
+def test_random_bytes_are_a_suite_or_an_input_error(tmp_path, content, name, start):
+    (tmp_path / name).write_bytes(start + content)
+    try:
+        found = guess(tmp_path / name)
+        (tmp_path / "suite.yaml").unlink(missing_ok=True)
+        load_suite(write_guess(found))
+    except InputError:
+        return
+
+
+KEYS = st.sampled_from(["image", "images", "label", "question", "conversations", "messages", "from", "role", "value", "content", "instruction", "output", "data", "annotations", "result"])
+WORDS = st.sampled_from(["human", "gpt", "user", "<image>Which?", "Which?", "cat", "dog", "a.png", "b.png", "choices"])
+VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=4) | WORDS,
+                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=10)
+
+
+@HOSTILE
+@given(st.lists(st.dictionaries(KEYS, VALUES, max_size=5) | VALUES, min_size=1, max_size=8))
+def test_any_json_is_an_input_error_or_a_suite_that_has_every_row(tmp_path, records):
+    (tmp_path / "x.json").write_text(json.dumps(records))
+    (tmp_path / "suite.yaml").unlink(missing_ok=True)
+    try:
+        suite = load_suite(write_guess(guess(tmp_path / "x.json")))
+    except InputError:
+        return
+    controls = {source.get("label") for task in suite.tasks for source in task.sources.values() if source["format"] == "labelstudio"}
+    rows = [row for task in suite.tasks for source in task.sources.values() for row in read_rows(source, suite.folder)]
+    assert len(rows) == len(records) * max(1, len(controls))
+
+
+@HOSTILE
+@given(st.lists(st.tuples(st.sampled_from(["Which?", "What?", "Where is it?", "", "Once?"]), st.sampled_from(["cat", "dog", "Cat", "", "<image>"]), st.integers(0, 3)), min_size=1, max_size=60))
+def test_questions_divide_rows_without_remainder(tmp_path, talks):
+    records = [chat(["a.png"] * images if images != 1 else "a.png", question, answer) for question, answer, images in talks]
+    write_json(tmp_path / "x.json", records)
+    (tmp_path / "suite.yaml").unlink(missing_ok=True)
+    try:
+        _suite, rows = suite_of(tmp_path / "x.json")
+    except InputError as error:
+        assert "can be used" in str(error)
+        return
+    assert len(rows) == len(records)
