@@ -327,6 +327,7 @@ def test_decode_gives_upright_rgb():
 def test_unicode_confusables_are_quarantined_with_a_suggestion(label):
     record = check(label=label)
     assert record.reason == "undeclared_label" and "Did you mean 'cat'?" in record.detail
+    assert ("It contains U+" in record.detail) == (not label.isascii())
 
 
 def test_different_words_do_not_look_alike():

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['REASONS', 'REPAIRS', 'NOTES', 'HASH_SIDE', 'PRECEDENCE', 'IMBALANCE', 'EXAMPLES', 'STYLE', 'Limits', 'Unusable',
            'read_bytes', 'check_header', 'broken', 'decode', 'wordings_of', 'visible', 'confusable_characters',
-           'look_alike_key', 'look_alike', 'check_label', 'Checked', 'perceptual_hash', 'inspect_row',
+           'look_alike_key', 'look_alike', 'unlike', 'check_label', 'Checked', 'perceptual_hash', 'inspect_row',
            'number_duplicate_ids', 'quarantine_leaks', 'note_two_labels', 'hash_bits', 'close_pairs', 'connected',
            'assign_groups', 'note_duplicates', 'detection_power', 'smallest_difference', 'look_alike_labels',
            'prefix_labels', 'label_remarks', 'imbalance', 'task_remarks', 'shared_between_tasks', 'Audit', 'samples_of',
            'counts_of', 'task_report', 'examples', 'meaning', 'difference_text', 'summary', 'thumbnail', 'cards_html',
            'splits_html', 'labels_html', 'forecast_html', 'problem_html', 'page', 'audit_fragment']
 
-# %% ../../nbs/22_data.audit.ipynb #dd2d3be4
+# %% ../../nbs/22_data.audit.ipynb #767c5f4b
 import base64
 import io
 import re
@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..core import did_you_mean, sha256_of
-from .forecast import Sample, forecast, forecast_lines, histogram_svg, small_plan
+from .forecast import Sample, forecast, forecast_lines, gigabytes_text, histogram_svg, small_plan
 from .sources import Row
 from ..encoding.images import FORMATS, open_image
 from ..tasks import SPLITS, Task
@@ -209,7 +209,14 @@ def look_alike(first: str, second: str) -> bool:
     "Whether two texts look alike."
     return any(look_alike_key(first, case) == look_alike_key(second, case) for case in (False, True))
 
-# %% ../../nbs/22_data.audit.ipynb #ff7dfb0c
+# %% ../../nbs/22_data.audit.ipynb #e30ccb49
+def unlike(text: str, wording: str) -> str:
+    "Which characters outside of ASCII the text has and the wording doesn't, by name, as the eye can't tell."
+    strange = [character for character in dict.fromkeys(text) if character not in wording and not character.isascii()]
+    names = [f"U+{ord(character):04X} {unicodedata.name(character, 'without a name')}" for character in strange[:5]]
+    return f" It contains {', '.join(names)}." if names else ""
+
+# %% ../../nbs/22_data.audit.ipynb #b0b3201a
 def check_label(label: str | None, wordings: dict[str, str]) -> tuple[str, list[str]]:
     "The label to store and the repairs made; Unusable where it is empty or not declared."
     text = (label or "").strip()
@@ -223,13 +230,13 @@ def check_label(label: str | None, wordings: dict[str, str]) -> tuple[str, list[
         repairs.append("label_unicode")
     if known is None:
         alike = [wording for wording in wordings if look_alike(wording, text)]
-        hint = f" Did you mean {alike[0]!r}?" if alike else did_you_mean(text, wordings)
+        hint = f" Did you mean {alike[0]!r}?{unlike(text, alike[0])}" if alike else did_you_mean(text, wordings)
         raise Unusable("undeclared_label", f"{text[:100]!r} is not declared.{hint}")
     if known != text and "label_unicode" not in repairs:
         repairs.append("label_alias")
     return known, repairs
 
-# %% ../../nbs/22_data.audit.ipynb #07843143
+# %% ../../nbs/22_data.audit.ipynb #28c13582
 @dataclass
 class Checked:
     "What the audit found out about one row; `verdict` is accepted, repaired or quarantined."
@@ -261,7 +268,7 @@ class Checked:
     def quarantine(self, code: str, detail: str) -> None:
         self.reason, self.detail = code, detail
 
-# %% ../../nbs/22_data.audit.ipynb #6f64ad12
+# %% ../../nbs/22_data.audit.ipynb #8de77111
 HASH_SIDE = 16  # bits a side of the perceptual hash
 
 
@@ -292,7 +299,7 @@ def inspect_row(row: Row, task: Task, split: str, limits: Limits) -> tuple[Check
         record.quarantine(problem.code, problem.detail)
     return record, content if record.phash else None
 
-# %% ../../nbs/22_data.audit.ipynb #319ecf40
+# %% ../../nbs/22_data.audit.ipynb #b455d454
 def number_duplicate_ids(records: Iterable[Checked]) -> None:
     "Make ids differ within each split by adding #2, #3, ...; a changed id is noted."
     taken: dict[str, set[str]] = defaultdict(set)
@@ -304,7 +311,7 @@ def number_duplicate_ids(records: Iterable[Checked]) -> None:
             record.notes.append("duplicate_id")
         ids.add(record.id)
 
-# %% ../../nbs/22_data.audit.ipynb #c126aa8e
+# %% ../../nbs/22_data.audit.ipynb #08c9d23a
 PRECEDENCE = {"test": 2, "validation": 1}
 
 
@@ -321,7 +328,7 @@ def quarantine_leaks(records: Iterable[Checked]) -> None:
         if PRECEDENCE.get(other.split, 0) > PRECEDENCE.get(record.split, 0):
             record.quarantine(f"also_in_{other.split}", f"the same picture is {other.id} ({other.where}) of {other.split}")
 
-# %% ../../nbs/22_data.audit.ipynb #70af32a0
+# %% ../../nbs/22_data.audit.ipynb #6592fb20
 def note_two_labels(records: Iterable[Checked]) -> None:
     "Note kept rows that show the same picture under the same question with different labels."
     seen: dict[tuple, list[Checked]] = defaultdict(list)
@@ -335,7 +342,7 @@ def note_two_labels(records: Iterable[Checked]) -> None:
                 record.notes.append("two_labels")
                 record.detail = f"{record.label!r} here, {other.label!r} in {other.where} of {other.split}"
 
-# %% ../../nbs/22_data.audit.ipynb #b01b3ce8
+# %% ../../nbs/22_data.audit.ipynb #c872372c
 def hash_bits(hashes: list[str]) -> np.ndarray:
     "Hexadecimal hashes as uint8 bits [n, bits]."
     return np.unpackbits(np.array([list(bytes.fromhex(text)) for text in hashes], np.uint8), axis=1)
@@ -356,7 +363,7 @@ def close_pairs(bits: np.ndarray, most: int) -> np.ndarray:
                 found.append(np.stack([left[i], right[j]], 1)[i < j])
     return np.concatenate(found)
 
-# %% ../../nbs/22_data.audit.ipynb #e686c960
+# %% ../../nbs/22_data.audit.ipynb #227b42c9
 def connected(count: int, pairs: np.ndarray) -> np.ndarray:
     "Component number of each of `count` things that `pairs` [p, 2] connect."
     from scipy.sparse import coo_array
@@ -380,7 +387,7 @@ def assign_groups(records: Iterable[Checked], limits: Limits) -> None:
     for number, record in zip(component, kept, strict=True):
         record.group = smallest[number][:16]
 
-# %% ../../nbs/22_data.audit.ipynb #4ad2e4a2
+# %% ../../nbs/22_data.audit.ipynb #6ce1a4c6
 def note_duplicates(records: Iterable[Checked]) -> None:
     "Note copies within a split, and near duplicates and sources across splits; call it when splits are final."
     kept = [record for record in records if not record.reason]
@@ -399,7 +406,7 @@ def note_duplicates(records: Iterable[Checked]) -> None:
             record.notes.append("shared_source")
             record.detail = record.detail or f"source {record.source} lies in {', '.join(sorted(splits))}"
 
-# %% ../../nbs/22_data.audit.ipynb #a35e1cad
+# %% ../../nbs/22_data.audit.ipynb #fb37d580
 def detection_power(rows: int, difference: float, disagreement: float = 0.2, level: float = 0.05) -> float:
     """Power of the exact two-sided McNemar test to find `difference` (a share) between two models on `rows` rows.
 
@@ -428,7 +435,7 @@ def smallest_difference(rows: int) -> float | None:
         low, high = (low, middle) if detection_power(rows, middle / 1000) >= 0.8 else (middle, high)
     return high / 10
 
-# %% ../../nbs/22_data.audit.ipynb #4009608a
+# %% ../../nbs/22_data.audit.ipynb #ef89803a
 def look_alike_labels(labels: list[str]) -> list[tuple[str, ...]]:
     "Groups of labels that look alike."
     groups: list[list[str]] = []
@@ -457,7 +464,7 @@ def label_remarks(task: Task) -> list[str]:
             remarks.append(f"labels that are the beginning of another in tokens: {shown}; score with the closed rule")
     return remarks
 
-# %% ../../nbs/22_data.audit.ipynb #373b0eab
+# %% ../../nbs/22_data.audit.ipynb #102162b7
 IMBALANCE = 10  # times as many rows of the most frequent label: said in a remark
 
 
@@ -466,7 +473,7 @@ def imbalance(labels: dict[str, int]) -> float:
     found = [number for number in labels.values() if number]
     return round(max(found) / min(found), 2) if found else 1.0
 
-# %% ../../nbs/22_data.audit.ipynb #df919305
+# %% ../../nbs/22_data.audit.ipynb #9a98e9a8
 def task_remarks(task: Task, records: Iterable[Checked]) -> list[str]:
     "Sentences on splits without rows, labels without rows, a dominant label in test, and a small test set."
     kept = [record for record in records if not record.reason]
@@ -488,7 +495,7 @@ def task_remarks(task: Task, records: Iterable[Checked]) -> list[str]:
         remarks.append(f"test has {sources} independent sources: a score is known to ±{margin:.0f} points")
     return remarks
 
-# %% ../../nbs/22_data.audit.ipynb #70ede9ba
+# %% ../../nbs/22_data.audit.ipynb #bdaa63f9
 def shared_between_tasks(records: Iterable[Checked]) -> dict[str, list[str]]:
     "Task -> remarks on test pictures (equal sha256) that another task trains on, with another question."
     kept = [record for record in records if not record.reason]
@@ -503,7 +510,7 @@ def shared_between_tasks(records: Iterable[Checked]) -> dict[str, list[str]]:
         remarks[task].append(f"{number} test pictures are in train of {other}, with its question")
     return dict(remarks)
 
-# %% ../../nbs/22_data.audit.ipynb #32903e8b
+# %% ../../nbs/22_data.audit.ipynb #2307c696
 EXAMPLES = 24  # rows shown of each problem
 
 
@@ -535,13 +542,13 @@ class Audit:
         }
         return report
 
-# %% ../../nbs/22_data.audit.ipynb #53cb427b
+# %% ../../nbs/22_data.audit.ipynb #e7cb3a90
 def samples_of(records: Iterable[Checked]) -> list[Sample]:
     "What the lengths of kept rows depend on."
     return [Sample(r.split, r.asked or r.question or "", r.label or "", r.width, r.height)
             for r in records if not r.reason and r.width and r.height]
 
-# %% ../../nbs/22_data.audit.ipynb #49d3c81a
+# %% ../../nbs/22_data.audit.ipynb #f31600c3
 def counts_of(records: list[Checked]) -> dict:
     "Rows read, by verdict, and by code of reason, repair and note."
     verdicts = Counter(record.verdict for record in records)
@@ -554,7 +561,7 @@ def counts_of(records: list[Checked]) -> dict:
         "notes": {code: number for code, number in notes.most_common() if code in NOTES},
     }
 
-# %% ../../nbs/22_data.audit.ipynb #90ebbbcd
+# %% ../../nbs/22_data.audit.ipynb #f166ce27
 def task_report(audit: Audit, task: str) -> dict:
     "Counts, formats and splits of one task."
     records = [record for record in audit.records if record.task == task]
@@ -583,7 +590,7 @@ def examples(audit: Audit) -> dict[str, list[int]]:
 
 Audit.task_report, Audit.examples = task_report, examples
 
-# %% ../../nbs/22_data.audit.ipynb #0f4bfa5e
+# %% ../../nbs/22_data.audit.ipynb #a08554a4
 def meaning(code: str) -> str:
     "The sentence that explains a code."
     return (REASONS | REPAIRS | NOTES).get(code, code)
@@ -613,7 +620,7 @@ def summary(report: dict) -> str:
     lines += [f"  forecast for {line}" for line in forecast_lines(report["forecast"])]
     return "\n".join(lines)
 
-# %% ../../nbs/22_data.audit.ipynb #ba27bda6
+# %% ../../nbs/22_data.audit.ipynb #8135eab2
 def thumbnail(content: bytes, side: int = 96) -> str:
     "A data URI of the picture, at most `side` pixels wide and high."
     picture = decode(content)
@@ -622,7 +629,7 @@ def thumbnail(content: bytes, side: int = 96) -> str:
     picture.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../../nbs/22_data.audit.ipynb #2fc4dbbe
+# %% ../../nbs/22_data.audit.ipynb #fcdd2a33
 STYLE = """
 :root { --ink:#1c2733; --soft:#5d6b7a; --line:#dfe5ec; --card:#fff; --page:#f5f7fa; --bar:#4c7dd0; --bad:#c2413b; --good:#2f855a }
 @media (prefers-color-scheme: dark) { :root { --ink:#e6ebf1; --soft:#9aa8b7; --line:#33404e; --card:#1b242e; --page:#12181f; --bar:#6c9bea; --bad:#ef7a72; --good:#5cc08d } }
@@ -639,7 +646,7 @@ details { background:var(--card); border:1px solid var(--line); border-radius:10
 .row img,.none { width:72px; height:72px; object-fit:contain; flex:none; background:#fff; border-radius:4px } .none { background:var(--line) }
 """
 
-# %% ../../nbs/22_data.audit.ipynb #c65b8720
+# %% ../../nbs/22_data.audit.ipynb #8838f125
 def cards_html(report: dict) -> str:
     "The four counts."
     tones = {"rows_read": "", "accepted": "good", "repaired": "", "quarantined": "bad" if report["quarantined"] else ""}
@@ -662,7 +669,7 @@ def splits_html(report: dict) -> str:
             '<p class="soft">"Test can show": the smallest difference between two models that the test set reveals in 80 of 100 cases '
             "(exact McNemar test at 5 %, the models disagreeing on a fifth of the independent sources or more).</p>")
 
-# %% ../../nbs/22_data.audit.ipynb #61561344
+# %% ../../nbs/22_data.audit.ipynb #a831687b
 def labels_html(report: dict, most: int = 40) -> str:
     "Bars of label counts per split, a block a task."
     blocks = ""
@@ -687,12 +694,12 @@ def labels_html(report: dict, most: int = 40) -> str:
         blocks += f"<details open><summary>{escape(task)}</summary>{table}</details>"
     return blocks
 
-# %% ../../nbs/22_data.audit.ipynb #9038840d
+# %% ../../nbs/22_data.audit.ipynb #97d76cbc
 def forecast_html(report: dict) -> str:
     "Histograms of sequence lengths, and steps and memory, a block a model."
     blocks = ""
     for (name, plan), line in zip(report["forecast"].items(), forecast_lines(report["forecast"]), strict=False):
-        needs = "".join(f'<td class="n">{number:,.1f}</td>' for number in plan["gigabytes"].values())
+        needs = "".join(f'<td class="n">{gigabytes_text(number)}</td>' for number in plan["gigabytes"].values())
         head = "".join(f'<th class="n">{method}, GB</th>' for method in plan["gigabytes"])
         cells = f'<td class="n">{plan["too_long"]:,}</td><td class="n">{plan["steps_per_epoch"]:,}</td>{needs}'
         table = (f'<table><tr><th class="n">rows over {plan["max_tokens"]:,} tokens</th><th class="n">steps an epoch of {plan["batch"]}</th>'
@@ -701,7 +708,7 @@ def forecast_html(report: dict) -> str:
         blocks += f'<details><summary>{escape(name)}</summary><p class="soft">{escape(line)}</p>{svg}{table}</details>'
     return f'<h2>Forecast</h2><p class="soft">Lengths from picture sizes; memory is an estimate.</p>{blocks}' if blocks else ""
 
-# %% ../../nbs/22_data.audit.ipynb #2bf39e2a
+# %% ../../nbs/22_data.audit.ipynb #a0253e50
 def problem_html(code: str, number: int, audit: Audit, indices: list[int]) -> str:
     "One kind of problem: its meaning and examples with thumbnails."
     rows = ""
@@ -728,7 +735,7 @@ def page(audit: Audit) -> str:
             f"<h2>Rows per task and split</h2>{splits_html(report)}"
             f"<h2>Problems and notes</h2>{problems or '<p>None.</p>'}<h2>Labels</h2>{labels_html(report)}{forecast_html(report)}</html>")
 
-# %% ../../nbs/22_data.audit.ipynb #30dd0ec6
+# %% ../../nbs/22_data.audit.ipynb #8b27c7d0
 def audit_fragment(audit: Audit) -> str:
     "The counts and the table of splits, for a notebook."
     report = audit.to_json()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'PUBLISHED_TOWER', 'METHODS', 'ModelShape', 'shape_of', 'memory_gigabytes', 'Sample', 'Plan',
            'small_plan', 'plan_of_folder', 'published_plan', 'usual_plans', 'plan_of_recipe', 'sequence_lengths',
-           'histogram', 'forecast_plan', 'forecast', 'forecast_lines', 'histogram_svg']
+           'histogram', 'forecast_plan', 'forecast', 'gigabytes_text', 'forecast_lines', 'histogram_svg']
 
 # %% ../../nbs/19_data.forecast.ipynb #46b104b6
 import json
@@ -194,7 +194,12 @@ def forecast(samples: Iterable[Sample], plans: list[Plan] | None = None) -> dict
     plans = (usual_plans() if plans is None else plans) if samples else []
     return {plan.name: forecast_plan(samples, plan) for plan in plans}
 
-# %% ../../nbs/19_data.forecast.ipynb #cf187e8d
+# %% ../../nbs/19_data.forecast.ipynb #a30b3a85
+def gigabytes_text(number: float) -> str:
+    "An estimate with no more digits than it deserves."
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
 def forecast_lines(report: dict[str, dict]) -> list[str]:
     "The forecast as lines of text."
     lines = []
@@ -203,7 +208,7 @@ def forecast_lines(report: dict[str, dict]) -> list[str]:
         lines.append(f"{name}, at most {plan['max_pixels']:,} pixels: {tokens['median']:,} tokens a sample (median), "
                      f"{tokens['p95']:,} (95 %), {tokens['max']:,} (longest); {plan['too_long']:,} rows over {plan['max_tokens']:,}; "
                      f"{plan['steps_per_epoch']:,} steps of {plan['batch']} an epoch; estimated memory at micro-batches of "
-                     f"{plan['micro_batch']}: " + ", ".join(f"{method} {needs[method]:,.2g} GB" if needs[method] < 1 else f"{method} {needs[method]:,.0f} GB" for method in METHODS))
+                     f"{plan['micro_batch']}: " + ", ".join(f"{method} {gigabytes_text(needs[method])} GB" for method in METHODS))
         if plan["special_tokens"]:
             lines.append(f"{name}: {plan['special_tokens']:,} rows hold a special token of the model in their text and can't be trained on")
     return lines
