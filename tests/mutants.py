@@ -1,7 +1,7 @@
 """Break one line of the package at a time; the named tests must turn red (`make mutants`).
 
 Each entry stands for a point of the design that a plausible slip would break silently. A mutation whose
-tests stay green is a hole in the tests. `python tests/mutants.py 2. 10` runs the points that start so.
+tests stay green is a hole in the tests. `python tests/mutants.py 5.2 5.10` runs the entries of two points.
 """
 
 import os
@@ -288,7 +288,7 @@ def try_all(chosen: list[Mutation], folders: list[Path]) -> int:
 
 
 def main(points: list[str]) -> int:
-    chosen = [m for m in MUTATIONS if not points or any(m.point.startswith(point) for point in points)]
+    chosen = [m for m in MUTATIONS if not points or any(f"{m.point}.".startswith(f"{point}.") for point in points)]
     tests = list(dict.fromkeys(test for mutation in chosen for test in mutation.tests))
     with ExitStack() as stack:
         names = [stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(WORKERS)]
