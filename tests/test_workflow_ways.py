@@ -1,0 +1,82 @@
+"""The ways of use agree: JupyterLab, papermill, the command line and Python leave the same run directory."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from notebooks import ROOT
+
+from qwen2vl_sft.data.toy import write_toy_suite
+from qwen2vl_sft.rundir import RunDir
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+PROGRAMS = Path(sys.executable).parent
+RECIPE = """
+suite: suites/demo.yaml
+experiment: demo
+run: mix
+schedule: {steps: 2, save_at: [1], micro_batch: 4, log_every: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    "A project with our run notebooks as they are, in which the demo's suite and recipe are a toy's."
+    folder = tmp_path_factory.mktemp("checkout")
+    shutil.copy(ROOT / "settings.ini", folder)
+    shutil.copytree(ROOT / "nbs/runs", folder / "nbs/runs")
+    (folder / "recipes").mkdir()
+    (folder / "recipes/demo-mix.yaml").write_text(RECIPE)
+    write_toy_suite(folder / "suites", rows=8).rename(folder / "suites/demo.yaml")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(checkout):
+    "The four notebooks run top to bottom as JupyterLab runs them: in their own folder, parameters as they stand."
+    executed = {}
+    for name in ("prepare", "train", "score", "compare"):
+        notebook = nbformat.read(checkout / f"nbs/runs/{name}.ipynb", as_version=4)
+        client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(checkout / "nbs/runs")}})
+        executed[name] = client.execute()
+    return executed
+
+
+def outputs(notebook) -> str:
+    return "\n".join(str(output) for cell in notebook.cells for output in cell.get("outputs", []))
+
+
+def run(command: list, folder: Path) -> str:
+    "Run a program in a folder; its output, or a failure with it."
+    done = subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_notebooks_run_top_to_bottom_where_they_lie(opened, checkout):
+    assert "mix(2)" in outputs(opened["compare"]) and (checkout / "runs/demo/report.html").exists()
+    assert "learning_rate" in outputs(opened["train"]) and "scored" in outputs(opened["score"])
+    assert not (checkout / "nbs/runs/runs").exists() and not (checkout / "nbs/runs/prepared").exists()
+
+
+def test_every_way_gives_the_same_run(opened, checkout):
+    papermill = [PROGRAMS / "papermill", "--no-progress-bar", "nbs/runs/train.ipynb", "out.ipynb"]
+    run([*papermill, "-p", "run", "by-papermill", "-p", "learning_rate", "1e-4"], checkout)
+    run([PROGRAMS / "qwen2vl-sft", "train", "recipes/demo-mix.yaml", "run=by-command", "learning_rate=1e-4"], checkout)
+    run([PROGRAMS / "qwen2vl-sft", "train", "../recipes/demo-mix.yaml", "run=by-notebook", "learning_rate=1e-4", "--notebook"], checkout / "nbs")
+    code = "from qwen2vl_sft.config import load_recipe; from qwen2vl_sft.training.trainer import train\n"
+    run([sys.executable, "-c", code + "train(load_recipe('recipes/demo-mix.yaml', {'run': 'by-python'}))"], checkout)
+    runs = {name: RunDir(checkout / "runs/demo" / name) for name in ("mix", "by-papermill", "by-command", "by-notebook", "by-python")}
+    configs = {each.config_path.read_text().replace(f"run: {name}", "run: X") for name, each in runs.items()}
+    assert len(configs) == 1, "1e-4 is the default: given as text, as YAML or not at all"
+    weights = {(each.checkpoints()[2] / "adapter_model.safetensors").read_bytes() for each in runs.values()}
+    assert len(weights) == 1
+    files = {name: {p.name for p in each.path.iterdir() if not p.name.startswith(("notebook", "."))} for name, each in runs.items()}
+    assert all(names - {"predictions"} == files["by-command"] for names in files.values()), files
+    assert {each.status().state for each in runs.values()} == {"finished"}
+    assert (runs["by-notebook"].path / "notebook.html").exists()
