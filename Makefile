@@ -28,11 +28,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	@echo "installing the package and what it needs into $(VENV): a few minutes, once"
+	$(BIN)/python -m pip install -qq --editable '.[demo]'
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	@echo "installing the package, the demo's and the developers' tools into $(VENV): a few minutes, once"
+	$(BIN)/python -m pip install -qq --editable '.[demo,dev]'
 	touch $@ $(VENV)/.installed-demo
 
 install: $(VENV)/.installed-demo
