@@ -75,7 +75,7 @@ class PreprocessingConfig(Settings):
             raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
         return self
 
-# %% ../nbs/01_config.ipynb #9231de69
+# %% ../nbs/01_config.ipynb #c9936cb8
 class MethodConfig(Settings):
     "What is trained: all weights (`full`), or low-rank adapters on plain (`lora`) or NF4 (`qlora`) weights."
 
@@ -109,7 +109,7 @@ class MixtureConfig(Settings):
     balance_labels: bool = Field(False, description="within a closed task, each label equally often")
     replacement: bool = Field(False, description="draw each sample anew, instead of each row once before any comes again")
 
-# %% ../nbs/01_config.ipynb #c6802c93
+# %% ../nbs/01_config.ipynb #049146a0
 class ScheduleConfig(Settings):
     "Steps, batches and the optimiser."
 
@@ -130,6 +130,7 @@ class ScheduleConfig(Settings):
     max_tokens: int = Field(4096, ge=1, description="longest sample; a longer one is reported before training starts, never cut")
     vision_cache: bool = Field(True, description="keep a frozen tower's outputs on disk")
     vision_cache_gb: float = Field(20.0, ge=0, description="size limit of the vision cache; pictures beyond it are computed each time")
+    pixel_cache_gb: float = Field(0.0, ge=0, description="size limit of resized pictures kept on disk; 0: none. Useful where the tower trains and decoding is slow")
     activation_checkpointing: bool = Field(False, description="recompute the language model's activations: less memory, more time")
     shuffle_labels: bool = Field(False, description="train on labels permuted within each task: a control that must stay at chance")
     log_every: int = Field(10, ge=1)
@@ -147,7 +148,7 @@ class ScheduleConfig(Settings):
             raise ValueError(f"save_at names step {beyond[0]}, but the run has steps 1 to {self.steps}")
         return self
 
-# %% ../nbs/01_config.ipynb #33d943cf
+# %% ../nbs/01_config.ipynb #994290de
 class ScoringConfig(Settings):
     "How checkpoints are tested."
 
@@ -189,7 +190,7 @@ class RunConfig(Settings):
     def fingerprint(self) -> str:
         "Changes when what is trained could change; names of experiment and run, workers and scoring don't count."
         content = self.model_dump(mode="json", exclude={"experiment", "run", "scoring"})
-        return fingerprint({**content, "schedule": {k: v for k, v in content["schedule"].items() if k not in ("workers", "log_every", "vision_cache", "vision_cache_gb")}})
+        return fingerprint({**content, "schedule": {k: v for k, v in content["schedule"].items() if k not in ("workers", "log_every", "vision_cache", "vision_cache_gb", "pixel_cache_gb")}})
 
 # %% ../nbs/01_config.ipynb #09b4ac66
 def settings_paths(

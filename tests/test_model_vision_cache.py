@@ -71,3 +71,18 @@ def test_training_is_the_same_with_any_share_of_the_cache(project):
     for name, weight in without.items():
         for other in (some, every, packed):
             torch.testing.assert_close(other[name], weight, rtol=0, atol=2e-5)
+
+
+def test_training_is_the_same_from_the_pixel_cache(project):
+    write_toy_suite(project / "toy", rows=12)
+
+    def weights(name: str, **schedule) -> dict[str, torch.Tensor]:
+        schedule = {"steps": 2, "micro_batch": 8, "learning_rate": 1e-3, "vision_cache": False, **schedule}
+        mixture = {"name": "equal", "balance_labels": True}
+        config = RunConfig(suite=str(project / "toy" / "toy.yaml"), run=name, model={"device": "cpu"}, method={"name": "lora"}, mixture=mixture, schedule=schedule)
+        return load_file(train(config).checkpoints()[2] / "adapter_model.safetensors")
+
+    plain, kept = weights("plain"), weights("kept", pixel_cache_gb=0.1)
+    assert list((project / "prepared" / "pixel-cache").iterdir())
+    again = weights("again", pixel_cache_gb=0.1)
+    assert all(torch.equal(plain[name], kept[name]) and torch.equal(plain[name], again[name]) for name in plain)

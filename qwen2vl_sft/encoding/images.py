@@ -149,7 +149,7 @@ def resize(
 
 ImageEncoder.resize = resize
 
-# %% ../../nbs/10_encoding.images.ipynb #ba20ea3f
+# %% ../../nbs/10_encoding.images.ipynb #5cf90811
 def patches(
     encoder: ImageEncoder,
     pictures: list[np.ndarray],  # uint8, each [height, width, 3] from `resize`
@@ -160,20 +160,21 @@ def patches(
 
     mean = torch.tensor(encoder.mean, device=device).view(3, 1, 1)
     std = torch.tensor(encoder.std, device=device).view(3, 1, 1)
-    values, grids = [], []
-    for picture in pictures:
-        pixels = torch.from_numpy(picture).to(device).permute(2, 0, 1)
-        values.append(_flatten((pixels * (1 / 255) - mean) / std, encoder))
-        grids.append([1, picture.shape[0] // encoder.patch, picture.shape[1] // encoder.patch])
-    return torch.cat(values), torch.tensor(grids, dtype=torch.int64, device=device)
+    values = [_flatten(torch.from_numpy(picture).to(device), encoder, mean, std) for picture in pictures]
+    grids = [[1, picture.shape[0] // encoder.patch, picture.shape[1] // encoder.patch] for picture in pictures]
+    return torch.cat(values) if len(values) > 1 else values[0], torch.tensor(grids, dtype=torch.int64, device=device)
 
 
-def _flatten(pixels: "torch.Tensor", encoder: ImageEncoder) -> "torch.Tensor":  # noqa: F821
+def _flatten(pixels: "torch.Tensor", encoder: ImageEncoder, mean: "torch.Tensor", std: "torch.Tensor") -> "torch.Tensor":  # noqa: F821
+    import torch
+
     side, merge = encoder.patch, encoder.merge
-    rows, columns = pixels.shape[1] // (side * merge), pixels.shape[2] // (side * merge)
-    squares = pixels.reshape(3, rows, merge, side, columns, merge, side).permute(1, 4, 2, 5, 0, 3, 6)
-    repeated = squares.unsqueeze(5).expand(*squares.shape[:5], encoder.temporal, side, side)
-    return repeated.reshape(-1, 3 * encoder.temporal * side**2)
+    rows, columns = pixels.shape[0] // (side * merge), pixels.shape[1] // (side * merge)
+    out = torch.empty(rows, columns * merge**2, 3, encoder.temporal, side**2, device=pixels.device)
+    for row in range(rows):  # a strip fits into the processor's cache, and bytes are shuffled before they become floats
+        strip = pixels[row * side * merge : (row + 1) * side * merge].view(merge, side, columns, merge, side, 3).permute(2, 0, 3, 5, 1, 4)
+        out[row] = (strip.reshape(-1, 3, 1, side**2) * (1 / 255)).sub_(mean).div_(std)
+    return out.view(-1, 3 * encoder.temporal * side**2)
 
 
 ImageEncoder.patches = patches

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['merged', 'Gate', 'compared', 'export_merged']
 
-# %% ../../nbs/32_model.export.ipynb #298c054b
+# %% ../../nbs/32_model.export.ipynb #f3785544
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from ..config import MethodConfig, ModelConfig

@@ -7,7 +7,7 @@ __all__ = ['BFLOAT16_MARGIN', 'TestSet', 'test_set', 'Scorer', 'closed_rows', 'f
            'weights_hash', 'decided_by', 'scored_places', 'batches', 'score_task', 'self_test', 'candidates_of',
            'checked_encoder', 'adapters_loaded', 'score_candidates', 'unfinished', 'score_run', 'score_untuned']
 
-# %% ../../nbs/43_scoring.suite.ipynb #4625d973
+# %% ../../nbs/43_scoring.suite.ipynb #0c226827
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ from ..model.load import base_location, changes_outputs, check_token_ids, checkp
 from ..model.vision_cache import VisionCache
 from ..rundir import RunDir
 from .labels import LabelTree, label_tree, score_labels
-from .metrics import judge, parsed_label, task_figures
+from .metrics import judge, parsed_label
 from .text import write_answers
 from ..tasks import Task
 

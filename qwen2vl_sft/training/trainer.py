@@ -7,7 +7,7 @@ __all__ = ['Key', 'TrainingOrder', 'encoded', 'pixels', 'sample_lengths', 'sorte
            'LabelTrainer', 'RunCallback', 'training_arguments', 'prepared_suite', 'collator', 'filled_cache',
            'build_trainer', 'train']
 
-# %% ../../nbs/52_training.trainer.ipynb #e679314c
+# %% ../../nbs/52_training.trainer.ipynb #cef36bfc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..config import RunConfig
 from ..core import InputError, pick_device, project_root, say, seed_everything
 from ..data.mixture import sample_order
+from ..data.pixels import PixelCache
 from ..data.prepare import Prepared, prepare
 from ..encoding.batch import Sample, pack, pad
 from ..encoding.images import load_image_processor, open_image
@@ -33,7 +34,7 @@ from ..tasks import load_suite
 from .checkpoints import last_checkpoint, save_checkpoint
 from .loss import averaged, token_losses
 
-# %% ../../nbs/52_training.trainer.ipynb #a41965b4
+# %% ../../nbs/52_training.trainer.ipynb #dce5af72
 Key = tuple[str, int]  # task, row of its train split
 
 
@@ -48,8 +49,10 @@ class TrainingOrder(Dataset):
         self.columns = {task: {name: split.column(name) for name in ("id", "label", "question", "width", "height", "sha256")} for task, split in self.splits.items()}
         if schedule.shuffle_labels:
             shuffle_labels(self.columns, schedule.seed)
-        batch = schedule.micro_batch * schedule.accumulation
-        order = sample_order({task: len(split) for task, split in self.splits.items()}, config.mixture, schedule.steps * batch, schedule.seed)
+        self.pixel_cache = PixelCache(project_root() / "prepared" / "pixel-cache", encoder.images, schedule.pixel_cache_gb) if schedule.pixel_cache_gb else None
+        batch, sizes = schedule.micro_batch * schedule.accumulation, {task: len(split) for task, split in self.splits.items()}
+        labels = {task.name: self.columns[task.name]["label"] for task in prepared.suite.tasks if task.is_closed}
+        order = sample_order(sizes, config.mixture, schedule.steps * batch, schedule.seed, labels)
         keys = list(order)
         self.order = sorted_within(keys, self.sample_lengths(keys, schedule.max_tokens), batch)
 
@@ -65,7 +68,7 @@ class TrainingOrder(Dataset):
         features = self.cache.get(self.value(key, "sha256")) if self.cache else None
         return Sample(self.encoded(key), None if features is not None else self.pixels(key), features)
 
-# %% ../../nbs/52_training.trainer.ipynb #4caae1d4
+# %% ../../nbs/52_training.trainer.ipynb #875793e1
 def encoded(
     data: TrainingOrder,
     key: Key,
@@ -80,7 +83,10 @@ def pixels(
     key: Key,
 ) -> np.ndarray:  # uint8 [height, width, 3]
     "The picture as the model sees it."
-    return data.encoder.images.resize(open_image(data.splits[key[0]].image(key[1]), f"{key[0]}/{data.value(key, 'id')}"))
+    name = f"{key[0]}/{data.value(key, 'id')}"
+    if data.pixel_cache is None:
+        return data.encoder.images.resize(open_image(data.splits[key[0]].image(key[1]), name))
+    return data.pixel_cache.pixels(data.value(key, "sha256"), lambda: data.splits[key[0]].image(key[1]), name)
 
 
 TrainingOrder.encoded, TrainingOrder.pixels = encoded, pixels
