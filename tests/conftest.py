@@ -34,7 +34,8 @@ def project(tmp_path, monkeypatch) -> Path:
 
 
 def pytest_collection_modifyitems(items):
-    "Tests that need a GPU say so when there is none, instead of failing."
+    "The slow ones come first, so that two workers end together; those that need a GPU say so when there is none."
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch
