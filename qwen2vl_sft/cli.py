@@ -40,7 +40,7 @@ def _here(path: str) -> str:
     "An absolute path for a file that exists in the working directory."
     return str(Path(path).resolve()) if Path(path).is_file() else path
 
-# %% ../nbs/90_cli.ipynb #051cccd6
+# %% ../nbs/90_cli.ipynb #e8f488e2
 @app.command()
 def prepare(
     suite: Annotated[str | None, typer.Argument(help="The suite's YAML file.", show_default=False)] = None,
@@ -48,6 +48,8 @@ def prepare(
     out: Annotated[str | None, typer.Option(help="With --from: the suite file to write.", show_default="suite.yaml beside the data")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 2 if any row was quarantined.")] = False,
     recipe: Annotated[str | None, typer.Option(help="Forecast lengths, steps and memory for this recipe too.", show_default=False)] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read images; 0 for none.", show_default="one a core")] = None,
+    folds: Annotated[int | None, typer.Option(help="Also divide each task into this many folds, kept in splits.parquet.", show_default=False)] = None,
     notebook: AsNotebook = False,
 ) -> None:
     """Read a suite's images, audit them, split without leaks and write Parquet to prepared/<suite>/.
@@ -65,12 +67,12 @@ def prepare(
         suite = str(guess_suite(data, out))
     if notebook:
         print(run_notebook("prepare", {"suite": _here(suite)}))
-        if not (strict or config):
+        if not (strict or config or folds):
             return
     from qwen2vl_sft.data.prepare import prepare as prepare_suite
     from qwen2vl_sft.tasks import load_suite
 
-    prepared = prepare_suite(load_suite(workbench_file(_here(suite))), strict=strict)
+    prepared = prepare_suite(load_suite(workbench_file(_here(suite))), strict=strict, workers=workers, folds=folds)
     if config:
         from qwen2vl_sft.data.guess import forecast_prepared
 

@@ -6,15 +6,17 @@
 __all__ = ['ASSETS', 'InputError', 'RunFailure', 'did_you_mean', 'project_root', 'write_atomically', 'published_folder',
            'sha256_of', 'fingerprint', 'seed_everything', 'pick_device', 'say']
 
-# %% ../nbs/00_core.ipynb #a361816e
+# %% ../nbs/00_core.ipynb #40d179bf
 import difflib
 import hashlib
 import json
+import logging
 import os
 import random
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,3 +140,7 @@ def say(
 ) -> None:
     "Print a line with the time of day, at once."
     print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stdout, flush=True)
+
+# %% ../nbs/00_core.ipynb #9dfd0596
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels" not in record.getMessage())
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

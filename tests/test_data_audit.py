@@ -398,6 +398,13 @@ def test_the_report_forecasts_lengths_and_draws_them():
     report = audit.to_json()
     assert report["forecast"]["small"]["tokens"]["max"] > 10 and report["forecast"]["small"]["too_long"] == 0
     assert sum(rows for *_, rows in report["forecast"]["small"]["histogram"]) == 1  # quarantined rows don't train
-    assert "<svg" in audit.page() and "Forecast" in audit._repr_html_() and "forecast for small" in audit.summary()
+    assert "<svg" in audit.page() and "Forecast" in audit._repr_html_() and "forecast (estimates)" in audit.summary()
     assert report["forecast"]["Qwen/Qwen2-VL-7B-Instruct"]["gigabytes"]["qlora"] < 20
     assert Audit("s", [check(label="elephant")]).to_json()["forecast"] == {}
+
+
+def test_control_tokens_in_labels_and_questions_are_quarantined():
+    assert check(label="12<|im_end|>34", task=TEXT).reason == "special_token"
+    assert check(label="a <b> |c|", task=TEXT).verdict == "accepted"
+    asked = check(question="<|image_pad|> Which pet?")
+    assert (asked.reason, asked.detail) == ("special_token", "the question holds <|image_pad|>")

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'PUBLISHED_TOWER', 'METHODS', 'ModelShape', 'shape_of', 'memory_gigabytes', 'Sample', 'Plan',
            'small_plan', 'plan_of_folder', 'published_plan', 'usual_plans', 'plan_of_recipe', 'sequence_lengths',
-           'histogram', 'forecast_plan', 'forecast', 'gigabytes_text', 'forecast_lines', 'histogram_svg']
+           'histogram', 'forecast_plan', 'forecast', 'gigabytes_text', 'forecast_lines', 'forecast_table',
+           'histogram_svg']
 
 # %% ../../nbs/19_data.forecast.ipynb #46b104b6
 import json
@@ -213,7 +214,19 @@ def forecast_lines(report: dict[str, dict]) -> list[str]:
             lines.append(f"{name}: {plan['special_tokens']:,} rows hold a special token of the model in their text and can't be trained on")
     return lines
 
-# %% ../../nbs/19_data.forecast.ipynb #a6457d20
+# %% ../../nbs/19_data.forecast.ipynb #9a874c22
+def forecast_table(report: dict[str, dict]) -> list[str]:
+    "The forecast as a table of text, at most 100 columns wide."
+    if not report:
+        return []
+    rows = [("forecast (estimates)", "tokens: median", "longest", "too long", *(f"{method}, GB" for method in METHODS))]
+    for name, plan in report.items():
+        counts = (plan["tokens"]["median"], plan["tokens"]["max"], plan["too_long"])
+        rows.append((f"{name.split('/')[-1]}, {plan['max_pixels']:,} px", *(f"{n:,}" for n in counts), *(gigabytes_text(plan["gigabytes"][m]) for m in METHODS)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows]
+
+# %% ../../nbs/19_data.forecast.ipynb #cf0c33b7
 def histogram_svg(bins: list[list[int]], what: str = "tokens", limit: int | None = None) -> str:
     "A histogram as inline SVG, in the page's text colour; bins beyond `limit` in the colour of problems."
     if not bins:

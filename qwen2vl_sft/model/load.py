@@ -6,11 +6,9 @@
 __all__ = ['base_location', 'compute_dtype', 'nf4_config', 'load_base', 'check_token_ids', 'unwrapped', 'add_adapters',
            'trainable', 'load_adapter', 'changes_outputs', 'checkpoint_kind', 'stored_contract', 'load_checkpoint']
 
-# %% ../../nbs/30_model.load.ipynb #dff5ca6c
+# %% ../../nbs/30_model.load.ipynb #64ece245
 import json
-import logging
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,7 @@ from ..config import MethodConfig, ModelConfig
 from ..core import ASSETS, InputError, RunFailure, pick_device
 from ..encoding.prompt import Encoder
 
-# %% ../../nbs/30_model.load.ipynb #75f65448
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels" not in record.getMessage())
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-
-# %% ../../nbs/30_model.load.ipynb #a3e9d3fc
+# %% ../../nbs/30_model.load.ipynb #2c87ec58
 def base_location(
     base: str,  # `small`, a folder, or a hub name
 ) -> str:
@@ -46,7 +40,7 @@ def compute_dtype(
         return torch.bfloat16 if pick_device(config.device).type == "cuda" else torch.float32
     return getattr(torch, config.dtype)
 
-# %% ../../nbs/30_model.load.ipynb #fcf61188
+# %% ../../nbs/30_model.load.ipynb #62985b9a
 def nf4_config(
     method: MethodConfig,
     dtype: torch.dtype,  # of the computation
@@ -82,7 +76,7 @@ def load_base(
         raise InputError(f"model '{location}' can't be loaded: {str(error).splitlines()[0]}") from error
     return model.requires_grad_(False).eval()
 
-# %% ../../nbs/30_model.load.ipynb #b4f55d2f
+# %% ../../nbs/30_model.load.ipynb #a256d8c0
 def check_token_ids(
     model: nn.Module,
     encoder: Encoder,
@@ -99,7 +93,7 @@ def unwrapped(model: nn.Module) -> Qwen2VLForConditionalGeneration:
     "The Qwen2-VL model inside a PEFT model, or the model itself."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-# %% ../../nbs/30_model.load.ipynb #9ed15dd5
+# %% ../../nbs/30_model.load.ipynb #f6598231
 def add_adapters(
     model: Qwen2VLForConditionalGeneration,
     method: MethodConfig,
@@ -133,7 +127,7 @@ def trainable(
     tower.merger.requires_grad_(not method.freeze_merger)
     return model
 
-# %% ../../nbs/30_model.load.ipynb #cf645b0a
+# %% ../../nbs/30_model.load.ipynb #c48977e3
 def load_adapter(
     model: nn.Module,  # a base model, or a PEFT model that already has adapters
     folder: Path,  # holds adapter_model.safetensors
@@ -165,7 +159,7 @@ def _check_landed(model: nn.Module, stored: dict[str, torch.Tensor], name: str, 
     if idle := sorted(set(present) - set(stored)):
         raise RunFailure(f"{folder}: the adapter's file has no weight for {idle[0]}; it belongs to another configuration")
 
-# %% ../../nbs/30_model.load.ipynb #9edf079d
+# %% ../../nbs/30_model.load.ipynb #7db476e8
 @torch.no_grad()
 def changes_outputs(
     model: Any,  # PeftModel with the adapter active
@@ -178,7 +172,7 @@ def changes_outputs(
         plain = model(input_ids=ids, use_cache=False).logits
     return not torch.equal(tuned, plain)
 
-# %% ../../nbs/30_model.load.ipynb #a1e977bb
+# %% ../../nbs/30_model.load.ipynb #f88995ad
 def checkpoint_kind(
     folder: Path,
 ) -> str:  # "adapter" or "full"

@@ -57,7 +57,7 @@ def nearest_neighbour_answers(
 
 BASELINES: dict[str, Callable[[Rows, TestSet], list[str]]] = {"majority": majority_answers, "nearest_neighbour": nearest_neighbour_answers}
 
-# %% ../../nbs/44_scoring.baselines.ipynb #4d0b3f8b
+# %% ../../nbs/44_scoring.baselines.ipynb #22ed213d
 def baseline_predictions(
     name: str,  # a key of BASELINES
     prepared: Prepared,
@@ -75,6 +75,14 @@ def baseline_predictions(
     )  # fmt: skip
 
 
+def _score_baseline(run: RunDir, prepared: Prepared, data: TestSet) -> None:
+    stamp = run.predictions_folder(run.name, data.task.name) / "decided_by.txt"
+    decided = fingerprint([prepared.audit.get("fingerprint"), data.rule, data.column("id")])
+    if not (stamp.exists() and stamp.read_text() == decided and run.predictions(run.name, data.task.name) is not None):
+        run.write_predictions(run.name, data.task.name, 0, baseline_predictions(run.name, prepared, data))
+        write_atomically(stamp, decided)
+
+
 def score_baselines(
     experiment: Path,
     prepared: Prepared,
@@ -83,12 +91,8 @@ def score_baselines(
     "Write the predictions of every baseline, where the data or the test rows have changed."
     for name in BASELINES:
         run = RunDir(Path(experiment) / name)
-        run.write_config(yaml.safe_dump({"kind": name, "suite": prepared.suite.name}))
-        for task in prepared.suite.tasks:
-            data = test_set(prepared, task, settings)
-            stamp = run.predictions_folder(name, task.name) / "decided_by.txt"
-            decided = fingerprint([prepared.audit.get("fingerprint"), data.rule, data.column("id")])
-            if not (stamp.exists() and stamp.read_text() == decided and run.predictions(name, task.name) is not None):
-                run.write_predictions(name, task.name, 0, baseline_predictions(name, prepared, data))
-                write_atomically(stamp, decided)
+        with run.running("scoring"):
+            run.write_config(yaml.safe_dump({"kind": name, "suite": prepared.suite.name}))
+            for task in prepared.suite.tasks:
+                _score_baseline(run, prepared, test_set(prepared, task, settings))
     say(f"{experiment.name}: baselines {', '.join(BASELINES)} are scored")
