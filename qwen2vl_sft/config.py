@@ -109,7 +109,7 @@ class MixtureConfig(Settings):
     balance_labels: bool = Field(False, description="within a closed task, each label equally often")
     replacement: bool = Field(False, description="draw each sample anew, instead of each row once before any comes again")
 
-# %% ../nbs/01_config.ipynb #049146a0
+# %% ../nbs/01_config.ipynb #efabaaf9
 class ScheduleConfig(Settings):
     "Steps, batches and the optimiser."
 
@@ -146,9 +146,11 @@ class ScheduleConfig(Settings):
     def _checkpoints_are_reached(self) -> "ScheduleConfig":
         if beyond := [step for step in self.save_at if not 1 <= step <= self.steps]:
             raise ValueError(f"save_at names step {beyond[0]}, but the run has steps 1 to {self.steps}")
+        if 1 in self.save_at and round(self.warmup_ratio * self.steps):
+            raise ValueError("save_at names step 1, but warm-up starts at learning rate 0, so step 1 changes nothing; name a later step")
         return self
 
-# %% ../nbs/01_config.ipynb #994290de
+# %% ../nbs/01_config.ipynb #ffd116c6
 class ScoringConfig(Settings):
     "How checkpoints are tested."
 
@@ -172,6 +174,12 @@ class RunConfig(Settings):
     mixture: MixtureConfig = Field(default_factory=MixtureConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> "RunConfig":
+        if self.method.name == "full" and self.model.attention == "flash_attention_2":
+            raise ValueError("method full keeps float32 weights, which flash_attention_2 refuses; use model.attention=sdpa")
+        return self
 
     @property
     def suite_path(self) -> Path:

@@ -68,7 +68,7 @@ def write_atomically(
         staging.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/00_core.ipynb #05406737
+# %% ../nbs/00_core.ipynb #3c9c2b56
 @contextmanager
 def published_folder(
     path: Path | str,  # the folder that appears when the block ends without an exception
@@ -76,6 +76,8 @@ def published_folder(
     "Yield an empty staging folder beside `path`; rename it to `path` at the end, or remove it if the block raised."
     path = Path(path)
     staging, old = (path.with_name(f".{path.name}.{kind}") for kind in ("staging", "old"))
+    if old.exists() and not path.exists():  # killed between the two renames
+        old.rename(path)
     for leftover in (staging, old):
         shutil.rmtree(leftover, ignore_errors=True)
     staging.mkdir(parents=True)

@@ -101,7 +101,7 @@ class RunDir:
         steps = ", ".join(map(str, self.checkpoints())) or "none"
         return f"RunDir({self.experiment}/{self.name}: {self.status().state}, checkpoints: {steps})"
 
-# %% ../nbs/03_rundir.ipynb #1a03193f
+# %% ../nbs/03_rundir.ipynb #acc19c51
 def read_status(run: RunDir) -> Status:
     "The run's status as a reader should take it."
     try:
@@ -127,12 +127,14 @@ def running(
         lock.acquire()
     except filelock.Timeout as error:
         raise RunFailure(f"{run.path}: another process (pid {read_status(run).pid}) is working in this run directory; wait for it or choose another run name") from error
-    now = time.time()
+    before, now = read_status(run), time.time()
     status = Status("running", stage, pid=os.getpid(), host=socket.gethostname(), started=now, heartbeat=now)
     with lock, _beating(run, status):
         try:
             yield status
             status.state = "finished"
+            if before.stage != stage and before.state in ("dead", "failed", "interrupted"):  # scoring doesn't finish a training
+                status.state, status.stage, status.message, status.progress = before.state, before.stage, before.message, before.progress
         except KeyboardInterrupt:
             status.state, status.message = "interrupted", "stopped by the user; the same command continues"
             raise
@@ -219,10 +221,10 @@ def metrics(run: RunDir) -> pd.DataFrame:  # columns step, time, loss, ...; of a
 RunDir.log = log
 RunDir.metrics = metrics
 
-# %% ../nbs/03_rundir.ipynb #c425c124
+# %% ../nbs/03_rundir.ipynb #810b7ac9
 def checkpoints(run: RunDir) -> dict[int, Path]:  # step -> folder, ascending
     "The published checkpoints."
-    found = {int(path.name.removeprefix("step-")): path for path in (run.path / "checkpoints").glob("step-*") if path.is_dir()}
+    found = {int(path.name.removeprefix("step-")): path for path in (run.path / "checkpoints").glob("step-*") if path.name[5:].isdigit()}
     return dict(sorted(found.items()))
 
 

@@ -185,7 +185,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '5.13', "the label's end is left out", 'qwen2vl_sft/scoring/labels.py',
-        'wordings = paths[:, nodes] + after[:, nodes + 1, encoder.end_id]',
+        'wordings = paths[:, nodes] + after[:, nodes + 1, end]',
         'wordings = paths[:, nodes]',
         ('tests/test_correctness.py::test_5_13_label_probabilities_equal_one_stock_forward_a_label',),
     ),

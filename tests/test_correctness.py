@@ -435,10 +435,11 @@ def test_5_14_the_self_test_stops_a_model_that_depends_on_the_batch(project, enc
     self_test(model, scorer, data)
     head = model.lm_head.forward
     tokens = [encoder.text_ids(label)[0] for label in ("red", "green", "blue")]
+    rows = 1 + len(label_tree(encoder, data.task.wordings))  # positions projected for one sample
 
     def leaking(hidden):
         logits = head(hidden)
-        logits[:, 0, tokens[hidden.shape[0] > 1]] += 50  # another favourite when there is company
+        logits[::rows, tokens[len(hidden) > rows]] += 50  # after the prompt, another favourite when there is company
         return logits
 
     monkeypatch.setattr(model.lm_head, "forward", leaking)

@@ -620,7 +620,7 @@ def write_suite(suite: Suite, progress: Progress, settings: dict, wanted: str, a
     say(audit.summary())
     say(f"the audit's page: {folder / 'audit.html'}")
 
-# %% ../../nbs/23_data.prepare.ipynb #57faaf12
+# %% ../../nbs/23_data.prepare.ipynb #489c583c
 class Rows(Sequence):
     "The rows of one split: `rows[i]` is a dict with image (bytes), label, question, id, width, height, sha256, ..."
 
@@ -637,7 +637,8 @@ class Rows(Sequence):
         self.forget()
 
     def forget(self) -> None:
-        "Start with no images in memory and no file open."
+        "Start with no images and columns in memory and no file open."
+        self.columns: dict[str, list] = {}
         self.images: OrderedDict[int, list[bytes]] = OrderedDict()
         self.image_bytes, self.opened = 0, OrderedDict()
 
@@ -650,8 +651,10 @@ class Rows(Sequence):
         return row | {"image": self.image(index)}
 
     def column(self, name: str) -> list:
-        "One column without the images, such as `label`."
-        return self.table[name].to_pylist()
+        "One column without the images, such as `label`; the same list each time, not to be changed."
+        if name not in self.columns:
+            self.columns[name] = self.table[name].to_pylist()
+        return self.columns[name]
 
 # %% ../../nbs/23_data.prepare.ipynb #70f43f44
 def select(rows: Rows, indices: Sequence[int]) -> Rows:

@@ -52,7 +52,7 @@ def compared(
     same = before.argmax(axis=1) == after.argmax(axis=1)
     return Gate(len(before), float(same.mean()), float(shift.mean()), float(shift.max()))
 
-# %% ../../nbs/32_model.export.ipynb #7ec0bcd0
+# %% ../../nbs/32_model.export.ipynb #ddafddf3
 def export_merged(
     config: ModelConfig,
     method: MethodConfig,
@@ -61,13 +61,16 @@ def export_merged(
     probabilities: Callable[[nn.Module], np.ndarray],  # a model's label probabilities on probe samples
     save_beside: Callable[[Path], Any] = lambda staging: None,  # tokenizer, image processor and contract
     least_agreement: float = 0.98,
+    most_shift: float = 0.05,
 ) -> Gate:
-    "Merge, check against the trained function, publish `out`. Raises `RunFailure` if labels agree less than asked; nothing is written then."
+    "Merge, check against the trained function, publish `out`. Raises `RunFailure` if labels agree less than asked or probabilities move more; nothing is written then."
     before = probabilities(load_checkpoint(config, method, folder))
     model = merged(config, folder)
     gate = compared(before, probabilities(model.eval()))
     if gate.agreement < least_agreement:
         raise RunFailure(f"{folder}: merged, {gate.agreement:.1%} of {gate.samples} labels stay, below the {least_agreement:.1%} asked for; serve the adapter on its {method.name} base instead")
+    if gate.mean_shift > most_shift:
+        raise RunFailure(f"{folder}: merged, label probabilities move by {gate.mean_shift:.3f} on average, above the {most_shift} allowed; serve the adapter on its {method.name} base instead")
     trained_on = "NF4 weights" if method.name == "qlora" else "the original weights"
     report = {"base": config.base, "trained_on": trained_on, "merged_into": f"the original weights, {model.dtype}", **asdict(gate)}
     with published_folder(out) as staging:

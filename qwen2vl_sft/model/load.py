@@ -40,7 +40,7 @@ def compute_dtype(
         return torch.bfloat16 if pick_device(config.device).type == "cuda" else torch.float32
     return getattr(torch, config.dtype)
 
-# %% ../../nbs/30_model.load.ipynb #62985b9a
+# %% ../../nbs/30_model.load.ipynb #1174e0cd
 def nf4_config(
     method: MethodConfig,
     dtype: torch.dtype,  # of the computation
@@ -72,7 +72,7 @@ def load_base(
         model = Qwen2VLForConditionalGeneration.from_pretrained(
             location, revision=config.revision, dtype=dtype, attn_implementation=config.attention, use_safetensors=True, **options
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(f"model '{location}' can't be loaded: {str(error).splitlines()[0]}") from error
     return model.requires_grad_(False).eval()
 

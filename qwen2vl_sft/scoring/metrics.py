@@ -22,7 +22,7 @@ def normalised_text(text: str) -> str:
     "Text as exact match compares it: NFKC, case-folded, white space collapsed."
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
-# %% ../../nbs/40_scoring.metrics.ipynb #a3226063
+# %% ../../nbs/40_scoring.metrics.ipynb #064214ec
 @dataclass(frozen=True)
 class Judged:
     "What an answer counts as."
@@ -37,9 +37,15 @@ def parsed_label(
     text: str,
 ) -> str | None:
     "The label that the text names, or None."
-    names = {normalised_text(wording): label for label, wordings in task.wordings.items() for wording in wordings}
+    exact = {wording: label for label, wordings in task.wordings.items() for wording in wordings}
+    if text.strip() in exact:
+        return exact[text.strip()]
+    named: dict[str, set[str]] = {}
+    for wording, label in exact.items():
+        named.setdefault(normalised_text(wording), set()).add(label)
     answer = normalised_text(text)
-    return names.get(answer, names.get(answer.removesuffix(".")))
+    found = named.get(answer) or named.get(answer.removesuffix("."), set())
+    return next(iter(found)) if len(found) == 1 else None  # "a" and "A" may be two labels
 
 
 def judge(

@@ -15,7 +15,7 @@ from ..encoding.prompt import Encoder
 from ..model.load import unwrapped
 from ..model.vision_cache import forward_inputs
 
-# %% ../../nbs/42_scoring.text.ipynb #e3cb23b9
+# %% ../../nbs/42_scoring.text.ipynb #c1ea0c39
 @torch.no_grad()
 def write_answers(
     model: nn.Module,
@@ -27,9 +27,9 @@ def write_answers(
     batch = pad(samples, encoder.images, encoder.pad_id, side="left")
     inputs = forward_inputs(model, {name: batch[name] for name in batch if name != "position_ids"})
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == encoder.image_token_id).int()
-    greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=encoder.end_id, pad_token_id=encoder.pad_id)
+    greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=[encoder.end_id, encoder.pad_id], pad_token_id=encoder.pad_id)
     written = unwrapped(model).generate(**inputs, generation_config=greedy)[:, inputs["input_ids"].shape[1] :]
-    ended = (written == encoder.end_id).int()
+    ended = ((written == encoder.end_id) | (written == encoder.pad_id)).int()  # an untuned model may end with <|endoftext|>
     counts = torch.where(ended.any(dim=1), ended.argmax(dim=1) + 1, written.shape[1]).tolist()
     texts = [encoder.tokenizer.decode(row[:count], skip_special_tokens=True) for row, count in zip(written, counts, strict=True)]
     return texts, counts

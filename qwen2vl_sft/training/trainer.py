@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['Key', 'TrainingOrder', 'encoded', 'pixels', 'sample_lengths', 'sorted_within', 'shuffle_labels', 'Setting',
-           'LabelTrainer', 'RunCallback', 'training_arguments', 'prepared_suite', 'collator', 'filled_cache',
-           'build_trainer', 'train']
+           'LabelTrainer', 'check_finite', 'RunCallback', 'training_arguments', 'check_devices', 'prepared_suite',
+           'collator', 'filled_cache', 'build_trainer', 'settle_config', 'train']
 
-# %% ../../nbs/52_training.trainer.ipynb #cef36bfc
+# %% ../../nbs/52_training.trainer.ipynb #23618ea2
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +17,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch.utils.data import Dataset, SequentialSampler
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..config import RunConfig
-from ..core import InputError, pick_device, project_root, say, seed_everything
+from ..config import RunConfig, validated
+from ..core import InputError, RunFailure, pick_device, project_root, say, seed_everything, write_atomically
 from ..data.mixture import sample_order
 from ..data.pixels import PixelCache
 from ..data.prepare import Prepared, prepare
 from ..encoding.batch import Sample, pack, pad
 from ..encoding.images import load_image_processor, open_image
 from ..encoding.prompt import Encoded, Encoder, load_encoder
-from ..model.load import base_location, check_token_ids, compute_dtype, load_base, trainable, unwrapped
+from ..model.load import base_location, check_token_ids, checkpoint_kind, compute_dtype, load_base, trainable, unwrapped
 from ..model.vision_cache import VisionCache
 from ..rundir import RunDir, Status
 from ..tasks import load_suite
@@ -125,7 +128,7 @@ def shuffle_labels(
 
 TrainingOrder.sample_lengths = sample_lengths
 
-# %% ../../nbs/52_training.trainer.ipynb #cd9322fe
+# %% ../../nbs/52_training.trainer.ipynb #5123e664
 @dataclass
 class Setting:
     "What the trainer needs besides model and data."
@@ -156,14 +159,30 @@ class LabelTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         setting = self.setting
+        check_finite(self.model, self.state.global_step)
         save_checkpoint(setting.run, self.state.global_step, self.model, setting.encoder, setting.image_processor, self._save_state)
+
+    def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
+        if checkpoint_kind(Path(folder)) == "adapter":
+            super()._load_from_checkpoint(folder, model)
+        # full weights are there: `build_trainer` loaded them, because a checkpoint's key names aren't the module's
 
     def _save_state(self, folder: Path) -> None:
         self._save_optimizer_and_scheduler(str(folder))
         self._save_rng_state(str(folder))
         self.state.save_to_json(str(folder / "trainer_state.json"))
 
-# %% ../../nbs/52_training.trainer.ipynb #b568b452
+# %% ../../nbs/52_training.trainer.ipynb #600e1528
+def check_finite(
+    model: Any,
+    step: int,
+) -> None:
+    "Raises `RunFailure` if a trained weight is NaN or infinite."
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and not torch.isfinite(weight).all():
+            raise RunFailure(f"step {step}: the weight {name} is not finite; lower schedule.learning_rate or max_grad_norm and start a new run")
+
+# %% ../../nbs/52_training.trainer.ipynb #8ea8f701
 class RunCallback(TrainerCallback):
     "Saves at the named steps; writes metrics, status and a progress bar."
 
@@ -183,30 +202,45 @@ class RunCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
         if not logs or "loss" not in logs:
             return
+        if bad := [key for key in ("loss", "grad_norm") if not math.isfinite(float(logs.get(key, 0)))]:
+            raise RunFailure(f"step {state.global_step}: {bad[0]} is {logs[bad[0]]}; lower schedule.learning_rate or max_grad_norm and start a new run")
         self.setting.run.log(state.global_step, **{key: float(value) for key, value in logs.items()})
         self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", lr=f"{float(logs['learning_rate']):.1e}", refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
 
-# %% ../../nbs/52_training.trainer.ipynb #5b743a08
+# %% ../../nbs/52_training.trainer.ipynb #63ff13ce
 def training_arguments(
     config: RunConfig,
     folder: Path,
 ) -> TrainingArguments:
     "The schedule in the Trainer's words."
     schedule, device = config.schedule, pick_device(config.model.device)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder), max_steps=schedule.steps, seed=schedule.seed, data_seed=schedule.seed,
         per_device_train_batch_size=schedule.micro_batch, gradient_accumulation_steps=schedule.accumulation,
         learning_rate=schedule.learning_rate, lr_scheduler_type=schedule.scheduler, warmup_steps=round(schedule.warmup_ratio * schedule.steps),
         weight_decay=schedule.weight_decay, adam_beta2=schedule.adam_beta2, max_grad_norm=schedule.max_grad_norm, optim=schedule.optimizer,
         bf16=device.type == "cuda" and compute_dtype(config.model) is torch.bfloat16, use_cpu=device.type == "cpu",
         dataloader_num_workers=schedule.workers, remove_unused_columns=False, label_names=["labels"],
-        logging_steps=schedule.log_every, save_strategy="no", report_to=[], disable_tqdm=True,
+        logging_steps=schedule.log_every, save_strategy="no", report_to=[], disable_tqdm=True, logging_nan_inf_filter=False,
     )  # fmt: skip
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process trains on one GPU; the Trainer would split batches over all it sees
+    return arguments
 
-# %% ../../nbs/52_training.trainer.ipynb #7aae6469
+
+def check_devices(
+    config: RunConfig,
+) -> None:
+    "Raises `InputError` for what one process can't do: several processes, or a GPU that isn't the first it sees."
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("training on several processes is not supported yet; start it without `accelerate launch` or `torchrun`")
+    if pick_device(config.model.device).index not in (None, 0):
+        raise InputError(f"model.device={config.model.device}: choose the GPU with CUDA_VISIBLE_DEVICES and write device=cuda")
+
+# %% ../../nbs/52_training.trainer.ipynb #ebe41c5b
 def prepared_suite(
     suite_path: Path,
 ) -> Prepared:
@@ -242,10 +276,12 @@ def build_trainer(
     setting: Setting,
     data: TrainingOrder,
     status: Status,
+    start: Path | None = None,  # the checkpoint to continue from
 ) -> LabelTrainer:
     "Load the weights, decide what trains, fill the cache."
     config = setting.config
-    model = load_base(config.model, config.method)
+    continued = str(start) if start and config.method.name == "full" else None
+    model = load_base(config.model, config.method, location=continued)
     check_token_ids(model, setting.encoder)
     if config.method.tower_is_frozen and config.schedule.vision_cache:
         data.cache = filled_cache(model, data, config.schedule.vision_cache_gb)
@@ -260,24 +296,44 @@ def build_trainer(
     )  # fmt: skip
 
 
+def settle_config(
+    run: RunDir,
+    config: RunConfig,
+    data: str,  # fingerprint of the prepared data
+) -> None:
+    "Write the run's configuration and data fingerprint, or check them. Raises `InputError` with what differs, once there is a checkpoint."
+    stamp = run.path / "data.txt"
+    if run.checkpoints() and stamp.exists() and stamp.read_text() != data:
+        raise InputError(f"{run.path}: the prepared data have changed since this run was started; choose another run name")
+    there = validated(yaml.safe_load(run.config_path.read_text()), str(run.config_path)) if run.config_path.exists() else None
+    if there is None or not run.checkpoints() or there.fingerprint == config.fingerprint:
+        write_atomically(run.config_path, config.to_yaml())
+        write_atomically(stamp, data)
+    run.write_config(config.to_yaml())
+
+
 def train(
     config: RunConfig,
 ) -> RunDir:
     "Train a run to its last step, from its last checkpoint if there is one. Raises `InputError` before any weight loads."
-    run = RunDir(config.experiment_folder / config.run)
-    if config.schedule.steps in run.checkpoints():
-        run.write_config(config.to_yaml())
+    check_devices(config)
+    run, steps = RunDir(config.experiment_folder / config.run), config.schedule.steps
+    prepared = prepared_suite(config.suite_path)
+    if steps in run.checkpoints() and run.status().state == "finished":
+        settle_config(run, config, prepared.audit["fingerprint"])
         say(f"{run.experiment}/{run.name}: already trained")
         return run
-    prepared = prepared_suite(config.suite_path)
     with run.running("training") as status:
-        run.write_config(config.to_yaml())
+        settle_config(run, config, prepared.audit["fingerprint"])
+        if steps in run.checkpoints():  # killed after the last checkpoint
+            status.progress = {"step": steps, "steps": steps}
+            return run
         location = base_location(config.model.base)
         encoder = load_encoder(location, config.preprocessing, config.schedule.supervise_newline, config.model.revision)
         setting = Setting(run, config, encoder, load_image_processor(location, config.preprocessing, config.model.revision))
         start = last_checkpoint(run, encoder)
         seed_everything(config.schedule.seed)
-        trainer = build_trainer(setting, TrainingOrder(prepared, encoder, config), status)
+        trainer = build_trainer(setting, TrainingOrder(prepared, encoder, config), status, start)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     return run
