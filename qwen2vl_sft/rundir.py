@@ -25,7 +25,7 @@ import pandas as pd
 
 from .core import InputError, RunFailure, write_atomically
 
-# %% ../nbs/03_rundir.ipynb #d34143b6
+# %% ../nbs/03_rundir.ipynb #d4d7c8b2
 HEARTBEAT_SECONDS = 5.0
 DEAD_AFTER_SECONDS = 60.0
 
@@ -63,7 +63,7 @@ class Status:
             return True
         return not _is_zombie(self.pid)
 
-
+# %% ../nbs/03_rundir.ipynb #bf6516b1
 def _is_zombie(pid: int) -> bool:
     try:
         return ") Z " in Path(f"/proc/{pid}/stat").read_text()
@@ -101,7 +101,7 @@ class RunDir:
         steps = ", ".join(map(str, self.checkpoints())) or "none"
         return f"RunDir({self.experiment}/{self.name}: {self.status().state}, checkpoints: {steps})"
 
-# %% ../nbs/03_rundir.ipynb #acc19c51
+# %% ../nbs/03_rundir.ipynb #6c3b10c9
 def read_status(run: RunDir) -> Status:
     "The run's status as a reader should take it."
     try:
@@ -114,7 +114,7 @@ def write_status(run: RunDir, status: Status) -> None:
     "Replace `status.json`."
     write_atomically(run.status_path, json.dumps(asdict(status), indent=1))
 
-
+# %% ../nbs/03_rundir.ipynb #bb90dcac
 @contextmanager
 def running(
     run: RunDir,
@@ -142,7 +142,7 @@ def running(
             status.state, status.message = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
             raise
 
-
+# %% ../nbs/03_rundir.ipynb #eda0b905
 @contextmanager
 def _beating(run: RunDir, status: Status) -> Iterator[None]:
     done = threading.Event()
@@ -230,7 +230,7 @@ def checkpoints(run: RunDir) -> dict[int, Path]:  # step -> folder, ascending
 
 RunDir.checkpoints = checkpoints
 
-# %% ../nbs/03_rundir.ipynb #25afc711
+# %% ../nbs/03_rundir.ipynb #f8dd042e
 def predictions_folder(
     run: RunDir,
     checkpoint: str,  # "step-100", or the run's name
@@ -261,7 +261,7 @@ def predictions(
     parts = sorted(predictions_folder(run, checkpoint, task).glob("part-*.parquet"))
     return pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True) if parts else None
 
-
+# %% ../nbs/03_rundir.ipynb #e00350f6
 def predicted(run: RunDir) -> list[tuple[str, str]]:
     "The (checkpoint, task) pairs that have predictions, checkpoints by step."
     def by_step(name: str) -> tuple[int, str]:

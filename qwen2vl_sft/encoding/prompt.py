@@ -53,7 +53,7 @@ def chat_text(
         messages.append({"role": "assistant", "content": answer})
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
 
-# %% ../../nbs/11_encoding.prompt.ipynb #f42256d5
+# %% ../../nbs/11_encoding.prompt.ipynb #ec650207
 @dataclass
 class Encoded:
     "One sample as token ids. Pixels travel beside it."
@@ -71,7 +71,7 @@ class Encoded:
     def image_tokens(self) -> int:
         return int(np.prod(self.grid)) // self.merge**2
 
-
+# %% ../../nbs/11_encoding.prompt.ipynb #8e26844b
 @dataclass
 class Encoder:
     "Everything that turns a picture and a question into model input: training, scoring and export share it."
@@ -95,7 +95,7 @@ class Encoder:
     def pad_id(self) -> int:
         return self.tokenizer.pad_token_id
 
-# %% ../../nbs/11_encoding.prompt.ipynb #47992c1a
+# %% ../../nbs/11_encoding.prompt.ipynb #0c0a60db
 def text_ids(
     encoder: Encoder,
     text: str,  # an answer
@@ -117,7 +117,7 @@ def prompt_ids(
         encoder._prompts[question] = np.array(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
     return encoder._prompts[question]
 
-
+# %% ../../nbs/11_encoding.prompt.ipynb #fddd906a
 def encode(
     encoder: Encoder,
     question: str,

@@ -56,7 +56,7 @@ def _all_features(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[to
     found = iter(() if stored is None else stored.split(tokens.tolist()))
     return tuple(next(found if is_cached else fresh) for is_cached in cached.tolist())
 
-# %% ../../nbs/31_model.vision_cache.ipynb #b3f0169c
+# %% ../../nbs/31_model.vision_cache.ipynb #885e1ca8
 def tower_key(
     model: nn.Module,
     images: ImageEncoder,
@@ -66,7 +66,7 @@ def tower_key(
     weights = [sha256_of(value.contiguous().view(torch.uint8).cpu().numpy().tobytes()) for value in tower.state_dict().values()]
     return fingerprint([weights, vars(images), str(tower.dtype)])
 
-
+# %% ../../nbs/31_model.vision_cache.ipynb #dc3e197c
 class VisionCache:
     "Tower outputs on disk, for one tower and one way of resizing."
 
@@ -139,7 +139,7 @@ def missing(
 
 VisionCache.get, VisionCache.put, VisionCache.missing = get, put, missing
 
-# %% ../../nbs/31_model.vision_cache.ipynb #22725e75
+# %% ../../nbs/31_model.vision_cache.ipynb #aafa2d32
 BATCH_BYTES = 64 * 3 * 756 * 756  # of uint8 pixels in one pass of the tower
 
 
@@ -158,7 +158,7 @@ def by_size(
     if batch:
         yield batch
 
-
+# %% ../../nbs/31_model.vision_cache.ipynb #49cc8bf7
 def fill(
     cache: VisionCache,
     model: nn.Module,

@@ -7,7 +7,10 @@ __all__ = ['Key', 'TrainingOrder', 'encoded', 'pixels', 'sample_lengths', 'sorte
            'LabelTrainer', 'check_finite', 'RunCallback', 'training_arguments', 'check_devices', 'prepared_suite',
            'collator', 'filled_cache', 'build_trainer', 'settle_config', 'train']
 
-# %% ../../nbs/52_training.trainer.ipynb #23618ea2
+# %% ../../nbs/52_training.trainer.ipynb #01d1cdd6
+from ..core import InputError, RunFailure, pick_device, project_root, say, seed_everything, write_atomically  # first: it quietens what follows
+
+# %% ../../nbs/52_training.trainer.ipynb #f59c4f71
 import math
 import os
 from collections.abc import Callable
@@ -23,7 +26,6 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..config import RunConfig, validated
-from ..core import InputError, RunFailure, pick_device, project_root, say, seed_everything, write_atomically
 from ..data.mixture import sample_order
 from ..data.pixels import PixelCache
 from ..data.prepare import Prepared, prepare
@@ -37,7 +39,7 @@ from ..tasks import load_suite
 from .checkpoints import last_checkpoint, save_checkpoint
 from .loss import averaged, token_losses
 
-# %% ../../nbs/52_training.trainer.ipynb #dce5af72
+# %% ../../nbs/52_training.trainer.ipynb #aa195107
 Key = tuple[str, int]  # task, row of its train split
 
 
@@ -71,7 +73,7 @@ class TrainingOrder(Dataset):
         features = self.cache.get(self.value(key, "sha256")) if self.cache else None
         return Sample(self.encoded(key), None if features is not None else self.pixels(key), features)
 
-# %% ../../nbs/52_training.trainer.ipynb #875793e1
+# %% ../../nbs/52_training.trainer.ipynb #9e57132b
 def encoded(
     data: TrainingOrder,
     key: Key,
@@ -94,7 +96,7 @@ def pixels(
 
 TrainingOrder.encoded, TrainingOrder.pixels = encoded, pixels
 
-# %% ../../nbs/52_training.trainer.ipynb #8a4486a9
+# %% ../../nbs/52_training.trainer.ipynb #5676e8ea
 def sample_lengths(
     data: TrainingOrder,
     keys: list[Key],
@@ -128,7 +130,7 @@ def shuffle_labels(
 
 TrainingOrder.sample_lengths = sample_lengths
 
-# %% ../../nbs/52_training.trainer.ipynb #5123e664
+# %% ../../nbs/52_training.trainer.ipynb #4986cbc0
 @dataclass
 class Setting:
     "What the trainer needs besides model and data."
@@ -138,7 +140,7 @@ class Setting:
     encoder: Encoder
     image_processor: Any
 
-
+# %% ../../nbs/52_training.trainer.ipynb #bc6629fd
 class LabelTrainer(Trainer):
     "The stock Trainer, with the supervised-position loss and whole checkpoints in the run directory."
 
@@ -172,7 +174,7 @@ class LabelTrainer(Trainer):
         self._save_rng_state(str(folder))
         self.state.save_to_json(str(folder / "trainer_state.json"))
 
-# %% ../../nbs/52_training.trainer.ipynb #600e1528
+# %% ../../nbs/52_training.trainer.ipynb #fa04912e
 def check_finite(
     model: Any,
     step: int,
@@ -182,7 +184,7 @@ def check_finite(
         if weight.requires_grad and not torch.isfinite(weight).all():
             raise RunFailure(f"step {step}: the weight {name} is not finite; lower schedule.learning_rate or max_grad_norm and start a new run")
 
-# %% ../../nbs/52_training.trainer.ipynb #8ea8f701
+# %% ../../nbs/52_training.trainer.ipynb #2e11d98e
 class RunCallback(TrainerCallback):
     "Saves at the named steps; writes metrics, status and a progress bar."
 
@@ -210,7 +212,7 @@ class RunCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
 
-# %% ../../nbs/52_training.trainer.ipynb #63ff13ce
+# %% ../../nbs/52_training.trainer.ipynb #967121b0
 def training_arguments(
     config: RunConfig,
     folder: Path,
@@ -225,6 +227,7 @@ def training_arguments(
         bf16=device.type == "cuda" and compute_dtype(config.model) is torch.bfloat16, use_cpu=device.type == "cpu",
         dataloader_num_workers=schedule.workers, remove_unused_columns=False, label_names=["labels"],
         logging_steps=schedule.log_every, save_strategy="no", report_to=[], disable_tqdm=True, logging_nan_inf_filter=False,
+        use_cache=True,  # else the Trainer writes `use_cache: false` into the checkpoints' configuration
     )  # fmt: skip
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process trains on one GPU; the Trainer would split batches over all it sees
@@ -240,7 +243,7 @@ def check_devices(
     if pick_device(config.model.device).index not in (None, 0):
         raise InputError(f"model.device={config.model.device}: choose the GPU with CUDA_VISIBLE_DEVICES and write device=cuda")
 
-# %% ../../nbs/52_training.trainer.ipynb #ebe41c5b
+# %% ../../nbs/52_training.trainer.ipynb #c601bd20
 def prepared_suite(
     suite_path: Path,
 ) -> Prepared:
@@ -271,7 +274,7 @@ def filled_cache(
     say(f"vision cache: {len(wanted) - fresh - beyond} of {len(wanted)} pictures found, {fresh} computed, {cache.bytes / 1e6:.0f} MB{full}")
     return cache
 
-
+# %% ../../nbs/52_training.trainer.ipynb #fbfbc2ad
 def build_trainer(
     setting: Setting,
     data: TrainingOrder,
@@ -295,7 +298,7 @@ def build_trainer(
         data_collator=collator(setting.encoder, config.schedule.packing), callbacks=[RunCallback(setting, status)],
     )  # fmt: skip
 
-
+# %% ../../nbs/52_training.trainer.ipynb #ec4530ff
 def settle_config(
     run: RunDir,
     config: RunConfig,
@@ -311,7 +314,7 @@ def settle_config(
         write_atomically(stamp, data)
     run.write_config(config.to_yaml())
 
-
+# %% ../../nbs/52_training.trainer.ipynb #d029b985
 def train(
     config: RunConfig,
 ) -> RunDir:
