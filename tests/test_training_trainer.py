@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from qwen2vl_sft.config import RunConfig
 from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.data.toy import write_toy_suite
+from qwen2vl_sft.model.load import base_location
 from qwen2vl_sft.rundir import RunDir
 from qwen2vl_sft.training.trainer import train
 
@@ -75,3 +76,14 @@ def test_several_processes_and_other_gpus_are_refused(project, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="several processes"):
         train(config(project, "many"))
+
+
+def test_a_frozen_tower_keeps_its_precision_and_weights_in_full_training(project):
+    settings = config(project, "frozen", "full")
+    settings.method.freeze_tower = settings.method.freeze_merger = True
+    settings.model.dtype = "bfloat16"
+    tuned = weights(train(settings), 4)
+    base = load_file(base_location("small") + "/model.safetensors")
+    tower = {name for name in base if name.startswith("visual")}
+    assert tower and all(torch.equal(tuned[name], base[name]) for name in tower)
+    assert {tuned[name].dtype for name in tuned if name not in tower} == {torch.float32}

@@ -274,7 +274,7 @@ def filled_cache(
     say(f"vision cache: {len(wanted) - fresh - beyond} of {len(wanted)} pictures found, {fresh} computed, {cache.bytes / 1e6:.0f} MB{full}")
     return cache
 
-# %% ../../nbs/52_training.trainer.ipynb #fbfbc2ad
+# %% ../../nbs/52_training.trainer.ipynb #6b8e9b55
 def build_trainer(
     setting: Setting,
     data: TrainingOrder,
@@ -286,6 +286,8 @@ def build_trainer(
     continued = str(start) if start and config.method.name == "full" else None
     model = load_base(config.model, config.method, location=continued)
     check_token_ids(model, setting.encoder)
+    if config.method.tower_is_frozen:  # needs no float32 master weights, and runs outside the Trainer's autocast
+        model.model.visual.to(compute_dtype(config.model))
     if config.method.tower_is_frozen and config.schedule.vision_cache:
         data.cache = filled_cache(model, data, config.schedule.vision_cache_gb)
     model = trainable(model, config.method)
