@@ -53,8 +53,10 @@ def test_the_remedy_of_an_early_error_is_accepted(project):
 def test_other_settings_or_data_are_refused_once_there_is_a_checkpoint(project):
     run = train(config(project, "fixed"))
     train(config(project, "fixed", workers=1))  # doesn't decide what is trained
-    with pytest.raises(InputError, match="learning_rate"):
-        train(config(project, "fixed", learning_rate=2e-3))
+    for changed in ({"learning_rate": 2e-3}, {"steps": 6}):
+        with pytest.raises(InputError, match=f"the run exists with .*{next(iter(changed))}"):
+            train(config(project, "fixed", **changed))
+        assert run.status().state == "finished"
     suite = project / "toy" / "toy.yaml"
     suite.write_text(suite.read_text().replace("Which colour", "What colour"))
     with pytest.raises(InputError, match="prepared data have changed"):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Key', 'TrainingOrder', 'encoded', 'pixels', 'sample_lengths', 'sorted_within', 'shuffle_labels', 'Setting',
            'LabelTrainer', 'check_finite', 'RunCallback', 'training_arguments', 'check_devices', 'prepared_suite',
-           'collator', 'filled_cache', 'build_trainer', 'settle_config', 'train']
+           'collator', 'filled_cache', 'build_trainer', 'refuse_another', 'train']
 
 # %% ../../nbs/52_training.trainer.ipynb #01d1cdd6
 from ..core import InputError, RunFailure, pick_device, project_root, say, seed_everything, write_atomically  # first: it quietens what follows
@@ -300,23 +300,23 @@ def build_trainer(
         data_collator=collator(setting.encoder, config.schedule.packing), callbacks=[RunCallback(setting, status)],
     )  # fmt: skip
 
-# %% ../../nbs/52_training.trainer.ipynb #ec4530ff
-def settle_config(
+# %% ../../nbs/52_training.trainer.ipynb #d990d629
+def refuse_another(
     run: RunDir,
     config: RunConfig,
     data: str,  # fingerprint of the prepared data
 ) -> None:
-    "Write the run's configuration and data fingerprint, or check them. Raises `InputError` with what differs, once there is a checkpoint."
+    "Raises `InputError` with what differs if the run has a checkpoint of another configuration or other data."
+    if not run.checkpoints() or not run.config_path.exists():
+        return
+    there = validated(yaml.safe_load(run.config_path.read_text()), str(run.config_path))
+    if there.fingerprint != config.fingerprint:
+        run.write_config(config.to_yaml())  # names the first line that differs
     stamp = run.path / "data.txt"
-    if run.checkpoints() and stamp.exists() and stamp.read_text() != data:
+    if stamp.exists() and stamp.read_text() != data:
         raise InputError(f"{run.path}: the prepared data have changed since this run was started; choose another run name")
-    there = validated(yaml.safe_load(run.config_path.read_text()), str(run.config_path)) if run.config_path.exists() else None
-    if there is None or not run.checkpoints() or there.fingerprint == config.fingerprint:
-        write_atomically(run.config_path, config.to_yaml())
-        write_atomically(stamp, data)
-    run.write_config(config.to_yaml())
 
-# %% ../../nbs/52_training.trainer.ipynb #d029b985
+# %% ../../nbs/52_training.trainer.ipynb #22e84b0f
 def train(
     config: RunConfig,
 ) -> RunDir:
@@ -324,12 +324,13 @@ def train(
     check_devices(config)
     run, steps = RunDir(config.experiment_folder / config.run), config.schedule.steps
     prepared = prepared_suite(config.suite_path)
+    refuse_another(run, config, prepared.audit["fingerprint"])
     if steps in run.checkpoints() and run.status().state == "finished":
-        settle_config(run, config, prepared.audit["fingerprint"])
         say(f"{run.experiment}/{run.name}: already trained")
         return run
     with run.running("training") as status:
-        settle_config(run, config, prepared.audit["fingerprint"])
+        write_atomically(run.config_path, config.to_yaml())
+        write_atomically(run.path / "data.txt", prepared.audit["fingerprint"])
         if steps in run.checkpoints():  # killed after the last checkpoint
             status.progress = {"step": steps, "steps": steps}
             return run

@@ -16,7 +16,7 @@ from ..core import project_root
 from ..rundir import RunDir
 from .notebook import experiment_folder
 
-# %% ../../nbs/72_workflow.runs.ipynb #e4b34ab0
+# %% ../../nbs/72_workflow.runs.ipynb #14e323d3
 COLUMNS = ["experiment", "run", "state", "stage", "method", "step", "steps", "checkpoints", "loss", "minutes", "message"]
 
 
@@ -35,7 +35,8 @@ def run_line(
     "One run as a line of the table. Minutes count from the start of the last stage to its end or last heartbeat."
     status, config, metrics = run.status(), _configuration(run), run.metrics()
     last = metrics.iloc[-1] if len(metrics) else {}
-    step = int(last["step"]) if len(metrics) else max(run.checkpoints(), default=None)
+    reached = [*run.checkpoints(), *([int(last["step"])] if len(metrics) else [])]
+    step = max(reached, default=None)
     return {
         "experiment": run.experiment, "run": run.name, "state": status.state, "stage": status.stage,
         "method": config.get("method", {}).get("name") if "method" in config else config.get("kind"),
