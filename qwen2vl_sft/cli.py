@@ -6,7 +6,7 @@
 __all__ = ['app', 'AsNotebook', 'Experiment', 'INTERRUPTED', 'options', 'prepare', 'train', 'score', 'compare', 'runs', 'demo',
            'main']
 
-# %% ../nbs/90_cli.ipynb #744f4c01
+# %% ../nbs/90_cli.ipynb #befce71e
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ import qwen2vl_sft
 from .core import InputError, RunFailure
 from .workflow.notebook import run_notebook, terminate_as_interrupt, training_config, workbench_file
 
-# %% ../nbs/90_cli.ipynb #ce7133ad
+# %% ../nbs/90_cli.ipynb #11b2b282
 app = typer.Typer(name="qwen2vl-sft", pretty_exceptions_enable=False, rich_markup_mode=None)
 
 AsNotebook = Annotated[bool, typer.Option("--notebook", help="Run it as a notebook; the executed copy and its HTML stay as a record.")]
@@ -35,12 +35,12 @@ def options(
     elif context.invoked_subcommand is None:
         print(context.get_help())
 
-# %% ../nbs/90_cli.ipynb #3c0c40bd
+# %% ../nbs/90_cli.ipynb #1ae9eeed
 def _here(path: str) -> str:
     "An absolute path for a file that exists in the working directory."
     return str(Path(path).resolve()) if Path(path).is_file() else path
 
-# %% ../nbs/90_cli.ipynb #e8f488e2
+# %% ../nbs/90_cli.ipynb #af2552f9
 @app.command()
 def prepare(
     suite: Annotated[str | None, typer.Argument(help="The suite's YAML file.", show_default=False)] = None,
@@ -78,7 +78,7 @@ def prepare(
 
         print("\n".join(forecast_prepared(prepared, config)))
 
-# %% ../nbs/90_cli.ipynb #dfdbd01d
+# %% ../nbs/90_cli.ipynb #f2dfea81
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="The recipe's YAML file.")],
@@ -97,7 +97,7 @@ def train(
 
     print(train_run(config))
 
-# %% ../nbs/90_cli.ipynb #4a486c5b
+# %% ../nbs/90_cli.ipynb #0a666141
 @app.command()
 def score(
     experiment: Experiment,
@@ -122,7 +122,7 @@ def score(
 
     score_experiment(folder, settings)
 
-# %% ../nbs/90_cli.ipynb #c1fac6d1
+# %% ../nbs/90_cli.ipynb #0aae9d9d
 @app.command()
 def compare(
     experiment: Experiment,
@@ -142,7 +142,7 @@ def compare(
 
     print(write_report(folder))
 
-# %% ../nbs/90_cli.ipynb #494f6e2d
+# %% ../nbs/90_cli.ipynb #ca1d6f0c
 @app.command()
 def runs(
     experiment: Annotated[str | None, typer.Argument(help="Folder under runs/.", show_default="all")] = None,
@@ -155,7 +155,7 @@ def runs(
 
     print(runs_text(list_runs(experiment)))
 
-# %% ../nbs/90_cli.ipynb #5366ffaa
+# %% ../nbs/90_cli.ipynb #d20320f7
 @app.command()
 def demo(
     reduced: Annotated[bool, typer.Option("--reduced", help="A few steps and samples only: shows that everything works.")] = False,
@@ -168,7 +168,7 @@ def demo(
 
     run_demo(reduced=reduced)
 
-# %% ../nbs/90_cli.ipynb #a41bd54f
+# %% ../nbs/90_cli.ipynb #d0946948
 INTERRUPTED = 130
 
 

@@ -7,7 +7,7 @@ __all__ = ['OTHER_NAMES', 'Settings', 'explain', 'ModelConfig', 'PreprocessingCo
            'ScheduleConfig', 'ScoringConfig', 'RunConfig', 'settings_paths', 'setting_path', 'parse_overrides',
            'validated', 'with_overrides', 'load_recipe']
 
-# %% ../nbs/01_config.ipynb #dd42de7c
+# %% ../nbs/01_config.ipynb #f85d09a0
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,13 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .core import InputError, did_you_mean, fingerprint, project_root
 
-# %% ../nbs/01_config.ipynb #befa7082
+# %% ../nbs/01_config.ipynb #5a694d3c
 class Settings(BaseModel):
     "A pydantic model that refuses unknown keys, and validates again when a field is assigned."
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
 
-# %% ../nbs/01_config.ipynb #92a65316
+# %% ../nbs/01_config.ipynb #175ad150
 def _model_inside(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
@@ -50,7 +50,7 @@ def explain(
     message = problem["msg"].removeprefix("Value error, ")
     return f"{place}: {message}" if place else message
 
-# %% ../nbs/01_config.ipynb #0b2b3c46
+# %% ../nbs/01_config.ipynb #fc296fcf
 class ModelConfig(Settings):
     "Which weights, in which precision."
 
@@ -60,7 +60,7 @@ class ModelConfig(Settings):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
 
-# %% ../nbs/01_config.ipynb #bd00b9e7
+# %% ../nbs/01_config.ipynb #f9277c87
 class PreprocessingConfig(Settings):
     "How a picture and a question become tokens; hashed into every checkpoint."
 
@@ -75,7 +75,7 @@ class PreprocessingConfig(Settings):
             raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
         return self
 
-# %% ../nbs/01_config.ipynb #c9936cb8
+# %% ../nbs/01_config.ipynb #a9f37935
 class MethodConfig(Settings):
     "What is trained: all weights (`full`), or low-rank adapters on plain (`lora`) or NF4 (`qlora`) weights."
 
@@ -109,7 +109,7 @@ class MixtureConfig(Settings):
     balance_labels: bool = Field(False, description="within a closed task, each label equally often")
     replacement: bool = Field(False, description="draw each sample anew, instead of each row once before any comes again")
 
-# %% ../nbs/01_config.ipynb #efabaaf9
+# %% ../nbs/01_config.ipynb #74565691
 class ScheduleConfig(Settings):
     "Steps, batches and the optimiser."
 
@@ -150,7 +150,7 @@ class ScheduleConfig(Settings):
             raise ValueError("save_at names step 1, but warm-up starts at learning rate 0, so step 1 changes nothing; name a later step")
         return self
 
-# %% ../nbs/01_config.ipynb #ea9d34fe
+# %% ../nbs/01_config.ipynb #db112bda
 class ScoringConfig(Settings):
     "How checkpoints are tested."
 
@@ -161,7 +161,7 @@ class ScoringConfig(Settings):
     max_new_tokens: int = Field(48, ge=1, description="for free answers")
     sample_seed: int = Field(0, description="chooses the rows where `limit` is set")
 
-# %% ../nbs/01_config.ipynb #0427748c
+# %% ../nbs/01_config.ipynb #3269aa1b
 class RunConfig(Settings):
     "The complete configuration of a training run."
 
@@ -200,7 +200,7 @@ class RunConfig(Settings):
         content = self.model_dump(mode="json", exclude={"experiment", "run", "scoring"})
         return fingerprint({**content, "schedule": {k: v for k, v in content["schedule"].items() if k not in ("workers", "log_every", "vision_cache", "vision_cache_gb", "pixel_cache_gb")}})
 
-# %% ../nbs/01_config.ipynb #59659aa2
+# %% ../nbs/01_config.ipynb #532ca6ea
 OTHER_NAMES = {  # what other trainers call a setting -> its name here
     "lr": "schedule.learning_rate", "batch_size": "schedule.micro_batch", "per_device_train_batch_size": "schedule.micro_batch",
     "gradient_accumulation_steps": "schedule.accumulation", "max_steps": "schedule.steps", "epochs": "schedule.steps",
@@ -208,7 +208,7 @@ OTHER_NAMES = {  # what other trainers call a setting -> its name here
     "lora_alpha": "method.alpha", "finetuning_type": "method.name", "image_max_pixels": "preprocessing.max_pixels",
 }  # fmt: skip
 
-# %% ../nbs/01_config.ipynb #fc8c4500
+# %% ../nbs/01_config.ipynb #9bd2a341
 def settings_paths(
     model: type[BaseModel] = RunConfig,
     prefix: tuple[str, ...] = (),
@@ -237,7 +237,7 @@ def setting_path(
     known = [word for path in paths for word in (".".join(path), path[-1])]
     raise InputError(f"unknown setting '{name}'.{did_you_mean(name, known)}")
 
-# %% ../nbs/01_config.ipynb #f1997ea7
+# %% ../nbs/01_config.ipynb #b91796ff
 def parse_overrides(
     overrides: dict[str, Any] | list[str] | None,  # {"steps": 50}, or ["steps=50"] as from a command line
 ) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def validated(
     except ValidationError as error:
         raise InputError(f"{origin}: {explain(error, content, RunConfig)}") from error
 
-# %% ../nbs/01_config.ipynb #ff6c7049
+# %% ../nbs/01_config.ipynb #8b413075
 def with_overrides(
     config: RunConfig,
     overrides: dict[str, Any] | list[str] | None,
@@ -278,7 +278,7 @@ def with_overrides(
         place[last] = value
     return validated(content, "overrides")
 
-# %% ../nbs/01_config.ipynb #35394ef3
+# %% ../nbs/01_config.ipynb #5e7444ac
 def load_recipe(
     path: Path | str,  # a YAML file; a relative path is tried from here, then from the project root
     overrides: dict[str, Any] | list[str] | None = None,

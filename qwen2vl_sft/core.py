@@ -6,7 +6,7 @@
 __all__ = ['ASSETS', 'InputError', 'RunFailure', 'did_you_mean', 'project_root', 'write_atomically', 'published_folder',
            'sha256_of', 'fingerprint', 'seed_everything', 'pick_device', 'say']
 
-# %% ../nbs/00_core.ipynb #40d179bf
+# %% ../nbs/00_core.ipynb #62991683
 import difflib
 import hashlib
 import json
@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/00_core.ipynb #35d95b2b
+# %% ../nbs/00_core.ipynb #b13c300a
 class InputError(ValueError):
     "The input can't be used; the message names the file, row or setting, and the remedy. Exit code 2."
 
@@ -29,7 +29,7 @@ class InputError(ValueError):
 class RunFailure(RuntimeError):
     "The input was fine and the work failed; the message says what to do next. Exit code 1."
 
-# %% ../nbs/00_core.ipynb #8b182782
+# %% ../nbs/00_core.ipynb #e2a7849c
 def did_you_mean(
     word: str,  # what the user wrote
     known: Iterable[str],  # what would have been understood
@@ -38,10 +38,10 @@ def did_you_mean(
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
 
-# %% ../nbs/00_core.ipynb #3b6c7e1c
+# %% ../nbs/00_core.ipynb #f005d8ad
 ASSETS = Path(__file__).parent / "assets" if "__file__" in globals() else None  # files shipped with the package
 
-# %% ../nbs/00_core.ipynb #ff63c007
+# %% ../nbs/00_core.ipynb #83076628
 def project_root() -> Path:  # absolute
     "The folder that holds `runs/` and `prepared/`: `$QWEN2VL_SFT_ROOT`, else the nearest parent with a `settings.ini`, else the working directory."
     if stated := os.environ.get("QWEN2VL_SFT_ROOT"):
@@ -49,7 +49,7 @@ def project_root() -> Path:  # absolute
     here = Path.cwd().resolve()
     return next((folder for folder in (here, *here.parents) if (folder / "settings.ini").exists()), here)
 
-# %% ../nbs/00_core.ipynb #8b4adc04
+# %% ../nbs/00_core.ipynb #8f071010
 def write_atomically(
     path: Path | str,  # the file to make or replace
     content: str | bytes,  # text is written as UTF-8
@@ -68,7 +68,7 @@ def write_atomically(
         staging.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/00_core.ipynb #3c9c2b56
+# %% ../nbs/00_core.ipynb #61177fe9
 @contextmanager
 def published_folder(
     path: Path | str,  # the folder that appears when the block ends without an exception
@@ -90,7 +90,7 @@ def published_folder(
         for leftover in (staging, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
-# %% ../nbs/00_core.ipynb #0c07f201
+# %% ../nbs/00_core.ipynb #2366c319
 def sha256_of(
     content: bytes | Path,  # bytes, or a file that is read in pieces
 ) -> str:  # 64 hexadecimal characters
@@ -108,7 +108,7 @@ def fingerprint(
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return sha256_of(canonical.encode())[:16]
 
-# %% ../nbs/00_core.ipynb #90a4ceb9
+# %% ../nbs/00_core.ipynb #89a61afc
 def seed_everything(
     seed: int,
 ) -> None:
@@ -136,13 +136,13 @@ def pick_device(
     except RuntimeError as error:
         raise InputError(f"device '{name}' is not a device; use auto, cpu, cuda or cuda:N") from error
 
-# %% ../nbs/00_core.ipynb #223774c7
+# %% ../nbs/00_core.ipynb #60e39a3b
 def say(
     message: str,  # one line
 ) -> None:
     "Print a line with the time of day, at once."
     print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stdout, flush=True)
 
-# %% ../nbs/00_core.ipynb #9dfd0596
+# %% ../nbs/00_core.ipynb #87f296f2
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels" not in record.getMessage())
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

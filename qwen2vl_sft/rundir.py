@@ -7,7 +7,7 @@ __all__ = ['HEARTBEAT_SECONDS', 'DEAD_AFTER_SECONDS', 'Status', 'RunDir', 'read_
            'write_config', 'log', 'metrics', 'checkpoints', 'predictions_folder', 'write_predictions', 'predictions',
            'predicted']
 
-# %% ../nbs/03_rundir.ipynb #4499e1b3
+# %% ../nbs/03_rundir.ipynb #dc9e92f1
 import json
 import os
 import re
@@ -25,7 +25,7 @@ import pandas as pd
 
 from .core import InputError, RunFailure, write_atomically
 
-# %% ../nbs/03_rundir.ipynb #d4d7c8b2
+# %% ../nbs/03_rundir.ipynb #6a4450df
 HEARTBEAT_SECONDS = 5.0
 DEAD_AFTER_SECONDS = 60.0
 
@@ -63,14 +63,14 @@ class Status:
             return True
         return not _is_zombie(self.pid)
 
-# %% ../nbs/03_rundir.ipynb #bf6516b1
+# %% ../nbs/03_rundir.ipynb #874402fb
 def _is_zombie(pid: int) -> bool:
     try:
         return ") Z " in Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
 
-# %% ../nbs/03_rundir.ipynb #ffa3cda3
+# %% ../nbs/03_rundir.ipynb #48629c3a
 class RunDir:
     "One run's folder, `runs/<experiment>/<run>`."
 
@@ -101,7 +101,7 @@ class RunDir:
         steps = ", ".join(map(str, self.checkpoints())) or "none"
         return f"RunDir({self.experiment}/{self.name}: {self.status().state}, checkpoints: {steps})"
 
-# %% ../nbs/03_rundir.ipynb #6c3b10c9
+# %% ../nbs/03_rundir.ipynb #b83a7664
 def read_status(run: RunDir) -> Status:
     "The run's status as a reader should take it."
     try:
@@ -114,7 +114,7 @@ def write_status(run: RunDir, status: Status) -> None:
     "Replace `status.json`."
     write_atomically(run.status_path, json.dumps(asdict(status), indent=1))
 
-# %% ../nbs/03_rundir.ipynb #bb90dcac
+# %% ../nbs/03_rundir.ipynb #b715b1d3
 @contextmanager
 def running(
     run: RunDir,
@@ -142,7 +142,7 @@ def running(
             status.state, status.message = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
             raise
 
-# %% ../nbs/03_rundir.ipynb #eda0b905
+# %% ../nbs/03_rundir.ipynb #1e34b301
 @contextmanager
 def _beating(run: RunDir, status: Status) -> Iterator[None]:
     done = threading.Event()
@@ -167,7 +167,7 @@ def _beating(run: RunDir, status: Status) -> Iterator[None]:
 RunDir.status = read_status
 RunDir.running = running
 
-# %% ../nbs/03_rundir.ipynb #49228cf6
+# %% ../nbs/03_rundir.ipynb #db0c392d
 def write_config(
     run: RunDir,
     text: str,  # YAML
@@ -186,7 +186,7 @@ def write_config(
 
 RunDir.write_config = write_config
 
-# %% ../nbs/03_rundir.ipynb #b9c540a0
+# %% ../nbs/03_rundir.ipynb #a4e97e45
 def log(
     run: RunDir,
     step: int,  # optimiser step
@@ -221,7 +221,7 @@ def metrics(run: RunDir) -> pd.DataFrame:  # columns step, time, loss, ...; of a
 RunDir.log = log
 RunDir.metrics = metrics
 
-# %% ../nbs/03_rundir.ipynb #810b7ac9
+# %% ../nbs/03_rundir.ipynb #93b0cdcd
 def checkpoints(run: RunDir) -> dict[int, Path]:  # step -> folder, ascending
     "The published checkpoints."
     found = {int(path.name.removeprefix("step-")): path for path in (run.path / "checkpoints").glob("step-*") if path.name[5:].isdigit()}
@@ -230,7 +230,7 @@ def checkpoints(run: RunDir) -> dict[int, Path]:  # step -> folder, ascending
 
 RunDir.checkpoints = checkpoints
 
-# %% ../nbs/03_rundir.ipynb #f8dd042e
+# %% ../nbs/03_rundir.ipynb #5ef94d60
 def predictions_folder(
     run: RunDir,
     checkpoint: str,  # "step-100", or the run's name
@@ -261,7 +261,7 @@ def predictions(
     parts = sorted(predictions_folder(run, checkpoint, task).glob("part-*.parquet"))
     return pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True) if parts else None
 
-# %% ../nbs/03_rundir.ipynb #e00350f6
+# %% ../nbs/03_rundir.ipynb #a7c3c601
 def predicted(run: RunDir) -> list[tuple[str, str]]:
     "The (checkpoint, task) pairs that have predictions, checkpoints by step."
     def by_step(name: str) -> tuple[int, str]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'Task', 'Suite', 'load_suite']
 
-# %% ../nbs/02_tasks.ipynb #f5ebb638
+# %% ../nbs/02_tasks.ipynb #e1c95632
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +15,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from .config import Settings, explain
 from .core import InputError, did_you_mean, fingerprint
 
-# %% ../nbs/02_tasks.ipynb #9c6a4651
+# %% ../nbs/02_tasks.ipynb #a1af42ae
 SPLITS = ("train", "validation", "test")
 
-# %% ../nbs/02_tasks.ipynb #ef7426e0
+# %% ../nbs/02_tasks.ipynb #ee2378e0
 class Task(Settings):
     "One labelling question about one image."
 
@@ -62,7 +62,7 @@ class Task(Settings):
             raise ValueError(f"unknown split '{unknown[0]}'.{did_you_mean(unknown[0], SPLITS)} Known: {', '.join(SPLITS)}, all")
         return self
 
-# %% ../nbs/02_tasks.ipynb #c73df4c2
+# %% ../nbs/02_tasks.ipynb #f99a5add
 def _check_label_set(task: Task) -> None:
     if len(task.labels) < 2:
         raise ValueError("a closed task needs at least two labels")
@@ -78,7 +78,7 @@ def _check_label_set(task: Task) -> None:
                 raise ValueError(f"'{wording}' stands for both '{seen[wording.strip()]}' and '{label}'")
             seen[wording.strip()] = label
 
-# %% ../nbs/02_tasks.ipynb #917fa7ed
+# %% ../nbs/02_tasks.ipynb #32e57d72
 class Suite(Settings):
     "A named set of tasks. `folder` is where relative source paths start."
 
@@ -107,7 +107,7 @@ class Suite(Settings):
         rows = [f"| {t.name} | {t.question} | {', '.join(t.labels) if t.is_closed else '*text*'} |" for t in self.tasks]
         return "\n".join([f"**{self.name}**: {len(self.tasks)} tasks", "", "| task | question | labels |", "|---|---|---|", *rows])
 
-# %% ../nbs/02_tasks.ipynb #1b30afd4
+# %% ../nbs/02_tasks.ipynb #6205aba0
 def load_suite(
     path: Path | str,  # a YAML file
 ) -> Suite:

@@ -8,7 +8,7 @@ __all__ = ['COLOURS', 'MARKERS', 'REFERENCES', 'CJK', 'fonts', 'look', 'can_draw
            'label_group', 'draw_lines', 'legend_handles', 'colours_of', 'accuracy_by_step', 'tidy_steps',
            'mean_by_step', 'loss_curves', 'loss_note']
 
-# %% ../../nbs/62_comparison.plots.ipynb #6807afa1
+# %% ../../nbs/62_comparison.plots.ipynb #e7d2dbd4
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,12 +20,12 @@ import pandas as pd
 
 from .scoreboard import BADGES, display_width, letters, printable, shortened
 
-# %% ../../nbs/62_comparison.plots.ipynb #209c191b
+# %% ../../nbs/62_comparison.plots.ipynb #ef0ba946
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# %% ../../nbs/62_comparison.plots.ipynb #b39d0a7a
+# %% ../../nbs/62_comparison.plots.ipynb #8b3fcc78
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe & Ito 2008
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 REFERENCES = {  # kind of a row without steps: colour, dash
@@ -47,7 +47,7 @@ def fonts() -> tuple[str, ...]:
     installed = {font.name for font in font_manager.fontManager.ttflist}
     return ("DejaVu Sans", *[name for name in CJK if name in installed][:1])
 
-# %% ../../nbs/62_comparison.plots.ipynb #4be3d0ff
+# %% ../../nbs/62_comparison.plots.ipynb #61a4f29a
 @contextmanager
 def look(families: Sequence[str] | None = None) -> Iterator[None]:
     "Draw in the workbench's style inside the block."
@@ -63,7 +63,7 @@ def look(families: Sequence[str] | None = None) -> Iterator[None]:
     with matplotlib.rc_context(style):
         yield
 
-# %% ../../nbs/62_comparison.plots.ipynb #aadf7029
+# %% ../../nbs/62_comparison.plots.ipynb #d49205d4
 @cache
 def can_draw(
     character: str,
@@ -95,7 +95,7 @@ def add_note(figure: "Figure", names: Sequence[str], note: str = "") -> None:
     if text := "   ".join(filter(None, [note, remark])):
         figure.supxlabel(text, fontsize=8, color="#555555", x=0.01, ha="left")
 
-# %% ../../nbs/62_comparison.plots.ipynb #a46d83f0
+# %% ../../nbs/62_comparison.plots.ipynb #d2768137
 def wrapped(
     name: str,
     places: int = 24,  # width of a line, in places of a terminal
@@ -118,7 +118,7 @@ def blank_figure(width: float, height: float) -> "Figure":  # inches
     plt.close(figure)
     return figure
 
-# %% ../../nbs/62_comparison.plots.ipynb #35e95a69
+# %% ../../nbs/62_comparison.plots.ipynb #50e323d9
 def heat_map(
     cells: pd.DataFrame,  # Scoreboard.cells
     means: pd.DataFrame | None = None,  # Scoreboard.means; adds the strict mean as a last line
@@ -140,7 +140,7 @@ def heat_map(
         add_note(figure, list(table.index), marks)
     return figure
 
-# %% ../../nbs/62_comparison.plots.ipynb #1346e190
+# %% ../../nbs/62_comparison.plots.ipynb #3aaa63ad
 def shade(value: float) -> tuple:  # RGBA
     "A cell's colour, from near white (0) to dark blue (100); equally far apart in grey."
     from matplotlib import colormaps
@@ -166,7 +166,7 @@ def draw_box(axes: "Axes", x: float, y: float, value: float, marks: str = "", bo
         axes.text(x + 0.41, y - 0.42, marks, ha="right", va="top", fontsize=6.5, weight="bold", color="#B00020",
                   bbox={"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none"})
 
-# %% ../../nbs/62_comparison.plots.ipynb #7b84e66e
+# %% ../../nbs/62_comparison.plots.ipynb #52640090
 def draw_matrix(axes: "Axes", table: pd.DataFrame, cells: pd.DataFrame) -> None:
     "All cells of the heat map."
     marks = {(one["task"], one["row"]): letters(one["badges"]) for one in cells.to_dict("records")}
@@ -180,7 +180,7 @@ def draw_means(axes: "Axes", means: pd.Series, y: int) -> None:
     for x, value in enumerate(means):
         draw_box(axes, x, y + 0.25, float(value), bold=True)
 
-# %% ../../nbs/62_comparison.plots.ipynb #1a0f38fe
+# %% ../../nbs/62_comparison.plots.ipynb #52991fc7
 def label_heat_map(axes: "Axes", cells: pd.DataFrame, names: Sequence[str], with_means: bool) -> None:
     "Names at the side, and runs with their steps above."
     rows = cells.drop_duplicates("row")[["model", "step"]].reset_index(drop=True)
@@ -206,7 +206,7 @@ def label_group(axes: "Axes", name: str, first: int, last: int) -> None:
     for x in (first - 0.5, last + 0.5):
         axes.axvline(x, color="white", linewidth=5)
 
-# %% ../../nbs/62_comparison.plots.ipynb #09f88efc
+# %% ../../nbs/62_comparison.plots.ipynb #09b00a7a
 def draw_lines(
     axes: "Axes",
     rows: pd.DataFrame,  # model, step, kind, coverage, value, and low and high (may be missing)
@@ -232,7 +232,7 @@ def draw_lines(
             continue
         axes.axhline(one.value, color=colour, linestyle=dash, linewidth=1.4, zorder=2)
 
-# %% ../../nbs/62_comparison.plots.ipynb #b43301b9
+# %% ../../nbs/62_comparison.plots.ipynb #191f5d2d
 def legend_handles(rows: pd.DataFrame, colours: dict[str, int]) -> list:
     "A legend entry for each run and each stepless row."
     from matplotlib.lines import Line2D
@@ -253,7 +253,7 @@ def colours_of(rows: pd.DataFrame) -> dict[str, int]:
     "Number the runs that have steps."
     return {model: i for i, model in enumerate(dict.fromkeys(rows.loc[rows["step"].notna(), "model"]))}
 
-# %% ../../nbs/62_comparison.plots.ipynb #e44d082c
+# %% ../../nbs/62_comparison.plots.ipynb #9a2e524e
 def accuracy_by_step(
     cells: pd.DataFrame,  # Scoreboard.cells
     columns: int | None = None,  # panels in a line; None: 4, or 5 for more than twelve tasks
@@ -281,7 +281,7 @@ def accuracy_by_step(
         add_note(figure, tasks, "   ".join(filter(None, ["x: optimiser step", band, hollow])))
     return figure
 
-# %% ../../nbs/62_comparison.plots.ipynb #f7c392eb
+# %% ../../nbs/62_comparison.plots.ipynb #898bd91a
 def tidy_steps(axes: "Axes", rows: pd.DataFrame) -> None:
     "Percent from 0 to 100, and as many steps on the axis as fit."
     steps = sorted(set(rows["step"].dropna().astype(int)))
@@ -293,7 +293,7 @@ def tidy_steps(axes: "Axes", rows: pd.DataFrame) -> None:
         margin = max(1, (steps[-1] - steps[0]) * 0.06)
         axes.set_xlim(steps[0] - margin, steps[-1] + margin)
 
-# %% ../../nbs/62_comparison.plots.ipynb #f77d3fd4
+# %% ../../nbs/62_comparison.plots.ipynb #3dfbd3cc
 def mean_by_step(
     means: pd.DataFrame,  # Scoreboard.means
     column: str = "strict",  # which of the three means
@@ -322,7 +322,7 @@ def mean_by_step(
         add_note(figure, list(rows["model"]), "   ".join(filter(None, [f"mean is {names[column]}", band])))
     return figure
 
-# %% ../../nbs/62_comparison.plots.ipynb #e3bd32a8
+# %% ../../nbs/62_comparison.plots.ipynb #cc3736fe
 def loss_curves(
     losses: pd.DataFrame,  # columns model, step, loss
 ) -> "Figure":

@@ -8,7 +8,7 @@ __all__ = ['CAPTIONS', 'GOOD_TO_KNOW', 'SCRIPT', 'PAGE_STYLE', 'png', 'losses_of
            'troubles_of', 'run_html', 'versions', 'provenance_html', 'described_tasks', 'policy', 'page',
            'write_report']
 
-# %% ../../nbs/63_comparison.report.ipynb #a221f1cc
+# %% ../../nbs/63_comparison.report.ipynb #7d81565c
 import base64
 import hashlib
 import html
@@ -40,11 +40,11 @@ from ..core import sha256_of, write_atomically
 from ..rundir import RunDir
 from ..scoring.metrics import OUTCOMES
 
-# %% ../../nbs/63_comparison.report.ipynb #5cc88fe9
+# %% ../../nbs/63_comparison.report.ipynb #d1615144
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../../nbs/63_comparison.report.ipynb #0603724d
+# %% ../../nbs/63_comparison.report.ipynb #a195b252
 CAPTIONS = {
     "heat_map": "Accuracy of every row on every task, in percent. Letters mark cells to be careful with.",
     "mean_by_step": "The strict mean over tasks by optimiser step, against the rows that have no steps.",
@@ -69,7 +69,7 @@ def losses_of(runs: list[RunDir]) -> pd.DataFrame:  # columns model, step, loss
     tables = [table[["model", "step", "loss"]] for table in tables if {"step", "loss"} <= set(table)]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"model": [], "step": [], "loss": []})
 
-# %% ../../nbs/63_comparison.report.ipynb #079ed677
+# %% ../../nbs/63_comparison.report.ipynb #7cc48f19
 def pictures(
     board: Scoreboard,
     losses: pd.DataFrame,
@@ -90,7 +90,7 @@ def figure_html(name: str, content: bytes) -> str:
     address = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     return f'<figure id="{name}"><div class="scroll" tabindex="0"><img width="{width}" alt="{CAPTIONS[name]}" src="{address}"></div><figcaption>{CAPTIONS[name]}</figcaption></figure>'
 
-# %% ../../nbs/63_comparison.report.ipynb #73ac0f6f
+# %% ../../nbs/63_comparison.report.ipynb #c6504da8
 GOOD_TO_KNOW = ("best", "gain", "api", "wins", "paired", "majority", "nearest_neighbour", "chosen on validation", "step by task")
 
 
@@ -111,7 +111,7 @@ def summary_html(
     caution = f'<div class="careful"><h3>Be careful</h3>{list_html(careful)}</div>' if careful else ""
     return f'<p class="lead">{breakable(lead)}</p>{list_html(known)}{caution}'
 
-# %% ../../nbs/63_comparison.report.ipynb #736f19f1
+# %% ../../nbs/63_comparison.report.ipynb #986e742f
 def differences(
     board: Scoreboard,
 ) -> dict[tuple[str, str], Mapping]:  # (row, task) -> a line of `against`
@@ -141,7 +141,7 @@ def task_line(one: Mapping, line: Mapping | None) -> str:
     return (f'<tr><th scope="row">{breakable(one["row"])}</th><td>{number(one["accuracy"])}</td><td>{interval}</td><td>{one["n"] or "–"}</td>'
             f'{counts}{difference_html(line)}<td class="text">{badges}{detail}</td></tr>')
 
-# %% ../../nbs/63_comparison.report.ipynb #90fdf5be
+# %% ../../nbs/63_comparison.report.ipynb #459fe5a9
 def task_html(
     board: Scoreboard,
     task: str,
@@ -160,7 +160,7 @@ def task_html(
     return (f'<details><summary>{breakable(task)} <small>{html.escape(rules)}</small></summary>{question}{answer}'
             f'<div class="qboard"><div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></div></details>')
 
-# %% ../../nbs/63_comparison.report.ipynb #922a7bd1
+# %% ../../nbs/63_comparison.report.ipynb #e2992f0d
 def run_dirs(
     folder: Path,
     models: list[str],  # in the scoreboard's order
@@ -191,7 +191,7 @@ def run_html(run: RunDir) -> str:
     facts = " · ".join(filter(None, [kind_of(run), state_of(run), ", ".join(f"step {step}" for step in run.checkpoints())]))
     return f"<details><summary>{breakable(run.name)} <small>{html.escape(facts)}</small></summary><pre>{html.escape(config)}</pre></details>"
 
-# %% ../../nbs/63_comparison.report.ipynb #130baa57
+# %% ../../nbs/63_comparison.report.ipynb #06ca1351
 def versions() -> dict[str, str]:
     "What the figures were computed with; a package that is not installed is left out."
     found = {"Python": platform.python_version()}
@@ -216,7 +216,7 @@ def provenance_html(
     written = time.strftime("%Y-%m-%d %H:%M %Z")
     return f"{''.join(map(run_html, runs))}{data if runs else ''}<p>Written {written} with {html.escape(tools)}.</p>"
 
-# %% ../../nbs/63_comparison.report.ipynb #748b935a
+# %% ../../nbs/63_comparison.report.ipynb #6240f71a
 def described_tasks(prepared: Path) -> dict[str, Mapping]:
     "Tasks by name, as the prepared suite file describes them; empty when it is missing or damaged."
     try:
@@ -225,7 +225,7 @@ def described_tasks(prepared: Path) -> dict[str, Mapping]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
         return {}
 
-# %% ../../nbs/63_comparison.report.ipynb #86320b83
+# %% ../../nbs/63_comparison.report.ipynb #dc24b2b7
 SCRIPT = """
 "use strict";
 for (const table of document.querySelectorAll("table.sortable")) {
@@ -256,7 +256,7 @@ filter.addEventListener("input", () => {
 });
 """
 
-# %% ../../nbs/63_comparison.report.ipynb #63089a21
+# %% ../../nbs/63_comparison.report.ipynb #e9791f41
 PAGE_STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#59636e;--paper:#fff;--line:#d5dae0;--link:#0b57a8;--warn:#8a4600;--warnbg:#fff6e9}
 @media (prefers-color-scheme:dark){:root{--ink:#e8ebef;--soft:#a3adb8;--paper:#14171b;--line:#363d46;--link:#8cbcff;--warn:#ffc27a;--warnbg:#2a1f10}}
@@ -292,7 +292,7 @@ def policy() -> str:
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
 
-# %% ../../nbs/63_comparison.report.ipynb #2793809f
+# %% ../../nbs/63_comparison.report.ipynb #24bcd682
 def page(
     board: Scoreboard,
     images: Mapping[str, bytes],  # from `pictures`
@@ -317,7 +317,7 @@ def page(
         f"<style>{PAGE_STYLE}</style></head><body><header><h1>{title}</h1><nav>{links}</nav></header>{body}<script>{SCRIPT}</script></body></html>\n"
     )
 
-# %% ../../nbs/63_comparison.report.ipynb #348744e9
+# %% ../../nbs/63_comparison.report.ipynb #d638085a
 def write_report(
     folder: Path | str,  # runs/<experiment>
     prepared: Path | str | None = None,  # prepared/<suite>; None: beside runs/, by the suite that the runs name

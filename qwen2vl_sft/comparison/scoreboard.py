@@ -14,7 +14,7 @@ __all__ = ['REQUIRED', 'BADGES', 'KINDS', 'ORIGINAL', 'LONG', 'STYLE', 'MEANS', 
            'letters', 'legend', 'rule_text', 'text_columns', 'text_table', 'markdown_cell', 'markdown_table',
            'breakable', 'cell_title', 'html_cell', 'mean_cells', 'html_row', 'html_table']
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #7beffb4f
+# %% ../../nbs/61_comparison.scoreboard.ipynb #7a37a2e7
 import html
 import re
 import unicodedata
@@ -40,7 +40,7 @@ from ..core import ASSETS, InputError, did_you_mean, write_atomically
 from ..rundir import RunDir
 from ..scoring.metrics import ANSWERED, OUTCOMES
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #38a8ff7c
+# %% ../../nbs/61_comparison.scoreboard.ipynb #20193c41
 REQUIRED = ("id", "target", "prediction", "rule", "outcome")
 
 
@@ -55,7 +55,7 @@ def checked(
         raise InputError(f"{where}: unknown outcome '{unknown[0]}'.{did_you_mean(unknown[0], OUTCOMES)}")
     return predictions.drop_duplicates("id", keep="last")
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #baf374e1
+# %% ../../nbs/61_comparison.scoreboard.ipynb #f6cf017a
 def cell(
     predictions: pd.DataFrame,  # of one row on one task under one rule
 ) -> dict:  # accuracy, low, high, answered_only and coverage in percent; counts of outcomes; the label it collapsed to
@@ -77,7 +77,7 @@ def cell(
         "note": "",
     }
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #67acf0cc
+# %% ../../nbs/61_comparison.scoreboard.ipynb #3de4e6c7
 BADGES = {  # name: letter, meaning
     "collapsed": ("c", "(nearly) every answer is one label; in imported rows: no training step moves the score"),
     "refused": ("r", "some samples refused"),
@@ -101,7 +101,7 @@ def cell_badges(
     flags |= {"partial": one["partial"], "other rule": one["other_rule"], "chosen on test": one["chosen_on_test"]}
     return [name for name in BADGES if flags.get(name)]
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #3a69b53e
+# %% ../../nbs/61_comparison.scoreboard.ipynb #4018d7e2
 KINDS = ("base", "api", "imported", "trained", "majority", "nearest_neighbour")  # in the order of the table
 
 
@@ -118,7 +118,7 @@ class Row:
     def name(self) -> str:
         return self.model if self.step is None else f"{self.model}({self.step})"
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #a3456e71
+# %% ../../nbs/61_comparison.scoreboard.ipynb #d4cedd81
 def read_config(
     run: RunDir,
 ) -> dict:  # empty when there is none
@@ -149,7 +149,7 @@ def rows_of(
     model = lambda name: run.name if name == run.name or step(name) is not None else f"{run.name}({name})"
     return [Row(model(name), step(name), kind, name) for name in names]
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #e06f91dc
+# %% ../../nbs/61_comparison.scoreboard.ipynb #76337511
 def groups_of(
     prepared: Path,  # prepared/<suite>
     task: str,
@@ -161,7 +161,7 @@ def groups_of(
     table = pd.concat([pd.read_parquet(part, columns=["id", "group"]) for part in parts])
     return dict(zip(table["id"], table["group"], strict=True))
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #d3e04b83
+# %% ../../nbs/61_comparison.scoreboard.ipynb #bf3abce4
 def read_run(
     run: RunDir,
     prepared: Path,
@@ -183,7 +183,7 @@ def read_run(
             tables.append(table.assign(row=row.name, model=row.model, step=row.step, kind=row.kind, task=task, group=group))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #ed904909
+# %% ../../nbs/61_comparison.scoreboard.ipynb #c927412d
 def task_order(path: Path) -> list[str]:  # empty when there is no such suite file
     "The tasks of a suite file, in its order."
     try:
@@ -207,7 +207,7 @@ def prepared_folder(
         return root / "prepared" / str(name)
     return root / "prepared"
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #f5ef87a1
+# %% ../../nbs/61_comparison.scoreboard.ipynb #288ea6fe
 def experiment_samples(
     folder: Path,  # runs/<experiment>
     prepared: Path | None = None,  # prepared/<suite>; None: found from the runs' configs
@@ -228,7 +228,7 @@ def experiment_samples(
     samples = samples.sort_values("task", key=lambda tasks: tasks.map(order.index), kind="stable", ignore_index=True)
     return samples.assign(step=samples["step"].astype("Int64"))
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #ba715414
+# %% ../../nbs/61_comparison.scoreboard.ipynb #a8d38125
 def headline_rule(
     rules: pd.DataFrame,  # columns kind, row, rule: what there is of one task
 ) -> str:
@@ -254,7 +254,7 @@ def of_headline_rules(
             kept.append(part[part["rule"] == rule].assign(other_rule=rule != headline and not baseline))
     return pd.concat(kept, ignore_index=True)
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #1076526f
+# %% ../../nbs/61_comparison.scoreboard.ipynb #69fb685b
 def cells_from(
     samples: pd.DataFrame,  # from `experiment_samples`
 ) -> pd.DataFrame:  # one line a (row, task): row, model, step, kind, task, and what `cell` gives
@@ -269,7 +269,7 @@ def cells_from(
     cells = pd.DataFrame(lines).sort_values("position", kind="stable", ignore_index=True)
     return cells.assign(step=cells["step"].astype("Int64"), partial=cells["n"] < cells.groupby("task")["n"].transform("max"))
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #f10fb00e
+# %% ../../nbs/61_comparison.scoreboard.ipynb #9b81b013
 ORIGINAL = ASSETS / "reference" / "original_scoreboard.csv" if ASSETS else None
 LONG = ("model", "step", "dataset", "accuracy")
 
@@ -290,7 +290,7 @@ def read_long(path: Path) -> pd.DataFrame:  # LONG, note, n, reported_mean_score
         table = table.rename(columns={"mean_score": "reported_mean_score"})
     return table.reindex(columns=[*LONG, "note", "n", "reported_mean_score"])
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #b0773147
+# %% ../../nbs/61_comparison.scoreboard.ipynb #af309674
 def checked_accuracies(
     table: pd.DataFrame,  # from `read_long`
     path: Path,
@@ -322,7 +322,7 @@ def imported_kind(
         return "trained"
     return "base" if any(other.startswith(f"{model}-") for other in models) else "api"
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #5c6b68f0
+# %% ../../nbs/61_comparison.scoreboard.ipynb #2e9ef02b
 def imported_cells(
     table: pd.DataFrame,  # from `checked_accuracies`
 ) -> pd.DataFrame:  # as `cells_from` gives; n and counts are 0 and intervals missing where the file has no n
@@ -354,7 +354,7 @@ def flag_repeated(cells: pd.DataFrame) -> pd.DataFrame:
             cells.loc[same, "collapsed"] = f"{len(same)} of {len(column)} tuned rows score the same"
     return cells
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #6ca6117b
+# %% ../../nbs/61_comparison.scoreboard.ipynb #adba5625
 def common_samples(
     samples: pd.DataFrame,  # columns row, task, id, outcome
     rows: int,  # how many rows the table has
@@ -379,7 +379,7 @@ def common_means(
     shared = cells[cells.groupby("task")["coverage"].transform(lambda c: len(c) == rows and (c > 0).all())]
     return shared.groupby("row")["answered_only"].mean(), shared["task"].nunique(), 0
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #257979fe
+# %% ../../nbs/61_comparison.scoreboard.ipynb #41a9de9f
 def mean_table(
     cells: pd.DataFrame,
     samples: pd.DataFrame,  # empty for imported accuracies
@@ -401,7 +401,7 @@ def mean_table(
         })
     return pd.DataFrame(lines).astype({"step": "Int64"}).set_index("row")
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #46172a59
+# %% ../../nbs/61_comparison.scoreboard.ipynb #82f07509
 def mean_interval(
     samples: pd.DataFrame,
     row: str,
@@ -413,7 +413,7 @@ def mean_interval(
     interval = bootstrap_mean([p["outcome"].eq("correct").to_numpy() for p in parts], [p["group"].tolist() for p in parts])
     return 100 * interval.low, 100 * interval.high
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #104c43b8
+# %% ../../nbs/61_comparison.scoreboard.ipynb #e839a0ef
 def paired_line(
     task: str,
     first: pd.DataFrame,  # predictions of one row on the task
@@ -431,7 +431,7 @@ def paired_line(
         "values": right.astype(int) - other.astype(int), "groups": both["group"].tolist(),
     }
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #be5a831c
+# %% ../../nbs/61_comparison.scoreboard.ipynb #e8770c0d
 def against(
     samples: pd.DataFrame,
     row: str,
@@ -447,7 +447,7 @@ def against(
         line |= {"smallest_difference": 100 * smallest_difference(line["n"], tests=len(lines))}
     return pd.DataFrame(lines)
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #9b13e440
+# %% ../../nbs/61_comparison.scoreboard.ipynb #11f9ff71
 def lead(
     samples: pd.DataFrame,
     row: str,
@@ -460,7 +460,7 @@ def lead(
     interval = bootstrap_mean(table["values"].tolist(), table["groups"].tolist())
     return table["difference"].mean(), 100 * interval.low, 100 * interval.high
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #f1d5a8ef
+# %% ../../nbs/61_comparison.scoreboard.ipynb #8102926c
 @dataclass(eq=False)
 class Scoreboard:
     "Rows (model at a step) x tasks. `cells` has one line a (row, task), `samples` one a prediction (empty if imported)."
@@ -496,7 +496,7 @@ class Scoreboard:
         several = [part for model, part in tuned.groupby("model", sort=False) if len(part) > 1 and model not in self.chosen]
         return [part["strict"].idxmax() for part in several]
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #58debbcf
+# %% ../../nbs/61_comparison.scoreboard.ipynb #fa4e6afa
 def from_experiment(
     folder: Path | str,  # runs/<experiment>
     prepared: Path | str | None = None,  # prepared/<suite>, for near-duplicate groups and the tasks' order; None: beside runs/
@@ -520,7 +520,7 @@ def from_csv(
 
 Scoreboard.from_experiment, Scoreboard.from_csv = staticmethod(from_experiment), staticmethod(from_csv)
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #ae3e1636
+# %% ../../nbs/61_comparison.scoreboard.ipynb #09162fd2
 def best_row(
     board: Scoreboard,
 ) -> str | None:
@@ -545,7 +545,7 @@ def accuracy_table(
     "One figure of the cells as a wide table."
     return board.cells.pivot(index="row", columns="task", values=column).reindex(index=board.rows, columns=board.tasks)
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #3d58b6b8
+# %% ../../nbs/61_comparison.scoreboard.ipynb #fbd38857
 @dataclass(frozen=True)
 class Finding:
     "A sentence about a scoreboard."
@@ -564,7 +564,7 @@ def in_words(names: list[str], limit: int = 4) -> str:
     shown = [*names[:limit], *([f"{len(names) - limit} more"] if len(names) > limit else [])]
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}" if shown else "none"
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #1eea3941
+# %% ../../nbs/61_comparison.scoreboard.ipynb #6f3c6bc8
 def best_findings(board: Scoreboard) -> list[Finding]:
     "Who leads, by how much over the untuned model, and how sure."
     best, base = best_row(board), row_of_kind(board, "base")
@@ -581,7 +581,7 @@ def best_findings(board: Scoreboard) -> list[Finding]:
     text = f"That is {number(abs(gain))} points {'above' if gain >= 0 else 'below'} the untuned {base} ({number(board.means.loc[base, 'strict'])} %){sure}."
     return [*found, Finding("gain", text)]
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #18a2f043
+# %% ../../nbs/61_comparison.scoreboard.ipynb #0d1deb2b
 def step_findings(board: Scoreboard) -> list[Finding]:
     "Whether the step was chosen on the test sets, whether training went on too long, and whether one step suits all."
     found = []
@@ -601,7 +601,7 @@ def step_findings(board: Scoreboard) -> list[Finding]:
     found += [Finding("chosen on validation", f"{row} was chosen on validation data.") for row in board.chosen.values()]
     return found
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #03f0d97c
+# %% ../../nbs/61_comparison.scoreboard.ipynb #1bb50af3
 def api_findings(board: Scoreboard) -> list[Finding]:
     "How the best tuned row stands against each API model, by each of the three means."
     best, found = best_row(board), []
@@ -634,7 +634,7 @@ def paired_findings(board: Scoreboard, row: str, other: str) -> list[Finding]:
         found.append(Finding("different rules", f"On {mixed} tasks {row} and {other} were scored by different rules; score {row} by the free rule too, to compare like with like."))
     return found
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #d3a5919d
+# %% ../../nbs/61_comparison.scoreboard.ipynb #7cc080e2
 def collapse_findings(board: Scoreboard) -> list[Finding]:
     "Tasks on which rows gave one label whatever the image; from accuracies alone it is only a suspicion."
     found = []
@@ -661,7 +661,7 @@ def outcome_findings(board: Scoreboard) -> list[Finding]:
             found.append(Finding(badge, f"{row} {verbs[badge]} {in_words(counts)}."))
     return found
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #01d61e3d
+# %% ../../nbs/61_comparison.scoreboard.ipynb #1d5d5721
 def regression_findings(board: Scoreboard) -> list[Finding]:
     "Tasks that the best row lost against the untuned model, and tasks where it does not beat the trivial baselines."
     best, base, found = best_row(board), row_of_kind(board, "base"), []
@@ -681,7 +681,7 @@ def regression_findings(board: Scoreboard) -> list[Finding]:
             found.append(Finding(kind, text))
     return found
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #38159431
+# %% ../../nbs/61_comparison.scoreboard.ipynb #a54a6973
 def bookkeeping_findings(board: Scoreboard) -> list[Finding]:
     "Rows that are not fully scored, and published means that their own figures don't give."
     found = []
@@ -700,7 +700,7 @@ def findings(board: Scoreboard) -> list[Finding]:
     parts = (best_findings, step_findings, api_findings, regression_findings, collapse_findings, outcome_findings, bookkeeping_findings)
     return [finding for part in parts for finding in part(board)]
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #c3c8da08
+# %% ../../nbs/61_comparison.scoreboard.ipynb #6f041132
 def csv_text(board: Scoreboard) -> str:
     "The scoreboard as `scoreboard.csv` holds it."
     table = accuracy_table(board).reset_index(drop=True)
@@ -711,7 +711,7 @@ def csv_text(board: Scoreboard) -> str:
 
 Scoreboard.to_csv = lambda board, path: write_atomically(path, csv_text(board))
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #4a37629f
+# %% ../../nbs/61_comparison.scoreboard.ipynb #a003b71e
 def display_width(text: str) -> int:
     "Places that a text takes in a terminal."
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
@@ -740,7 +740,7 @@ def padded(text: str, places: int, right: bool = False) -> str:
     gap = " " * max(0, places - display_width(text))
     return gap + text if right else text + gap
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #74a9b027
+# %% ../../nbs/61_comparison.scoreboard.ipynb #3a040119
 def letters(badges: list[str]) -> str:
     "A cell's badges as letters; the choice on test data is marked at the row's name."
     return "".join(BADGES[badge][0] for badge in badges if badge != "chosen on test")
@@ -761,7 +761,7 @@ def rule_text(board: Scoreboard) -> str:
     others = [f"{rule} on {in_words(list(part.index))}" for rule, part in rules[rules != common].groupby(rules)]
     return f"rule: {common}, {', '.join(others)}"
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #a080a849
+# %% ../../nbs/61_comparison.scoreboard.ipynb #432d491c
 def text_columns(board: Scoreboard) -> tuple[list[str], list[list[str]]]:
     "Row names, and for each column its header and its entries; figures and badge letters line up."
     by_cell = {(one["row"], one["task"]): one for one in board.cells.to_dict("records")}
@@ -776,7 +776,7 @@ def text_columns(board: Scoreboard) -> tuple[list[str], list[list[str]]]:
         columns.append([header, *(number(value) for value in board.means[column])])
     return names, columns
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #1a11f443
+# %% ../../nbs/61_comparison.scoreboard.ipynb #675e1364
 def text_table(
     board: Scoreboard,
     width: int = 120,  # places in a line
@@ -800,7 +800,7 @@ def text_table(
         text += ["", *("  ".join(line).rstrip() for line in lines)]
     return "\n".join([*text, "", *(f"{letter}  {meaning}" for letter, meaning in legend(board).items())]).rstrip()
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #407987a8
+# %% ../../nbs/61_comparison.scoreboard.ipynb #43254a9f
 def markdown_cell(text: str) -> str:
     "Text that can't break out of a Markdown table or become HTML."
     return html.escape(printable(text), quote=False).replace("|", "\\|").replace("`", "&#96;").replace("*", "\\*").replace("_", "\\_").replace("[", "\\[")
@@ -818,7 +818,7 @@ def markdown_table(board: Scoreboard) -> str:
     marks = [f"- `{letter}` {meaning}" for letter, meaning in legend(board).items()]
     return "\n".join([f"# {markdown_cell(board.title)}", "", note, "", *table, "", *marks, "", "## Findings", "", *facts, ""])
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #dce6a16c
+# %% ../../nbs/61_comparison.scoreboard.ipynb #f4379f37
 STYLE = """
 .qboard{--ink:#1b1f24;--soft:#59636e;--paper:#fff;--line:#d5dae0;--tint:37,99,200;--warn:#8a4600;--warnbg:#fff1dd;
  overflow-wrap:normal;font:14px/1.35 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Noto Sans CJK SC",sans-serif;color:var(--ink);background:var(--paper)}
@@ -843,7 +843,7 @@ def breakable(text: str) -> str:
     marked = re.sub(r"_|[^\s_]{16}(?=[^\s_])", lambda part: f"{part[0]}\0", printable(text))
     return html.escape(marked).replace("\0", "<wbr>")
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #258cc5b8
+# %% ../../nbs/61_comparison.scoreboard.ipynb #8d8066e5
 def cell_title(one: Mapping) -> str:
     "A cell's tooltip: counts, rule, what it collapsed to."
     parts = [f"{one['row']} on {one['task']}: {number(one['accuracy'])} %", f"rule: {one['rule']}"]
@@ -864,7 +864,7 @@ def html_cell(one: Mapping | None) -> str:
     title = html.escape(printable(cell_title(one).replace("\n", " · ")), quote=True)
     return f'<td data-v="{one["accuracy"]:.4f}" title="{title}" style="{tint}">{number(one["accuracy"])}{interval}{badges}</td>'
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #04ea2a5b
+# %% ../../nbs/61_comparison.scoreboard.ipynb #80010ff9
 MEANS = {  # column of `means`: header, explanation
     "strict": ("mean", "strict: every sample of every task; whatever is not correct is wrong"),
     "answered_only": ("answered only", "over the samples that the row answered; see coverage"),
@@ -887,7 +887,7 @@ def html_row(board: Scoreboard, row: str, cells: Mapping, best: str | None) -> s
     style = ' class="best"' if row == best else ""
     return f'<tr{style}><th scope="row" data-v="{board.rows.index(row)}">{breakable(row)}{mark}</th>{mean_cells(board.means.loc[row])}{tds}</tr>'
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #5e4463c3
+# %% ../../nbs/61_comparison.scoreboard.ipynb #1b860812
 def html_table(
     board: Scoreboard,
 ) -> str:  # a self-styled fragment

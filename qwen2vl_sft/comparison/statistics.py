@@ -6,7 +6,7 @@
 __all__ = ['Interval', 'wilson', 'PairedTest', 'mcnemar', 'holm', 'smallest_difference', 'cluster_kinds', 'bootstrap_mean',
            'collapse', 'repeated_scores']
 
-# %% ../../nbs/60_comparison.statistics.ipynb #fa20a367
+# %% ../../nbs/60_comparison.statistics.ipynb #cc1789d4
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# %% ../../nbs/60_comparison.statistics.ipynb #6544a382
+# %% ../../nbs/60_comparison.statistics.ipynb #1f1347c0
 class Interval(NamedTuple):
     "A range of fractions that covers the true value with the stated confidence."
     low: float
@@ -23,7 +23,7 @@ class Interval(NamedTuple):
     def __contains__(self, value: float) -> bool:
         return self.low <= value <= self.high
 
-# %% ../../nbs/60_comparison.statistics.ipynb #49ed7f3a
+# %% ../../nbs/60_comparison.statistics.ipynb #0d625e67
 def wilson(
     correct: int,  # samples answered correctly
     n: int,  # samples in the test set
@@ -39,7 +39,7 @@ def wilson(
     low, high = proportion_confint(correct, n, alpha=1 - confidence, method="wilson")
     return Interval(max(0.0, float(low)), min(1.0, float(high)))
 
-# %% ../../nbs/60_comparison.statistics.ipynb #2ee54a4c
+# %% ../../nbs/60_comparison.statistics.ipynb #7bdf30d9
 @dataclass(frozen=True)
 class PairedTest:
     "What two models' answers to the same samples say about which is better."
@@ -53,7 +53,7 @@ class PairedTest:
         "Accuracy of the first minus that of the second, a fraction."
         return (self.only_first - self.only_second) / self.n if self.n else 0.0
 
-# %% ../../nbs/60_comparison.statistics.ipynb #b18002a8
+# %% ../../nbs/60_comparison.statistics.ipynb #e8abebe4
 def mcnemar(
     first: Sequence[bool],  # is the first model right, one a sample
     second: Sequence[bool],  # the same samples in the same order
@@ -70,7 +70,7 @@ def mcnemar(
     p = exact_test([[0, only_a], [only_b, 0]], exact=True).pvalue
     return PairedTest(only_a, only_b, a.size, float(min(1.0, p)))
 
-# %% ../../nbs/60_comparison.statistics.ipynb #f17da920
+# %% ../../nbs/60_comparison.statistics.ipynb #4a481fef
 def holm(p_values: Sequence[float]) -> list[float]:
     "Holm's adjusted p-values, in the order given (Holm 1979, Scand. J. Stat. 6:65)."
     from statsmodels.stats.multitest import multipletests
@@ -79,7 +79,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
         return []
     return [float(p) for p in multipletests(list(p_values), method="holm")[1]]
 
-# %% ../../nbs/60_comparison.statistics.ipynb #8a5be81e
+# %% ../../nbs/60_comparison.statistics.ipynb #05422b07
 def smallest_difference(
     n: int,  # samples in the task
     alpha: float = 0.05,  # level of the test
@@ -89,7 +89,7 @@ def smallest_difference(
     discordant = int(np.ceil(np.log2(2 * tests / alpha)))
     return min(1.0, discordant / n) if n else 1.0
 
-# %% ../../nbs/60_comparison.statistics.ipynb #e468af86
+# %% ../../nbs/60_comparison.statistics.ipynb #10a84751
 def cluster_kinds(
     values: Sequence[float],  # one a sample: right (1) or wrong (0), or a difference of two rows (-1, 0, 1)
     groups: Sequence[Hashable] | None = None,  # near-duplicate group of each sample; None: every sample is its own
@@ -105,7 +105,7 @@ def cluster_kinds(
         clusters = np.stack([np.bincount(index, weights=values), np.bincount(index)], axis=1)
     return np.unique(clusters, axis=0, return_counts=True)
 
-# %% ../../nbs/60_comparison.statistics.ipynb #aa7000ed
+# %% ../../nbs/60_comparison.statistics.ipynb #2bee2c97
 def bootstrap_mean(
     tasks: Sequence[Sequence[float]],  # for each task, one value a sample
     groups: Sequence[Sequence[Hashable] | None] | None = None,  # for each task, the group of each sample
@@ -132,7 +132,7 @@ def bootstrap_mean(
     tail = (1 - confidence) / 2
     return Interval(*(float(x) for x in np.quantile(np.mean(means, axis=0), [tail, 1 - tail])))
 
-# %% ../../nbs/60_comparison.statistics.ipynb #734c61a1
+# %% ../../nbs/60_comparison.statistics.ipynb #b6e6d12c
 def collapse(
     predictions: Sequence[str | None],  # one a sample; None where there was no usable answer
     targets: Sequence[str],
@@ -148,7 +148,7 @@ def collapse(
     collapsed = deviating <= exceptions * len(answered) and mixed >= max(5, 4 * deviating)
     return favourite if collapsed else None
 
-# %% ../../nbs/60_comparison.statistics.ipynb #3944c55c
+# %% ../../nbs/60_comparison.statistics.ipynb #59446369
 def repeated_scores(
     accuracies: Sequence[float],  # percent, of one task: one value a tuned row
     share: float = 0.75,  # at least this share of the rows must have the very same score

@@ -13,7 +13,7 @@ __all__ = ['REASONS', 'REPAIRS', 'NOTES', 'CONTROL_TOKEN', 'HASH_SIDE', 'PRECEDE
            'meaning', 'difference_text', 'summary', 'thumbnail', 'cards_html', 'splits_html', 'labels_html',
            'forecast_html', 'problem_html', 'page', 'audit_fragment']
 
-# %% ../../nbs/22_data.audit.ipynb #68182487
+# %% ../../nbs/22_data.audit.ipynb #06056601
 import base64
 import io
 import re
@@ -36,7 +36,7 @@ from .sources import Row
 from ..encoding.images import FORMATS, open_image
 from ..tasks import SPLITS, Task
 
-# %% ../../nbs/22_data.audit.ipynb #6e29f6ba
+# %% ../../nbs/22_data.audit.ipynb #2d9e0317
 REASONS = {
     "no_image": "the row names no image",
     "several_images": "the row has several images; a sample has one",
@@ -69,7 +69,7 @@ REASONS = {
     "unreadable": "the reader gave another reason",
 }
 
-# %% ../../nbs/22_data.audit.ipynb #3246099e
+# %% ../../nbs/22_data.audit.ipynb #f3493ded
 REPAIRS = {
     "label_trimmed": "spaces around the label removed",
     "label_alias": "an alias replaced by its label",
@@ -85,7 +85,7 @@ NOTES = {
     "shared_source": "rows of the same independent source are in another split",
 }
 
-# %% ../../nbs/22_data.audit.ipynb #b0639aa3
+# %% ../../nbs/22_data.audit.ipynb #b0c85c32
 @dataclass(frozen=True)
 class Limits:
     "What the audit accepts; part of the fingerprint of prepared data."
@@ -102,7 +102,7 @@ class Unusable(Exception):
         super().__init__(code, detail)
         self.code, self.detail = code, detail
 
-# %% ../../nbs/22_data.audit.ipynb #78f1726c
+# %% ../../nbs/22_data.audit.ipynb #4c98def0
 def read_bytes(row: Row, limits: Limits) -> bytes:
     "The row's image file; Unusable where there is none, or it is empty or too large."
     if row.reason:
@@ -125,7 +125,7 @@ def read_bytes(row: Row, limits: Limits) -> bytes:
         raise Unusable("too_many_bytes", f"{len(content):,} bytes, the limit is {limits.file_bytes:,}")
     return content
 
-# %% ../../nbs/22_data.audit.ipynb #a03fc1aa
+# %% ../../nbs/22_data.audit.ipynb #d266e2d7
 def check_header(content: bytes, limits: Limits) -> tuple[str, int, int]:
     "Format, width and height (as stored) from the header alone; Unusable where they rule the image out."
     try:
@@ -153,7 +153,7 @@ def broken(content: bytes, error: Exception) -> Unusable:
     short = content[:4] == b"RIFF" and len(content) < 8 + int.from_bytes(content[4:8], "little")
     return Unusable("truncated" if cut or short else "undecodable", text)
 
-# %% ../../nbs/22_data.audit.ipynb #e45738e9
+# %% ../../nbs/22_data.audit.ipynb #2c778171
 def decode(content: bytes) -> Image.Image:
     "The whole picture, upright RGB, by the one rule of `encoding.images`; Unusable where it is cut off or broken."
     try:
@@ -165,7 +165,7 @@ def decode(content: bytes) -> Image.Image:
     except Exception as error:  # as above
         raise broken(content, error) from None
 
-# %% ../../nbs/22_data.audit.ipynb #cb0645b0
+# %% ../../nbs/22_data.audit.ipynb #8c7a45c4
 def wordings_of(task: Task) -> dict[str, str]:
     "Every accepted text -> its label; empty for an open task."
     return {wording.strip(): label for label, wordings in task.wordings.items() for wording in wordings}
@@ -197,7 +197,7 @@ def confusable_characters() -> dict[int, str]:
             parent[second] = first  # a sequence such as `rn` stands for the single `m`
     return {ord(text): top(text) for text in list(parent) if len(text) == 1 and top(text) != text}
 
-# %% ../../nbs/22_data.audit.ipynb #75f4025f
+# %% ../../nbs/22_data.audit.ipynb #35b5eac7
 @lru_cache(maxsize=10_000)
 def look_alike_key(text: str, keep_case: bool = False) -> str:
     "Texts that look alike share it: spaces, invisible characters, Unicode's confusables and (unless kept) case removed."
@@ -211,14 +211,14 @@ def look_alike(first: str, second: str) -> bool:
     "Whether two texts look alike."
     return any(look_alike_key(first, case) == look_alike_key(second, case) for case in (False, True))
 
-# %% ../../nbs/22_data.audit.ipynb #e30ccb49
+# %% ../../nbs/22_data.audit.ipynb #3c19159f
 def unlike(text: str, wording: str) -> str:
     "Which characters outside of ASCII the text has and the wording doesn't, by name, as the eye can't tell."
     strange = [character for character in dict.fromkeys(text) if character not in wording and not character.isascii()]
     names = [f"U+{ord(character):04X} {unicodedata.name(character, 'without a name')}" for character in strange[:5]]
     return f" It contains {', '.join(names)}." if names else ""
 
-# %% ../../nbs/22_data.audit.ipynb #b0b3201a
+# %% ../../nbs/22_data.audit.ipynb #19fae419
 def check_label(label: str | None, wordings: dict[str, str]) -> tuple[str, list[str]]:
     "The label to store and the repairs made; Unusable where it is empty or not declared."
     text = (label or "").strip()
@@ -238,7 +238,7 @@ def check_label(label: str | None, wordings: dict[str, str]) -> tuple[str, list[
         repairs.append("label_alias")
     return known, repairs
 
-# %% ../../nbs/22_data.audit.ipynb #28c13582
+# %% ../../nbs/22_data.audit.ipynb #c130406e
 @dataclass
 class Checked:
     "What the audit found out about one row; `verdict` is accepted, repaired or quarantined."
@@ -270,7 +270,7 @@ class Checked:
     def quarantine(self, code: str, detail: str) -> None:
         self.reason, self.detail = code, detail
 
-# %% ../../nbs/22_data.audit.ipynb #3e8b07a3
+# %% ../../nbs/22_data.audit.ipynb #112e1852
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 
 
@@ -280,7 +280,7 @@ def refuse_control_tokens(record: Checked) -> None:
         if found := CONTROL_TOKEN.search(text or ""):
             raise Unusable("special_token", f"the {name} holds {found[0]}")
 
-# %% ../../nbs/22_data.audit.ipynb #86ae1be9
+# %% ../../nbs/22_data.audit.ipynb #5b35d49e
 HASH_SIDE = 16  # bits a side of the perceptual hash
 
 
@@ -312,7 +312,7 @@ def inspect_row(row: Row, task: Task, split: str, limits: Limits) -> tuple[Check
         record.quarantine(problem.code, problem.detail)
     return record, content if record.phash else None
 
-# %% ../../nbs/22_data.audit.ipynb #20a0b3b1
+# %% ../../nbs/22_data.audit.ipynb #30741678
 def number_duplicate_ids(records: Iterable[Checked]) -> None:
     "Make ids differ within each split by adding #2, #3, ...; a changed id is noted."
     taken: dict[str, set[str]] = defaultdict(set)
@@ -324,7 +324,7 @@ def number_duplicate_ids(records: Iterable[Checked]) -> None:
             record.notes.append("duplicate_id")
         ids.add(record.id)
 
-# %% ../../nbs/22_data.audit.ipynb #a83ea421
+# %% ../../nbs/22_data.audit.ipynb #67b16e6b
 PRECEDENCE = {"test": 2, "validation": 1}
 
 
@@ -341,7 +341,7 @@ def quarantine_leaks(records: Iterable[Checked]) -> None:
         if PRECEDENCE.get(other.split, 0) > PRECEDENCE.get(record.split, 0):
             record.quarantine(f"also_in_{other.split}", f"the same picture is {other.id} ({other.where}) of {other.split}")
 
-# %% ../../nbs/22_data.audit.ipynb #34d17913
+# %% ../../nbs/22_data.audit.ipynb #9cd9a2c2
 def note_two_labels(records: Iterable[Checked]) -> None:
     "Note kept rows that show the same picture under the same question with different labels."
     seen: dict[tuple, list[Checked]] = defaultdict(list)
@@ -355,7 +355,7 @@ def note_two_labels(records: Iterable[Checked]) -> None:
                 record.notes.append("two_labels")
                 record.detail = f"{record.label!r} here, {other.label!r} in {other.where} of {other.split}"
 
-# %% ../../nbs/22_data.audit.ipynb #ada8b5c7
+# %% ../../nbs/22_data.audit.ipynb #72e5c81a
 def hash_bits(hashes: list[str]) -> np.ndarray:
     "Hexadecimal hashes as uint8 bits [n, bits]."
     return np.unpackbits(np.array([list(bytes.fromhex(text)) for text in hashes], np.uint8), axis=1)
@@ -376,7 +376,7 @@ def close_pairs(bits: np.ndarray, most: int) -> np.ndarray:
                 found.append(np.stack([left[i], right[j]], 1)[i < j])
     return np.concatenate(found)
 
-# %% ../../nbs/22_data.audit.ipynb #dae87f92
+# %% ../../nbs/22_data.audit.ipynb #7d6d1edb
 def connected(count: int, pairs: np.ndarray) -> np.ndarray:
     "Component number of each of `count` things that `pairs` [p, 2] connect."
     from scipy.sparse import coo_array
@@ -400,7 +400,7 @@ def assign_groups(records: Iterable[Checked], limits: Limits) -> None:
     for number, record in zip(component, kept, strict=True):
         record.group = smallest[number][:16]
 
-# %% ../../nbs/22_data.audit.ipynb #e6554d21
+# %% ../../nbs/22_data.audit.ipynb #61df9226
 def note_duplicates(records: Iterable[Checked]) -> None:
     "Note copies within a split, and near duplicates and sources across splits; call it when splits are final."
     kept = [record for record in records if not record.reason]
@@ -419,7 +419,7 @@ def note_duplicates(records: Iterable[Checked]) -> None:
             record.notes.append("shared_source")
             record.detail = record.detail or f"source {record.source} lies in {', '.join(sorted(splits))}"
 
-# %% ../../nbs/22_data.audit.ipynb #d04ad823
+# %% ../../nbs/22_data.audit.ipynb #611627f2
 def detection_power(rows: int, difference: float, disagreement: float = 0.2, level: float = 0.05) -> float:
     """Power of the exact two-sided McNemar test to find `difference` (a share) between two models on `rows` rows.
 
@@ -448,7 +448,7 @@ def smallest_difference(rows: int) -> float | None:
         low, high = (low, middle) if detection_power(rows, middle / 1000) >= 0.8 else (middle, high)
     return high / 10
 
-# %% ../../nbs/22_data.audit.ipynb #e0c340d7
+# %% ../../nbs/22_data.audit.ipynb #269f940c
 def look_alike_labels(labels: list[str]) -> list[tuple[str, ...]]:
     "Groups of labels that look alike."
     groups: list[list[str]] = []
@@ -477,7 +477,7 @@ def label_remarks(task: Task) -> list[str]:
             remarks.append(f"labels that are the beginning of another in tokens: {shown}; score with the closed rule")
     return remarks
 
-# %% ../../nbs/22_data.audit.ipynb #1703d457
+# %% ../../nbs/22_data.audit.ipynb #2af40aaa
 IMBALANCE = 10  # times as many rows of the most frequent label: said in a remark
 
 
@@ -486,7 +486,7 @@ def imbalance(labels: dict[str, int]) -> float:
     found = [number for number in labels.values() if number]
     return round(max(found) / min(found), 2) if found else 1.0
 
-# %% ../../nbs/22_data.audit.ipynb #bce3c0b1
+# %% ../../nbs/22_data.audit.ipynb #aeb39f6d
 def task_remarks(task: Task, records: Iterable[Checked]) -> list[str]:
     "Sentences on splits without rows, labels without rows, a dominant label in test, and a small test set."
     kept = [record for record in records if not record.reason]
@@ -508,7 +508,7 @@ def task_remarks(task: Task, records: Iterable[Checked]) -> list[str]:
         remarks.append(f"test has {sources} independent sources: a score is known to ±{margin:.0f} points")
     return remarks
 
-# %% ../../nbs/22_data.audit.ipynb #07a2e6e3
+# %% ../../nbs/22_data.audit.ipynb #6a6873b1
 def shared_between_tasks(records: Iterable[Checked]) -> dict[str, list[str]]:
     "Task -> remarks on test pictures (equal sha256) that another task trains on, with another question."
     kept = [record for record in records if not record.reason]
@@ -523,7 +523,7 @@ def shared_between_tasks(records: Iterable[Checked]) -> dict[str, list[str]]:
         remarks[task].append(f"{number} test pictures are in train of {other}, with its question")
     return dict(remarks)
 
-# %% ../../nbs/22_data.audit.ipynb #244dec51
+# %% ../../nbs/22_data.audit.ipynb #cd81d3e6
 EXAMPLES = 24  # rows shown of each problem
 
 
@@ -555,13 +555,13 @@ class Audit:
         }
         return report
 
-# %% ../../nbs/22_data.audit.ipynb #a302d84b
+# %% ../../nbs/22_data.audit.ipynb #a947ef3b
 def samples_of(records: Iterable[Checked]) -> list[Sample]:
     "What the lengths of kept rows depend on."
     return [Sample(r.split, r.asked or r.question or "", r.label or "", r.width, r.height)
             for r in records if not r.reason and r.width and r.height]
 
-# %% ../../nbs/22_data.audit.ipynb #d098b8d7
+# %% ../../nbs/22_data.audit.ipynb #d8061767
 def counts_of(records: list[Checked]) -> dict:
     "Rows read, by verdict, and by code of reason, repair and note."
     verdicts = Counter(record.verdict for record in records)
@@ -574,7 +574,7 @@ def counts_of(records: list[Checked]) -> dict:
         "notes": {code: number for code, number in notes.most_common() if code in NOTES},
     }
 
-# %% ../../nbs/22_data.audit.ipynb #7b68976f
+# %% ../../nbs/22_data.audit.ipynb #3081fc32
 def task_report(audit: Audit, task: str) -> dict:
     "Counts, formats and splits of one task."
     records = [record for record in audit.records if record.task == task]
@@ -603,7 +603,7 @@ def examples(audit: Audit) -> dict[str, list[int]]:
 
 Audit.task_report, Audit.examples = task_report, examples
 
-# %% ../../nbs/22_data.audit.ipynb #ab079fbc
+# %% ../../nbs/22_data.audit.ipynb #01ce6687
 def meaning(code: str) -> str:
     "The sentence that explains a code."
     return (REASONS | REPAIRS | NOTES).get(code, code)
@@ -633,7 +633,7 @@ def summary(report: dict) -> str:
     lines += [f"  {line}" for line in forecast_table(report["forecast"])]
     return "\n".join(lines)
 
-# %% ../../nbs/22_data.audit.ipynb #ad6a9d34
+# %% ../../nbs/22_data.audit.ipynb #e3924bc7
 def thumbnail(content: bytes, side: int = 96) -> str:
     "A data URI of the picture, at most `side` pixels wide and high."
     picture = decode(content)
@@ -642,7 +642,7 @@ def thumbnail(content: bytes, side: int = 96) -> str:
     picture.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../../nbs/22_data.audit.ipynb #985150f9
+# %% ../../nbs/22_data.audit.ipynb #1a3b3b60
 STYLE = """
 :root { --ink:#1c2733; --soft:#5d6b7a; --line:#dfe5ec; --card:#fff; --page:#f5f7fa; --bar:#4c7dd0; --bad:#c2413b; --good:#2f855a }
 @media (prefers-color-scheme: dark) { :root { --ink:#e6ebf1; --soft:#9aa8b7; --line:#33404e; --card:#1b242e; --page:#12181f; --bar:#6c9bea; --bad:#ef7a72; --good:#5cc08d } }
@@ -659,7 +659,7 @@ details { background:var(--card); border:1px solid var(--line); border-radius:10
 .row img,.none { width:72px; height:72px; object-fit:contain; flex:none; background:#fff; border-radius:4px } .none { background:var(--line) }
 """
 
-# %% ../../nbs/22_data.audit.ipynb #2c95b90b
+# %% ../../nbs/22_data.audit.ipynb #6729958d
 def cards_html(report: dict) -> str:
     "The four counts."
     tones = {"rows_read": "", "accepted": "good", "repaired": "", "quarantined": "bad" if report["quarantined"] else ""}
@@ -682,7 +682,7 @@ def splits_html(report: dict) -> str:
             '<p class="soft">"Test can show": the smallest difference between two models that the test set reveals in 80 of 100 cases '
             "(exact McNemar test at 5 %, the models disagreeing on a fifth of the independent sources or more).</p>")
 
-# %% ../../nbs/22_data.audit.ipynb #e0e8a2d0
+# %% ../../nbs/22_data.audit.ipynb #8f0047a5
 def labels_html(report: dict, most: int = 40) -> str:
     "Bars of label counts per split, a block a task."
     blocks = ""
@@ -707,7 +707,7 @@ def labels_html(report: dict, most: int = 40) -> str:
         blocks += f"<details open><summary>{escape(task)}</summary>{table}</details>"
     return blocks
 
-# %% ../../nbs/22_data.audit.ipynb #8cf6cc09
+# %% ../../nbs/22_data.audit.ipynb #eed09d6c
 def forecast_html(report: dict) -> str:
     "Histograms of sequence lengths, and steps and memory, a block a model."
     blocks = ""
@@ -721,7 +721,7 @@ def forecast_html(report: dict) -> str:
         blocks += f'<details><summary>{escape(name)}</summary><p class="soft">{escape(line)}</p>{svg}{table}</details>'
     return f'<h2>Forecast</h2><p class="soft">Lengths from picture sizes; memory is an estimate.</p>{blocks}' if blocks else ""
 
-# %% ../../nbs/22_data.audit.ipynb #f67fa87d
+# %% ../../nbs/22_data.audit.ipynb #2a326cf0
 def problem_html(code: str, number: int, audit: Audit, indices: list[int]) -> str:
     "One kind of problem: its meaning and examples with thumbnails."
     rows = ""
@@ -748,7 +748,7 @@ def page(audit: Audit) -> str:
             f"<h2>Rows per task and split</h2>{splits_html(report)}"
             f"<h2>Problems and notes</h2>{problems or '<p>None.</p>'}<h2>Labels</h2>{labels_html(report)}{forecast_html(report)}</html>")
 
-# %% ../../nbs/22_data.audit.ipynb #970e2b2a
+# %% ../../nbs/22_data.audit.ipynb #40d94393
 def audit_fragment(audit: Audit) -> str:
     "The counts and the table of splits, for a notebook."
     report = audit.to_json()

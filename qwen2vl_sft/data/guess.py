@@ -12,7 +12,7 @@ __all__ = ['SPLIT_WORDS', 'IMAGE_SUFFIXES', 'COLUMN_WORDS', 'LOOKED_AT', 'SUFFIX
            'free_name', 'origin_lines', 'task_lines', 'suite_text', 'one_line_each', 'write_guess', 'make_folder',
            'guess_suite', 'forecast_prepared']
 
-# %% ../../nbs/28_data.guess.ipynb #10daeded
+# %% ../../nbs/28_data.guess.ipynb #0ece3bb8
 import codecs
 import csv
 import os
@@ -33,7 +33,7 @@ from .sources import (OPENAI_TAGS, SHAREGPT_TAGS, Row, dataset_entry, json_recor
                                       text_lines, text_or_none)
 from ..tasks import SPLITS, load_suite
 
-# %% ../../nbs/28_data.guess.ipynb #b0fdc1c9
+# %% ../../nbs/28_data.guess.ipynb #aee3f949
 def reads_as(file: Path, encoding: str) -> bool:
     "Whether every byte of the file is text in this encoding."
     decoder = codecs.getincrementaldecoder(encoding)("strict")
@@ -59,7 +59,7 @@ def detect_encoding(file: Path) -> str:
     raise InputError(f"{file}: its encoding is neither UTF-8 nor clearly GBK; save it as UTF-8, or write a suite "
                      "file whose source states `encoding`")
 
-# %% ../../nbs/28_data.guess.ipynb #b3c6650c
+# %% ../../nbs/28_data.guess.ipynb #fc43b86e
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
                "dev": "validation", "test": "test", "testing": "test", "eval": "test"}
 
@@ -73,7 +73,7 @@ def split_of(name: str) -> tuple[str, str]:
             return "".join(rest), split
     return name, "all"
 
-# %% ../../nbs/28_data.guess.ipynb #79b94df3
+# %% ../../nbs/28_data.guess.ipynb #3c3f25e1
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ico", ".ppm")
 COLUMN_WORDS = {
     "image": ("image", "images", "img", "image_path", "img_path", "image_file", "file", "filename", "file_name", "filepath",
@@ -102,7 +102,7 @@ def share_of_images(records: list[dict], column: str) -> float:
     cells = [record[column] for record in records if record.get(column)]
     return sum(map(names_an_image, cells)) / len(cells) if cells else 0.0
 
-# %% ../../nbs/28_data.guess.ipynb #ab9949e4
+# %% ../../nbs/28_data.guess.ipynb #d1ebd75c
 def by_name(columns: list[str], kind: str) -> str | None:
     "The column whose name says that it holds this kind of thing."
     folded = {column.strip().casefold(): column for column in reversed(columns)}
@@ -137,7 +137,7 @@ def repeats(values: list[str | None]) -> bool:
     filled = [value for value in values if value]
     return 2 <= len(set(filled)) <= len(filled) / 2
 
-# %% ../../nbs/28_data.guess.ipynb #0fa44891
+# %% ../../nbs/28_data.guess.ipynb #87eb6970
 LOOKED_AT = 200  # records that a guess of columns rests on
 SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 
@@ -163,7 +163,7 @@ def stated(columns: dict[str, str]) -> dict[str, str]:
     "Columns as a source has to state them: those that aren't called by their own name."
     return {kind: column for kind, column in columns.items() if kind != column}
 
-# %% ../../nbs/28_data.guess.ipynb #e585fec3
+# %% ../../nbs/28_data.guess.ipynb #b4f3aac7
 def guess_parquet(file: Path, source: dict) -> dict:
     "A source for a Parquet file."
     import pyarrow as pa
@@ -194,7 +194,7 @@ def guess_delimited(file: Path, source: dict) -> dict:
         source = source | {"delimiter": delimiter}
     return source | stated(guess_columns(records, columns, file))
 
-# %% ../../nbs/28_data.guess.ipynb #55270d53
+# %% ../../nbs/28_data.guess.ipynb #abba7675
 def guess_json(file: Path, source: dict) -> list[dict]:
     "Sources for JSON: conversations, Alpaca, Label Studio, or flat objects."
     records = [record for _, record in islice(json_records(file, source), LOOKED_AT) if isinstance(record, dict)]
@@ -217,7 +217,7 @@ def first_character(file: Path, source: dict) -> str:
     "The file's first character that isn't space."
     return next((line.strip()[0] for line in text_lines(file, source) if line.strip()), "")
 
-# %% ../../nbs/28_data.guess.ipynb #8f66477d
+# %% ../../nbs/28_data.guess.ipynb #a2898e31
 def guess_chat(records: list[dict], keys: Counter, messages: str) -> dict:
     "Format, columns and tags of conversations."
     turns = [turn for record in records if isinstance(record.get(messages), list) for turn in record[messages] if isinstance(turn, dict)]
@@ -259,7 +259,7 @@ def guess_studio(records: list[dict], file: Path) -> list[dict]:
     picture = {} if image == "image" else {"image": image}
     return [{"format": "labelstudio", **picture, "label": control} for control in controls] or [{"format": "labelstudio", **picture}]
 
-# %% ../../nbs/28_data.guess.ipynb #1e85ee80
+# %% ../../nbs/28_data.guess.ipynb #e5197161
 @dataclass
 class Origin:
     "One set of data: split (or `all`) -> source."
@@ -298,7 +298,7 @@ def find_origins(path: Path, home: Path) -> list[Origin]:
     raise InputError(f"{path}: nothing in it is understood; looked for dataset_info.json, a dataset of save_to_disk, files "
                      f"({', '.join(SUFFIXES)}) and subfolders of images")
 
-# %% ../../nbs/28_data.guess.ipynb #cc6d1d94
+# %% ../../nbs/28_data.guess.ipynb #2b814a83
 def saved_dataset(folder: Path, home: Path) -> list[tuple[str, dict]]:
     "Splits of a Hugging Face dataset that save_to_disk wrote."
     if not any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
@@ -338,7 +338,7 @@ def llama_factory(folder: Path, home: Path) -> list[tuple[str, dict]]:
         raise InputError(f"{info} describes no dataset whose file is beside it; download the data first")
     return named
 
-# %% ../../nbs/28_data.guess.ipynb #7af20a4f
+# %% ../../nbs/28_data.guess.ipynb #5ada42ca
 def tables(folder: Path, home: Path) -> list[tuple[str, dict]]:
     "The data files that lie directly in a folder."
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix.lower() in SUFFIXES and file.name[0] != ".")
@@ -359,7 +359,7 @@ def class_folders(folder: Path, home: Path) -> list[tuple[str, dict]]:
         return [(each.name, {"format": "folder", "path": os.path.relpath(each, home)}) for each in splits]
     return [(folder.resolve().name, {"format": "folder", "path": os.path.relpath(folder, home)})] if len(inside) > 1 else []
 
-# %% ../../nbs/28_data.guess.ipynb #4970f241
+# %% ../../nbs/28_data.guess.ipynb #5f94cc47
 def with_root(source: dict, home: Path) -> dict:
     "The source, with `root` where the pictures lie in a subfolder of the data's folder or in the folder above."
     if source["format"] in ("folder", "huggingface"):
@@ -376,7 +376,7 @@ def with_root(source: dict, home: Path) -> dict:
         return source
     return source | {"root": os.path.relpath(best, home)}
 
-# %% ../../nbs/28_data.guess.ipynb #7efc9f69
+# %% ../../nbs/28_data.guess.ipynb #97356892
 @dataclass
 class Reading:
     "What the rows of an origin say."
@@ -419,7 +419,7 @@ def counted(counts: Counter, most: int = 12) -> str:
     shown = ", ".join(f"{str(key)[:60]} {number:,}" for key, number in counts.most_common(most))
     return shown + (f" and {len(counts) - most:,} more" if len(counts) > most else "")
 
-# %% ../../nbs/28_data.guess.ipynb #f6a717ab
+# %% ../../nbs/28_data.guess.ipynb #7372d742
 MOST_LABELS, MOST_TASKS, OFTEN, FEW = 100, 30, 10, 5
 
 
@@ -439,7 +439,7 @@ def label_set(answers: Counter) -> list[str] | None:
         return None
     return sorted(labels, key=lambda label: (len(label), label)) if all(label.isdecimal() for label in labels) else labels
 
-# %% ../../nbs/28_data.guess.ipynb #02b89c52
+# %% ../../nbs/28_data.guess.ipynb #8c5bae99
 def slug(text: str) -> str:
     "A name for a task or suite."
     return re.sub(r"[^\w.-]+", "_", text).strip("_.-")[:40].rstrip("_.-").lower() or "task"
@@ -484,7 +484,7 @@ def tasks_of(origin: Origin, reading: Reading) -> list[tuple[dict, Counter]]:
         tasks.append((other, rest))
     return tasks
 
-# %% ../../nbs/28_data.guess.ipynb #70c42375
+# %% ../../nbs/28_data.guess.ipynb #428b5dcd
 @dataclass
 class Guess:
     "What a path holds: the content of a suite file, and what was understood."
@@ -524,7 +524,7 @@ def free_name(name: str, taken: dict) -> str:
     "The name, numbered where another task has it."
     return next(each for each in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if each not in taken)
 
-# %% ../../nbs/28_data.guess.ipynb #d073571e
+# %% ../../nbs/28_data.guess.ipynb #b42d0f76
 def origin_lines(origin: Origin, reading: Reading) -> list[str]:
     "An origin's format, columns, rows, samples, and what of it can't be used."
     source = next(iter(origin.sources.values()))
@@ -550,7 +550,7 @@ def task_lines(task: dict, answers: Counter) -> list[str]:
         lines.append(f"  not declared, as they look like a declared label: {', '.join(map(repr, left[:10]))}")
     return lines
 
-# %% ../../nbs/28_data.guess.ipynb #b47dd957
+# %% ../../nbs/28_data.guess.ipynb #8c607b87
 def suite_text(found: Guess) -> str:
     "The suite file: valid YAML, with what was understood as comments."
     parts = [f"# Guessed from {found.path.name}. Check questions and labels, then: qwen2vl-sft prepare THIS_FILE\n"]
@@ -583,7 +583,7 @@ def write_guess(found: Guess, out: Path | str | None = None) -> Path:
     load_suite(target)
     return target
 
-# %% ../../nbs/28_data.guess.ipynb #0985347e
+# %% ../../nbs/28_data.guess.ipynb #42cabff2
 def make_folder(folder: Path) -> None:
     "Make a folder with its parents; InputError where that can't be."
     try:
@@ -606,7 +606,7 @@ def guess_suite(path: Path | str, out: Path | str | None = None) -> Path:
     print(f"wrote {target}: edit questions and labels there, then `qwen2vl-sft prepare {target}`", flush=True)
     return target
 
-# %% ../../nbs/28_data.guess.ipynb #0e8c8124
+# %% ../../nbs/28_data.guess.ipynb #e89b4e03
 def forecast_prepared(prepared: Prepared, config: RunConfig) -> list[str]:
     "Lines on lengths, what doesn't fit, steps and estimated memory of a recipe on prepared data."
     samples = []

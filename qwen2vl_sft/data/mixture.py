@@ -8,7 +8,7 @@ __all__ = ['MIXTURES', 'BLOCK', 'mixture', 'capped', 'weights_by_size', 'equal_w
            'balanced_rows', 'task_sequence', 'sample_order', 'share_table', 'label_table', 'bars_of_shares',
            'plot_shares']
 
-# %% ../../nbs/24_data.mixture.ipynb #65c652bf
+# %% ../../nbs/24_data.mixture.ipynb #4469200b
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ import pandas as pd
 from ..config import MixtureConfig
 from ..core import InputError, did_you_mean
 
-# %% ../../nbs/24_data.mixture.ipynb #58f50a37
+# %% ../../nbs/24_data.mixture.ipynb #1c732972
 MIXTURES: dict[str, Callable[[dict[str, int], MixtureConfig], dict[str, float]]] = {}
 
 
@@ -33,7 +33,7 @@ def mixture(*names: str):
 
     return register
 
-# %% ../../nbs/24_data.mixture.ipynb #3b035819
+# %% ../../nbs/24_data.mixture.ipynb #a905bb6c
 def capped(sizes: dict[str, int], settings: MixtureConfig) -> dict[str, int]:
     "Sizes as they count for the shares: at most `cap`."
     return {task: min(size, settings.cap or size) for task, size in sizes.items()}
@@ -56,7 +56,7 @@ def weights_by_temperature(sizes: dict[str, int], settings: MixtureConfig) -> di
     "size ** (1 / temperature): 1 is proportional, infinity is equal (as in mT5, https://arxiv.org/abs/2010.11934)."
     return {task: size ** (1 / settings.temperature) for task, size in capped(sizes, settings).items()}
 
-# %% ../../nbs/24_data.mixture.ipynb #d362992d
+# %% ../../nbs/24_data.mixture.ipynb #3da2c703
 @mixture("weights")
 def weights_by_name(sizes: dict[str, int], settings: MixtureConfig) -> dict[str, float]:
     "The weights that the recipe states; InputError unless they name exactly the suite's tasks."
@@ -68,7 +68,7 @@ def weights_by_name(sizes: dict[str, int], settings: MixtureConfig) -> dict[str,
         raise InputError(f"mixture.weights lacks {', '.join(missing)}; give each task a weight, 0 to leave it out")
     return dict(settings.weights)
 
-# %% ../../nbs/24_data.mixture.ipynb #ca5fbd66
+# %% ../../nbs/24_data.mixture.ipynb #b14ee1e2
 def expected_shares(sizes: dict[str, int], settings: MixtureConfig) -> dict[str, float]:
     "Task -> share of the samples, adding up to 1; InputError for an unknown mixture or weights that can't be used."
     if settings.name not in MIXTURES:
@@ -85,7 +85,7 @@ def expected_shares(sizes: dict[str, int], settings: MixtureConfig) -> dict[str,
         raise InputError(f"mixture {settings.name}: no task has a weight above 0 and training rows")
     return {task: weight / total for task, weight in weights.items()}
 
-# %% ../../nbs/24_data.mixture.ipynb #c83b4456
+# %% ../../nbs/24_data.mixture.ipynb #837ada73
 @dataclass(frozen=True, eq=False)
 class Order(Sequence):
     "Samples in training order: `order[k]` is (task name, row index in its training split); slices are Orders."
@@ -104,7 +104,7 @@ class Order(Sequence):
     def __iter__(self) -> Iterator[tuple[str, int]]:
         return zip([self.names[task] for task in self.tasks], self.rows.tolist(), strict=True)
 
-# %% ../../nbs/24_data.mixture.ipynb #fb997664
+# %% ../../nbs/24_data.mixture.ipynb #89a59725
 def key_of(name: str) -> int:
     "A number for a name, the same on every machine."
     return zlib.crc32(name.encode())
@@ -117,14 +117,14 @@ def rows_of_epochs(size: int, n: int, seed: int, name: str, replacement: bool = 
     epochs = [np.random.default_rng([seed, key_of(name), epoch]).permutation(size) for epoch in range(-(-n // size))] if n else []
     return np.concatenate([np.empty(0, np.int64), *epochs])[:n].astype(np.int64)
 
-# %% ../../nbs/24_data.mixture.ipynb #59f6dfbe
+# %% ../../nbs/24_data.mixture.ipynb #b7f1fc57
 def subset(size: int, settings: MixtureConfig, seed: int, name: str) -> np.ndarray:
     "int64, ascending: the rows of a task that are used."
     kept = max(1, round(settings.fraction * size))
     kept = min(size, kept, settings.max_rows or size)
     return np.sort(np.random.default_rng([seed, key_of(name), 2**31 + 1]).permutation(size)[:kept])
 
-# %% ../../nbs/24_data.mixture.ipynb #f018bc8d
+# %% ../../nbs/24_data.mixture.ipynb #e9986fba
 BLOCK = 64  # samples
 
 
@@ -137,7 +137,7 @@ def tasks_of_blocks(shares: np.ndarray, n: int, seed: int, *keys: int) -> np.nda
     last = np.flatnonzero(shares)[-1]
     return np.minimum(np.searchsorted(np.cumsum(shares), points.ravel()[:n], side="right"), last)
 
-# %% ../../nbs/24_data.mixture.ipynb #5024e40a
+# %% ../../nbs/24_data.mixture.ipynb #efa28f80
 def balanced_rows(labels: list[str], n: int, seed: int, name: str, replacement: bool = False) -> np.ndarray:
     "int64 [n]: rows whose labels come equally often."
     rows: dict[str, list[int]] = {}
@@ -152,7 +152,7 @@ def balanced_rows(labels: list[str], n: int, seed: int, name: str, replacement: 
         drawn[mine] = np.array(rows[label])[places]
     return drawn
 
-# %% ../../nbs/24_data.mixture.ipynb #2ef1a708
+# %% ../../nbs/24_data.mixture.ipynb #c59a5054
 def task_sequence(sizes: dict[str, int], settings: MixtureConfig, n: int, seed: int) -> np.ndarray:
     "int [n]: the task of each sample, as an index into `sizes`."
     shares = expected_shares(sizes, settings)
@@ -185,7 +185,7 @@ def sample_order(
         order[mine] = rows[places]
     return Order(tuple(sizes), tasks, order)
 
-# %% ../../nbs/24_data.mixture.ipynb #825c630a
+# %% ../../nbs/24_data.mixture.ipynb #a13c7d5d
 def share_table(sizes: dict[str, int], settings: MixtureConfig, order: Order) -> pd.DataFrame:
     "Per task: rows in use, expected and actual share (0 to 1), samples, and epochs (how often each row is seen on average)."
     used = {task: len(subset(size, settings, 0, task)) for task, size in sizes.items()}
@@ -197,7 +197,7 @@ def share_table(sizes: dict[str, int], settings: MixtureConfig, order: Order) ->
     table["epochs"] = samples / table["rows"].clip(lower=1)
     return table
 
-# %% ../../nbs/24_data.mixture.ipynb #2560c9b7
+# %% ../../nbs/24_data.mixture.ipynb #3a62ed4f
 def label_table(sizes: dict[str, int], settings: MixtureConfig, order: Order, labels: dict[str, list[str]], seed: int) -> pd.DataFrame:
     "By task and label: rows in use, expected and actual share of all samples, samples, epochs."
     shares, found = share_table(sizes, settings, order)["expected"], []
@@ -211,7 +211,7 @@ def label_table(sizes: dict[str, int], settings: MixtureConfig, order: Order, la
     table = pd.DataFrame(found, columns=["task", "label", "rows", "expected", "actual", "samples"]).set_index(["task", "label"])
     return table.assign(epochs=table["samples"] / table["rows"])
 
-# %% ../../nbs/24_data.mixture.ipynb #9696d5fe
+# %% ../../nbs/24_data.mixture.ipynb #950c4f02
 def bars_of_shares(axis, table: pd.DataFrame, names: list[str]) -> None:
     "Expected (outline) and actual (bar) shares, with the epochs on top."
     axis.bar(names, table["actual"], color="#9dbbe6", label="actual")

@@ -6,7 +6,7 @@
 __all__ = ['HEADER', 'MARK', 'checksum', 'to_file', 'from_file', 'PixelCache', 'size_of', 'make_room', 'admits', 'get', 'put',
            'pixels']
 
-# %% ../../nbs/27_data.pixels.ipynb #87b8f1d6
+# %% ../../nbs/27_data.pixels.ipynb #e23fcc2a
 import os
 import shutil
 import struct
@@ -19,7 +19,7 @@ from filelock import FileLock
 from ..core import fingerprint
 from ..encoding.images import ImageEncoder, open_image
 
-# %% ../../nbs/27_data.pixels.ipynb #975dbbea
+# %% ../../nbs/27_data.pixels.ipynb #ff5bb1a3
 HEADER = struct.Struct("<4sIIxxxxQ")  # mark, height, width, checksum
 MARK = b"px01"
 
@@ -56,7 +56,7 @@ def from_file(path: Path) -> np.ndarray | None:
         return None
     return pixels.reshape(height, width, 3)
 
-# %% ../../nbs/27_data.pixels.ipynb #5ba5e7f4
+# %% ../../nbs/27_data.pixels.ipynb #8c9d7aa1
 class PixelCache:
     "Pixels at one encoder's size, in `folder`; all processes that use the folder share its limit."
 
@@ -83,7 +83,7 @@ class PixelCache:
         except (OSError, ValueError):
             return None
 
-# %% ../../nbs/27_data.pixels.ipynb #4595110e
+# %% ../../nbs/27_data.pixels.ipynb #addf5291
 def size_of(path: Path) -> int:
     "Bytes of a file; 0 where it has just been deleted."
     try:
@@ -117,7 +117,7 @@ def admits(cache: PixelCache, size: int) -> bool:
 
 PixelCache.make_room, PixelCache.admits = make_room, admits
 
-# %% ../../nbs/27_data.pixels.ipynb #e50121a6
+# %% ../../nbs/27_data.pixels.ipynb #48e358e9
 def get(cache: PixelCache, sha256: str) -> np.ndarray | None:
     "Stored pixels, or None."
     return from_file(cache.path(sha256))

@@ -12,7 +12,7 @@ __all__ = ['COLUMNS', 'FEATURES', 'SCHEMA', 'GROUP_ROWS', 'GROUP_BYTES', 'SHARD_
            'join_audits', 'prepare', 'write_suite', 'Rows', 'select', 'read_group', 'image', 'without_images',
            'Prepared', 'counts', 'quarantine', 'fold', 'stream', 'prepared_html', 'pictures_html', 'load_split']
 
-# %% ../../nbs/23_data.prepare.ipynb #0e567072
+# %% ../../nbs/23_data.prepare.ipynb #50567097
 import errno
 import json
 import multiprocessing
@@ -45,7 +45,7 @@ from .audit import (Audit, Checked, Limits, assign_groups, connected, inspect_ro
 from .sources import Row, read_rows, source_contents
 from ..tasks import SPLITS, Suite, Task, load_suite
 
-# %% ../../nbs/23_data.prepare.ipynb #4562ac8e
+# %% ../../nbs/23_data.prepare.ipynb #024ccfd7
 COLUMNS = {
     "id": pa.string(), "image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]), "label": pa.string(),
     "question": pa.string(), "width": pa.int32(), "height": pa.int32(), "sha256": pa.string(), "phash": pa.string(),
@@ -60,7 +60,7 @@ def stored_row(record: Checked, content: bytes) -> dict:
     row = {name: getattr(record, name) for name in COLUMNS if name != "image"}
     return row | {"image": {"bytes": content, "path": record.name}}
 
-# %% ../../nbs/23_data.prepare.ipynb #72e2aab2
+# %% ../../nbs/23_data.prepare.ipynb #e76de726
 GROUP_ROWS, GROUP_BYTES, SHARD_BYTES = 128, 1_000_000, 500_000_000
 LEAVES = [name for name in COLUMNS if name != "image"] + ["image.path"]
 STORAGE = {  # image files are compressed already
@@ -100,7 +100,7 @@ class ShardWriter:
         if self.writer is not None:
             self.close_shard()
 
-# %% ../../nbs/23_data.prepare.ipynb #0dacff45
+# %% ../../nbs/23_data.prepare.ipynb #0a1ceaed
 def close_shard(shards: ShardWriter) -> None:
     "Finish the current file; the next row starts another."
     shards.writer.close()
@@ -109,7 +109,7 @@ def close_shard(shards: ShardWriter) -> None:
 
 ShardWriter.close_shard = close_shard
 
-# %% ../../nbs/23_data.prepare.ipynb #e8dda862
+# %% ../../nbs/23_data.prepare.ipynb #e4400255
 CHUNK_ROWS, CHUNK_BYTES = 128, 32_000_000  # of images that the source itself holds
 CHUNK = pa.schema([("record", pa.string()), ("image", pa.binary())])
 
@@ -138,7 +138,7 @@ def write_chunk(path: Path, rows: list[Row], task: Task, split: str, limits: Lim
     unfinished.rename(path)
     return records
 
-# %% ../../nbs/23_data.prepare.ipynb #cd58dc42
+# %% ../../nbs/23_data.prepare.ipynb #a04e34da
 def records_of(path: Path) -> list[Checked] | None:
     "The records of a stored chunk; None where there is no whole one."
     try:
@@ -157,7 +157,7 @@ def images_of(paths: Iterable[Path]) -> Iterator[bytes | None]:
             for number in range(reader.num_record_batches):
                 yield reader.get_batch(number)["image"][0].as_py()
 
-# %% ../../nbs/23_data.prepare.ipynb #55588d01
+# %% ../../nbs/23_data.prepare.ipynb #e8dfbc10
 ROWS_BEFORE_WORKERS = 256
 
 
@@ -191,7 +191,7 @@ class Workers:
         done.set_result(function(*arguments))
         return done
 
-# %% ../../nbs/23_data.prepare.ipynb #bff2c957
+# %% ../../nbs/23_data.prepare.ipynb #4ac51ff7
 def start(workers: Workers) -> ProcessPoolExecutor:
     "The processes. Forked on Linux, so that a script needs no `if __name__ == '__main__'`."
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -206,7 +206,7 @@ def stop(workers: Workers, *_) -> None:
 
 Workers.start, Workers.__enter__, Workers.__exit__ = start, lambda workers: workers, stop
 
-# %% ../../nbs/23_data.prepare.ipynb #ebb499e4
+# %% ../../nbs/23_data.prepare.ipynb #feacee50
 def read_split(task: Task, split: str, rows: Iterable[Row], limits: Limits, store: Path, workers: Workers) -> Iterator[tuple[Path, list[Checked]]]:
     "Chunk after chunk: its file and records. Few chunks are under way at a time."
     under_way: deque[tuple[Path, Future | list[Checked]]] = deque()
@@ -230,7 +230,7 @@ def read_split(task: Task, split: str, rows: Iterable[Row], limits: Limits, stor
         raise RunFailure(f"task {task.name}, {split}: a worker process died, probably for lack of memory; "
                          "prepare again with fewer workers, it continues where it was") from None
 
-# %% ../../nbs/23_data.prepare.ipynb #da5c85e0
+# %% ../../nbs/23_data.prepare.ipynb #9ef2e5a1
 def read_task(task: Task, folder: Path, limits: Limits, store: Path, workers: Workers) -> tuple[list[Checked], list[Path]]:
     "Audit each row of a task by itself: its record, and the chunks that hold the images."
     if not task.sources:
@@ -252,7 +252,7 @@ def read_task(task: Task, folder: Path, limits: Limits, store: Path, workers: Wo
                 raise InputError(f"task {task.name}, {split}: the source {source} has no rows")
     return records, chunks
 
-# %% ../../nbs/23_data.prepare.ipynb #8c31087d
+# %% ../../nbs/23_data.prepare.ipynb #358b4669
 FRACTIONS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
 
@@ -276,7 +276,7 @@ def parts_to_draw(task: Task, fractions: dict[str, float]) -> tuple[str | None, 
         return pool, {"train": 1.0}
     return pool, {split: share / total for split, share in parts.items() if share}
 
-# %% ../../nbs/23_data.prepare.ipynb #6472b061
+# %% ../../nbs/23_data.prepare.ipynb #7573f7bb
 def units_of(records: list[Checked]) -> list[list[Checked]]:
     "Records joined by equal group or equal source, directly or through others; in order of first appearance."
     first: dict[tuple, int] = {}
@@ -290,7 +290,7 @@ def units_of(records: list[Checked]) -> list[list[Checked]]:
         units[int(number)].append(record)
     return list(units.values())
 
-# %% ../../nbs/23_data.prepare.ipynb #933646b0
+# %% ../../nbs/23_data.prepare.ipynb #d19e7722
 def unit_key(unit: list[Checked]) -> str:
     "A hash that orders units the same way on every machine."
     return sha256_of(min(record.sha256 for record in unit).encode())
@@ -308,7 +308,7 @@ def keep_place(unit: list[Checked], parts: dict[str, float], previous: dict[str,
         placed[record.split] += 1
     return bool(splits)
 
-# %% ../../nbs/23_data.prepare.ipynb #4545533c
+# %% ../../nbs/23_data.prepare.ipynb #96b8b159
 def divide(
     records: list[Checked],  # with group and label; their split is set
     parts: dict[str, float],  # split -> share
@@ -330,7 +330,7 @@ def divide(
             for record in unit:
                 record.split = split
 
-# %% ../../nbs/23_data.prepare.ipynb #5bb91c32
+# %% ../../nbs/23_data.prepare.ipynb #f3e24a1e
 def draw_folds(records: list[Checked], folds: int, previous: dict[str, int], stratified: bool = True) -> list[int | None]:
     "The fold, from 0, of each record; `previous`: sha256 -> fold of the last preparation."
     fold_of: dict[int, int | None] = {}
@@ -352,7 +352,7 @@ def draw_folds(records: list[Checked], folds: int, previous: dict[str, int], str
         place(unit, label, min(range(folds), key=lambda fold: (sizes[label][fold], sizes[None][fold])))
     return [fold_of[id(record)] for record in records]
 
-# %% ../../nbs/23_data.prepare.ipynb #56f9ba64
+# %% ../../nbs/23_data.prepare.ipynb #11cf1269
 def settle_splits(
     task: Task, records: list[Checked], limits: Limits, fractions: dict[str, float], previous: dict[str, str]
 ) -> list[str]:
@@ -373,7 +373,7 @@ def settle_splits(
         remarks.append(f"drawn from `{pool}`: {shares}")
     return remarks + task_remarks(task, records)
 
-# %% ../../nbs/23_data.prepare.ipynb #61534b29
+# %% ../../nbs/23_data.prepare.ipynb #3f50f1bc
 def write_task(folder: Path, records: list[Checked], images: Iterable[bytes | None], pictured: set[int]) -> dict[int, str]:
     "Write a task's splits; returns thumbnails of the records numbered in `pictured`."
     writers = {split: ShardWriter(folder, split) for split in SPLITS}
@@ -387,7 +387,7 @@ def write_task(folder: Path, records: list[Checked], images: Iterable[bytes | No
         writer.close()
     return thumbnails
 
-# %% ../../nbs/23_data.prepare.ipynb #b71bd4c7
+# %% ../../nbs/23_data.prepare.ipynb #a6826420
 class Progress:
     "What an unfinished preparation of `folder` has done."
 
@@ -416,7 +416,7 @@ class Progress:
         self.next.rename(self.folder)
         self.clear()
 
-# %% ../../nbs/23_data.prepare.ipynb #03ff5b62
+# %% ../../nbs/23_data.prepare.ipynb #bd055865
 def finish_task(progress: Progress, number: int, audit: Audit) -> None:
     "Note that the task of this number is written, and remove its chunks."
     content = {"records": [asdict(record) for record in audit.records], "remarks": audit.remarks,
@@ -441,7 +441,7 @@ def finished_task(progress: Progress, number: int, suite: Suite) -> Audit | None
 
 Progress.finish_task, Progress.finished_task = finish_task, finished_task
 
-# %% ../../nbs/23_data.prepare.ipynb #9af811b2
+# %% ../../nbs/23_data.prepare.ipynb #9969fca6
 def prepare_task(number: int, suite: Suite, progress: Progress, settings: dict, previous: dict, workers: Workers) -> Audit:
     "Read, audit, split and write one task, unless that is done; InputError where no row is usable."
     task, limits = suite.tasks[number], Limits(**settings["limits"])
@@ -460,7 +460,7 @@ def prepare_task(number: int, suite: Suite, progress: Progress, settings: dict, 
     progress.finish_task(number, audit)
     return audit
 
-# %% ../../nbs/23_data.prepare.ipynb #f082357a
+# %% ../../nbs/23_data.prepare.ipynb #74c1bb06
 FORMAT = 1  # of prepared data; a change prepares everything anew
 
 
@@ -486,7 +486,7 @@ def is_current(folder: Path, wanted: str, suite: Suite) -> bool:
         return False
     return report["fingerprint"] == wanted and all(file.exists() for file in files)
 
-# %% ../../nbs/23_data.prepare.ipynb #c3f35b65
+# %% ../../nbs/23_data.prepare.ipynb #c418ed67
 def folds_of(folder: Path) -> int:
     "Into how many folds prepared data are divided; 0 without folds or data."
     try:
@@ -509,7 +509,7 @@ def previous_places(folder: Path, column: str, setting: str, value: object) -> d
         drawn = drawn.astype({"fold": int})
     return {task: dict(zip(rows["sha256"], rows[column].tolist(), strict=True)) for task, rows in drawn.groupby("task")}
 
-# %% ../../nbs/23_data.prepare.ipynb #129151a2
+# %% ../../nbs/23_data.prepare.ipynb #4a29cda6
 def assignment(suite: Suite, audit: Audit, previous: dict[str, dict[str, int]]) -> list[dict]:
     "The rows of splits.parquet; adds remarks on folds to the audit."
     settings, rows = audit.settings, []
@@ -532,7 +532,7 @@ def assignment(suite: Suite, audit: Audit, previous: dict[str, dict[str, int]]) 
                 audit.remarks[task.name].append(f"{left_out} rows join pictures of different folds and are in none")
     return rows
 
-# %% ../../nbs/23_data.prepare.ipynb #3b4cd0ae
+# %% ../../nbs/23_data.prepare.ipynb #f7647d4f
 def write_tables(staging: Path, audit: Audit, suite: Suite, previous_folds: dict[str, dict[str, int]]) -> None:
     "splits.parquet, quarantine.parquet, audit.json, audit.html and suite.yaml."
     rows = assignment(suite, audit, previous_folds)
@@ -546,7 +546,7 @@ def write_tables(staging: Path, audit: Audit, suite: Suite, previous_folds: dict
     settings = suite.model_dump(mode="json", exclude_defaults=True)
     write_atomically(staging / "suite.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
-# %% ../../nbs/23_data.prepare.ipynb #b5ea93fb
+# %% ../../nbs/23_data.prepare.ipynb #7c5ff734
 def join_audits(suite: Suite, audits: list[Audit]) -> Audit:
     "One audit of all tasks."
     joined = Audit(suite.name, [])
@@ -560,7 +560,7 @@ def join_audits(suite: Suite, audits: list[Audit]) -> Audit:
         joined.remarks[task] += remarks
     return joined
 
-# %% ../../nbs/23_data.prepare.ipynb #d5aa8192
+# %% ../../nbs/23_data.prepare.ipynb #5df9dc0f
 def prepare(
     suite: Suite,
     out: Path | None = None,  # the folder that gets a subfolder for the suite; default: prepared/ of the project
@@ -593,7 +593,7 @@ def prepare(
         raise InputError(f"{prepared.audit['quarantined']} rows are quarantined; see {prepared.folder / 'audit.html'}")
     return prepared
 
-# %% ../../nbs/23_data.prepare.ipynb #c81d5398
+# %% ../../nbs/23_data.prepare.ipynb #fe11ad0b
 def write_suite(suite: Suite, progress: Progress, settings: dict, wanted: str, anew: bool, workers: int | None) -> None:
     "Prepare all tasks; the folder appears or changes at the end. Takes up what was done, unless `anew`."
     folder = progress.folder
@@ -620,7 +620,7 @@ def write_suite(suite: Suite, progress: Progress, settings: dict, wanted: str, a
     say(audit.summary())
     say(f"the audit's page: {folder / 'audit.html'}")
 
-# %% ../../nbs/23_data.prepare.ipynb #489c583c
+# %% ../../nbs/23_data.prepare.ipynb #e893b639
 class Rows(Sequence):
     "The rows of one split: `rows[i]` is a dict with image (bytes), label, question, id, width, height, sha256, ..."
 
@@ -656,7 +656,7 @@ class Rows(Sequence):
             self.columns[name] = self.table[name].to_pylist()
         return self.columns[name]
 
-# %% ../../nbs/23_data.prepare.ipynb #70f43f44
+# %% ../../nbs/23_data.prepare.ipynb #df80541d
 def select(rows: Rows, indices: Sequence[int]) -> Rows:
     "Some of the rows, in the order given."
     indices = np.asarray(indices, np.int64)
@@ -676,7 +676,7 @@ def read_group(rows: Rows, group: int) -> list[bytes]:
     table = rows.opened[file].read_row_group(number, columns=["image.bytes"], use_threads=False)
     return table["image"].combine_chunks().field("bytes").to_pylist()
 
-# %% ../../nbs/23_data.prepare.ipynb #6d3fa214
+# %% ../../nbs/23_data.prepare.ipynb #68d93a37
 def image(rows: Rows, index: int) -> bytes:
     "The image file of a row."
     group = int(rows.group[index])
@@ -696,7 +696,7 @@ def without_images(rows: Rows) -> dict:
 
 Rows.select, Rows.read_group, Rows.image, Rows.__getstate__ = select, read_group, image, without_images
 
-# %% ../../nbs/23_data.prepare.ipynb #2102c58e
+# %% ../../nbs/23_data.prepare.ipynb #2e719177
 class Prepared:
     "Prepared data of a suite: tasks, splits and the audit. InputError where `folder` has none."
 
@@ -725,7 +725,7 @@ class Prepared:
             raise InputError(f"{self.folder / task}: files of {split} are missing or changed; prepare the suite again")
         return rows
 
-# %% ../../nbs/23_data.prepare.ipynb #41d4428a
+# %% ../../nbs/23_data.prepare.ipynb #04857d52
 def counts(prepared: Prepared, what: str = "rows") -> pd.DataFrame:
     "Table of task by split: `rows`, `sources` (independent ones) or `groups` (near duplicates as one)."
     tasks = {task: prepared.audit["tasks"][task]["splits"] for task in prepared.tasks}
@@ -739,7 +739,7 @@ def quarantine(prepared: Prepared) -> pd.DataFrame:
 
 Prepared.counts, Prepared.quarantine = counts, quarantine
 
-# %% ../../nbs/23_data.prepare.ipynb #d7e28252
+# %% ../../nbs/23_data.prepare.ipynb #e0a26ab0
 def fold(prepared: Prepared, task: str, number: int) -> dict[str, Rows]:
     "Train, validation and test rows where fold `number` is held out (for test if that was drawn, else for validation)."
     folds = prepared.audit["settings"].get("folds", 0)
@@ -766,7 +766,7 @@ def fold(prepared: Prepared, task: str, number: int) -> dict[str, Rows]:
 
 Prepared.fold = fold
 
-# %% ../../nbs/23_data.prepare.ipynb #8db55820
+# %% ../../nbs/23_data.prepare.ipynb #17fcdc67
 def stream(prepared: Prepared, task: str, split: str) -> "datasets.IterableDataset":  # noqa: F821
     "The rows of a split as `Rows` gives them, without an index."
     from datasets import Features, IterableDataset, Value, load_dataset
@@ -783,7 +783,7 @@ def stream(prepared: Prepared, task: str, split: str) -> "datasets.IterableDatas
 
 Prepared.stream = stream
 
-# %% ../../nbs/23_data.prepare.ipynb #0aae35ee
+# %% ../../nbs/23_data.prepare.ipynb #01745ecf
 def prepared_html(prepared: Prepared) -> str:
     "Counts, a few pictures of each task, and where the audit's page is."
     rows, sources = prepared.counts(), prepared.counts("sources")

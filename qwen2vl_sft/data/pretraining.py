@@ -10,7 +10,7 @@ __all__ = ['LETTERS', 'SYLLABLES', 'MARKS', 'COLOURS', 'SHAPES', 'PHOTOS', 'AVAT
            'several_shapes', 'photo', 'photo_crop', 'named_emoji', 'main_colour', 'placed_emoji', 'emoji_name',
            'emoji_pair', 'other_avatar', 'drawn_person', 'lesson']
 
-# %% ../../nbs/25_data.pretraining.ipynb #1659a0f9
+# %% ../../nbs/25_data.pretraining.ipynb #7b250010
 import os
 import string
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from qwen2vl_sft.data.demo import (
     render_avatar, render_emoji, rng_of, text_font,
 )
 
-# %% ../../nbs/25_data.pretraining.ipynb #a40bceef
+# %% ../../nbs/25_data.pretraining.ipynb #2d5653f6
 @dataclass
 class Lesson:
     "One picture with a question and its answer; `kind` names the sort of question, `sources` what the picture is from."
@@ -35,7 +35,7 @@ class Lesson:
     kind: str
     sources: tuple[str, ...] = field(default=())
 
-# %% ../../nbs/25_data.pretraining.ipynb #01c26128
+# %% ../../nbs/25_data.pretraining.ipynb #78487996
 def bent(picture: Image.Image, rng: np.random.Generator, strength: float = 0.1, cells: int = 2) -> Image.Image:
     "`picture` with the inner and outer corners of a `cells` x `cells` mesh moved at random by up to `strength` of a side."
     width, height = picture.size
@@ -50,7 +50,7 @@ def bent(picture: Image.Image, rng: np.random.Generator, strength: float = 0.1, 
     fill = picture.getpixel((0, 0))
     return picture.transform(picture.size, Image.Transform.MESH, mesh, Image.Resampling.BILINEAR, fillcolor=fill)
 
-# %% ../../nbs/25_data.pretraining.ipynb #bbcc8fa4
+# %% ../../nbs/25_data.pretraining.ipynb #35bbc2ff
 def inked(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     "A white-on-black drawing as it is, with inverted tones, or in two greys or colours; always RGB."
     chance = rng.random()
@@ -63,7 +63,7 @@ def inked(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     colours = [np.full(3, v, np.float32) + (rng.uniform(-40, 40, 3) if chance > 0.8 else 0) for v in (ink, paper)]
     return Image.fromarray(np.clip(tone * colours[0] + (1 - tone) * colours[1], 0, 255).astype(np.uint8))
 
-# %% ../../nbs/25_data.pretraining.ipynb #4f30714f
+# %% ../../nbs/25_data.pretraining.ipynb #4e9206c4
 @cache
 def written_digits() -> tuple[np.ndarray, np.ndarray]:
     "scikit-learn's digits by 43 writers: images [1797, 8, 8] uint8 (white on black) and labels [1797]."
@@ -72,7 +72,7 @@ def written_digits() -> tuple[np.ndarray, np.ndarray]:
     digits = load_digits()
     return np.clip(digits.images * 16, 0, 255).astype(np.uint8), digits.target
 
-# %% ../../nbs/25_data.pretraining.ipynb #3cc4df8f
+# %% ../../nbs/25_data.pretraining.ipynb #8bc18ec7
 @cache
 def other_fonts() -> tuple[str, ...]:
     "Fonts that come with matplotlib and are not DejaVu: STIX and Computer Modern; `` stands for Pillow's own."
@@ -88,7 +88,7 @@ def lesson_font(path: str, size: int) -> ImageFont.FreeTypeFont:
     "A font of `other_fonts`, `size` pixels high."
     return text_font(path, size) if path else ImageFont.load_default(size)
 
-# %% ../../nbs/25_data.pretraining.ipynb #b6d3d6d4
+# %% ../../nbs/25_data.pretraining.ipynb #b96ce586
 def written_digit(rng: np.random.Generator, height: int = 28) -> tuple[Image.Image, str, str]:
     "A digit by one of the 43 writers, white on black, bent and of random thickness; with its label and source."
     images, labels = written_digits()
@@ -102,7 +102,7 @@ def written_digit(rng: np.random.Generator, height: int = 28) -> tuple[Image.Ima
     low, high = rng.uniform(60, 110), rng.uniform(140, 220)
     return canvas.point(lambda v: int(np.clip((v - low) * 255 / (high - low), 0, 255))), str(labels[i]), f"writer43:{i}"
 
-# %% ../../nbs/25_data.pretraining.ipynb #3ed29268
+# %% ../../nbs/25_data.pretraining.ipynb #ec44841b
 def printed_character(rng: np.random.Generator, characters: str, height: int = 28) -> tuple[Image.Image, str, str]:
     "A character in some font, white on black, thickened, slanted and bent until it looks written."
     character = pick(rng, characters)
@@ -122,7 +122,7 @@ def printed_character(rng: np.random.Generator, characters: str, height: int = 2
     out.paste(small, ((out.width - wide) // 2, (height - tall) // 2))
     return out, character, "font"
 
-# %% ../../nbs/25_data.pretraining.ipynb #b0a5f4d8
+# %% ../../nbs/25_data.pretraining.ipynb #a06026de
 LETTERS = "ABCDEFGHJKLMNPQRTUVWXY"
 
 
@@ -137,7 +137,7 @@ def one_character(rng: np.random.Generator) -> Lesson:
     square.paste(picture, ((square.width - picture.width) // 2 + int(rng.integers(-2, 3)), 0))
     return Lesson(inked(square, rng), "What character is it?", answer, "character", (source,))
 
-# %% ../../nbs/25_data.pretraining.ipynb #c1b6e2e1
+# %% ../../nbs/25_data.pretraining.ipynb #ffdcd08f
 def several_characters(rng: np.random.Generator) -> Lesson:
     "Copy two to four written or bent characters that stand side by side."
     count = int(rng.integers(2, 5))
@@ -154,7 +154,7 @@ def several_characters(rng: np.random.Generator) -> Lesson:
     answer, sources = "".join(a for _, a, _ in made), tuple(s for _, _, s in made)
     return Lesson(inked(strip, rng), "Copy the characters.", answer, "characters", sources)
 
-# %% ../../nbs/25_data.pretraining.ipynb #5c90fe06
+# %% ../../nbs/25_data.pretraining.ipynb #dc1d4945
 SYLLABLES = tuple(c + v for c in "bcdfghjklmnprstvwz" for v in "aeiou") + ("st", "ing", "er", "on", "co", "tel", "w", "ww")
 MARKS = "@./+-:_()&,"
 
@@ -173,7 +173,7 @@ def random_text(rng: np.random.Generator, parts: int) -> str:
         text += join + (piece.title() if rng.random() < 0.15 else piece)
     return text
 
-# %% ../../nbs/25_data.pretraining.ipynb #880d5b4d
+# %% ../../nbs/25_data.pretraining.ipynb #06416c58
 def printed_line(rng: np.random.Generator, text: str) -> Image.Image:
     "`text` in one line, 32 pixels high, in a random font, size and pair of greys."
     font = lesson_font(pick(rng, other_fonts()), int(rng.integers(14, 20)))
@@ -183,7 +183,7 @@ def printed_line(rng: np.random.Generator, text: str) -> Image.Image:
     ImageDraw.Draw(canvas).text(place, text, font=font, fill=255, stroke_width=int(rng.random() < 0.2) / 2)
     return inked(canvas, rng)
 
-# %% ../../nbs/25_data.pretraining.ipynb #76314565
+# %% ../../nbs/25_data.pretraining.ipynb #58262757
 def read_line(rng: np.random.Generator) -> Lesson:
     "Copy a short printed string."
     chance = rng.random()
@@ -191,7 +191,7 @@ def read_line(rng: np.random.Generator) -> Lesson:
             if chance < 0.75 else random_text(rng, 2))[:9].strip()
     return Lesson(printed_line(rng, text), "Copy the text.", text, "read", ())
 
-# %% ../../nbs/25_data.pretraining.ipynb #6d051d6f
+# %% ../../nbs/25_data.pretraining.ipynb #3140deee
 def mark_in_line(rng: np.random.Generator) -> Lesson:
     "Which mark of a few stands in the line?"
     marks = pick(rng, ("@", "/", "+", ":", "&", "-", "(", "_", "."))
@@ -202,7 +202,7 @@ def mark_in_line(rng: np.random.Generator) -> Lesson:
         text, marks = " ".join(words), "none"
     return Lesson(printed_line(rng, text), "Which mark stands in the text?", marks, "mark", ())
 
-# %% ../../nbs/25_data.pretraining.ipynb #64de05a2
+# %% ../../nbs/25_data.pretraining.ipynb #51ff5763
 def start_of_line(rng: np.random.Generator) -> Lesson:
     "What does the line begin or end with?"
     text = random_text(rng, int(rng.integers(2, 5)))
@@ -210,7 +210,7 @@ def start_of_line(rng: np.random.Generator) -> Lesson:
         return Lesson(printed_line(rng, text), "What are the first three characters?", text[:3].strip(), "first", ())
     return Lesson(printed_line(rng, text), "What are the last two characters?", text[-2:].strip(), "last", ())
 
-# %% ../../nbs/25_data.pretraining.ipynb #6a114329
+# %% ../../nbs/25_data.pretraining.ipynb #f5528ba1
 def letters_or_digits(rng: np.random.Generator) -> Lesson:
     "Is it letters, digits or both, or how many words are there?"
     parts = int(rng.integers(1, 4))
@@ -223,7 +223,7 @@ def letters_or_digits(rng: np.random.Generator) -> Lesson:
     text = pick(rng, (" ", "-", ".", "/")).join(pieces)
     return Lesson(printed_line(rng, text), "Letters, digits or both?", kind, "letters", ())
 
-# %% ../../nbs/25_data.pretraining.ipynb #47a2da78
+# %% ../../nbs/25_data.pretraining.ipynb #c4e8ecb0
 COLOURS = {"red": (220, 40, 40), "green": (50, 160, 60), "blue": (50, 90, 210), "yellow": (240, 210, 50),
            "black": (20, 20, 20), "white": (250, 250, 250), "orange": (240, 140, 30), "purple": (140, 60, 170),
            "pink": (245, 150, 190), "brown": (125, 75, 40), "gray": (130, 130, 130)}
@@ -251,7 +251,7 @@ def drawn_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: fl
                   "triangle": (range(-90, 270, 120), (r,)), "star": (range(-90, 270, 36), (r, 0.4 * r))}[shape]
         draw.polygon(turn(*points), fill=fill, outline=outline, width=width)
 
-# %% ../../nbs/25_data.pretraining.ipynb #9f518056
+# %% ../../nbs/25_data.pretraining.ipynb #16e20800
 def scene(rng: np.random.Generator, count: int, apart: bool = False) -> tuple[Image.Image, list[dict]]:
     "A picture of `count` shapes on a plain ground, and what each is: shape, colour, x, y, r, filled."
     side = int(pick(rng, (40, 48, 56, 64)))
@@ -275,7 +275,7 @@ def scene(rng: np.random.Generator, count: int, apart: bool = False) -> tuple[Im
         things.append(dict(shape=shape, colour=colour, x=x / side, y=y / side, r=r, filled=filled, ground=ground))
     return picture, things
 
-# %% ../../nbs/25_data.pretraining.ipynb #90c8985e
+# %% ../../nbs/25_data.pretraining.ipynb #cb61f629
 def one_shape(rng: np.random.Generator) -> Lesson:
     "Which shape, which colour, where, on which ground?"
     picture, (thing,) = scene(rng, 1)
@@ -286,7 +286,7 @@ def one_shape(rng: np.random.Generator) -> Lesson:
                                         ("Which row?", row, "place"), ("Which ground colour?", thing["ground"], "ground")))
     return Lesson(picture, question, answer, kind)
 
-# %% ../../nbs/25_data.pretraining.ipynb #69829852
+# %% ../../nbs/25_data.pretraining.ipynb #058248b3
 def several_shapes(rng: np.random.Generator) -> Lesson:
     "How many shapes, or the colour of one, or what lies furthest to one side?"
     chance = rng.random()
@@ -298,7 +298,7 @@ def several_shapes(rng: np.random.Generator) -> Lesson:
         return Lesson(picture, f"Which colour is the {thing['shape']}?", thing["colour"], "which colour")
     return Lesson(picture, f"Which shape is {thing['colour']}?", thing["shape"], "which shape")
 
-# %% ../../nbs/25_data.pretraining.ipynb #1328b7f3
+# %% ../../nbs/25_data.pretraining.ipynb #aceb5b39
 PHOTOS = {"camera": "camera.png", "coffee": "coffee.png", "astronaut": "astronaut.png", "cat": "chelsea.png",
           "grass": "grass.png", "brick": "brick.png", "gravel": "gravel.png", "coins": "coins.png", "page": "page.png",
           "moon": "moon.png", "stars": "hubble_deep_field.jpg", "tissue": "ihc.png", "eye": "retina.jpg",
@@ -320,7 +320,7 @@ def photo(name: str) -> Image.Image:
     scale = min(1.0, 256 / min(picture.size))
     return picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BOX)
 
-# %% ../../nbs/25_data.pretraining.ipynb #64cbb935
+# %% ../../nbs/25_data.pretraining.ipynb #d103faf6
 def photo_crop(rng: np.random.Generator) -> Lesson:
     "Which photograph is this crop from, or which way is it turned?"
     names = tuple(PHOTOS)
@@ -336,7 +336,7 @@ def photo_crop(rng: np.random.Generator) -> Lesson:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return Lesson(crop, "Which photo?", name, "photo", (f"photo:{name}",))
 
-# %% ../../nbs/25_data.pretraining.ipynb #33b3b492
+# %% ../../nbs/25_data.pretraining.ipynb #ac4c241e
 @cache
 def named_emoji() -> tuple[tuple[str, str, str], ...]:
     "(family, code points, one-word name) of pretraining's emoji, flags left out."
@@ -348,7 +348,7 @@ def named_emoji() -> tuple[tuple[str, str, str], ...]:
             found += [(family, member, word) for member in entry["members"][:3]]
     return tuple(found)
 
-# %% ../../nbs/25_data.pretraining.ipynb #392bae98
+# %% ../../nbs/25_data.pretraining.ipynb #135da3a7
 @cache
 def main_colour(unified: str, style: str) -> str:
     "The name of the colour that fills most of an emoji, apart from white."
@@ -360,7 +360,7 @@ def main_colour(unified: str, style: str) -> str:
     distance = ((pixels[:, None] - np.array([COLOURS[name] for name in names])) ** 2).sum(-1)
     return names[int(np.bincount(distance.argmin(1), minlength=len(names)).argmax())]
 
-# %% ../../nbs/25_data.pretraining.ipynb #af1e1d6b
+# %% ../../nbs/25_data.pretraining.ipynb #80d7dcbc
 def placed_emoji(rng: np.random.Generator, unified: str, style: str, side: int = 64) -> Image.Image:
     "An emoji moved, turned and scaled a little."
     picture = render_emoji(unified, style, 64)
@@ -375,7 +375,7 @@ def placed_emoji(rng: np.random.Generator, unified: str, style: str, side: int =
     out.paste(small, (x, y))
     return out
 
-# %% ../../nbs/25_data.pretraining.ipynb #9acfb5f1
+# %% ../../nbs/25_data.pretraining.ipynb #044045bc
 def emoji_name(rng: np.random.Generator) -> Lesson:
     "What is drawn, in one word, or what is its main colour?"
     family, member, word = pick(rng, named_emoji())
@@ -385,7 +385,7 @@ def emoji_name(rng: np.random.Generator) -> Lesson:
                       (f"emoji:{family}",))
     return Lesson(placed_emoji(rng, member, style), "Name it in one word.", word, "name", (f"emoji:{family}",))
 
-# %% ../../nbs/25_data.pretraining.ipynb #457f1c0a
+# %% ../../nbs/25_data.pretraining.ipynb #8eef00d8
 def emoji_pair(rng: np.random.Generator) -> Lesson:
     "Do two drawings, perhaps in two styles, show the same thing?"
     family, member, _ = pick(rng, named_emoji())
@@ -396,7 +396,7 @@ def emoji_pair(rng: np.random.Generator) -> Lesson:
     return Lesson(picture, "Same thing twice?", "yes" if member == second else "no", "same",
                   (f"emoji:{family}", f"emoji:{other}"))
 
-# %% ../../nbs/25_data.pretraining.ipynb #3f53c7f6
+# %% ../../nbs/25_data.pretraining.ipynb #c497b909
 AVATARS = 600
 
 
@@ -423,7 +423,7 @@ def drawn_person(rng: np.random.Generator) -> Lesson:
     answer = _WORDS_OF.get(word, word.split("_")[0].lower())
     return Lesson(picture, question, answer, f"person {kind}", (avatar_source(person),))
 
-# %% ../../nbs/25_data.pretraining.ipynb #ae99836b
+# %% ../../nbs/25_data.pretraining.ipynb #ff5e4b31
 COURSE = {one_character: 16, several_characters: 14, read_line: 12, mark_in_line: 7, start_of_line: 8, letters_or_digits: 5,
           one_shape: 6, several_shapes: 6, photo_crop: 8, emoji_name: 12, emoji_pair: 4, drawn_person: 10}
 STAGES = ((14_000, {one_character: 1}), (32_000, {one_character: 4, one_shape: 2, several_shapes: 1, photo_crop: 2, drawn_person: 1}))

@@ -16,7 +16,7 @@ __all__ = ['READERS', 'LAZY_READERS', 'COLUMNS', 'FILE_OPTIONS', 'IMAGE_PLACEHOL
            'read_labelstudio', 'huggingface_dataset', 'undecoded', 'huggingface_contents', 'read_huggingface',
            'source_contents']
 
-# %% ../../nbs/20_data.sources.ipynb #1ed5152c
+# %% ../../nbs/20_data.sources.ipynb #3549f1f3
 import base64
 import binascii
 import codecs
@@ -33,7 +33,7 @@ from pathlib import Path
 
 from ..core import InputError, did_you_mean, sha256_of
 
-# %% ../../nbs/20_data.sources.ipynb #14579ffb
+# %% ../../nbs/20_data.sources.ipynb #47a33be3
 @dataclass
 class Row:
     "One labelled image as its source states it; `reason` says why a row can't be used, as `code: explanation`."
@@ -47,14 +47,14 @@ class Row:
     where: str | None = None  # for messages: "train.csv, row 12"
     notes: tuple[str, ...] = ()  # what the reader changed, as `code: explanation`
 
-# %% ../../nbs/20_data.sources.ipynb #34a18b76
+# %% ../../nbs/20_data.sources.ipynb #e3735444
 def path_inside(reference: str, root: Path) -> Path | None:
     "The absolute path of `reference` below `root`, or None where it (links followed) leaves the root."
     root = Path(os.path.realpath(root))
     path = Path(os.path.realpath(root / reference))
     return path if path.is_relative_to(root) else None
 
-# %% ../../nbs/20_data.sources.ipynb #c578d8fd
+# %% ../../nbs/20_data.sources.ipynb #e7940e38
 def bytes_of_data_uri(uri: str) -> bytes:
     "The payload of `data:image/png;base64,...`; ValueError where it is not valid base64."
     header, comma, payload = uri.partition(",")
@@ -65,7 +65,7 @@ def bytes_of_data_uri(uri: str) -> bytes:
     except binascii.Error as error:
         raise ValueError(f"the data URI is not valid base64 ({error})") from None
 
-# %% ../../nbs/20_data.sources.ipynb #392e7098
+# %% ../../nbs/20_data.sources.ipynb #401ed91b
 def locate_image(value, root: Path) -> dict:
     "`{image}`, `{path}` or `{reason}` for what an image cell holds; see the notebook for the accepted shapes."
     if isinstance(value, list | tuple) and len(value) == 1:
@@ -80,7 +80,7 @@ def locate_image(value, root: Path) -> dict:
         return {"reason": "no_image: the row names no image"}
     return locate_text(str(value).strip(), root)
 
-# %% ../../nbs/20_data.sources.ipynb #c2cbe01a
+# %% ../../nbs/20_data.sources.ipynb #06dc6748
 def locate_text(text: str, root: Path) -> dict:
     "The same for a cell of text: a data URI or a path below `root`."
     if text[:5].lower() == "data:":
@@ -100,7 +100,7 @@ def locate_text(text: str, root: Path) -> dict:
         return {"reason": f"outside_root: {text[:200]} leaves the folder {root}; move the file or set the source's root"}
     return {"path": str(path)}
 
-# %% ../../nbs/20_data.sources.ipynb #50b873bf
+# %% ../../nbs/20_data.sources.ipynb #d15f58a5
 @dataclass
 class Reader:
     "A registered reader: `read(source, folder)` yields rows."
@@ -123,7 +123,7 @@ def reader(name: str, options: tuple[str, ...] | None = None, contents: Callable
 
     return register
 
-# %% ../../nbs/20_data.sources.ipynb #cd3d73de
+# %% ../../nbs/20_data.sources.ipynb #f4e5b326
 def formats() -> list[str]:
     "Names of all readers, the lazy ones too."
     return sorted({*READERS, *LAZY_READERS})
@@ -144,7 +144,7 @@ def reader_of(source: dict) -> Reader:
                              f"It has: {', '.join(found.options)}.")
     return found
 
-# %% ../../nbs/20_data.sources.ipynb #33829624
+# %% ../../nbs/20_data.sources.ipynb #a5fa4945
 def whole_text(row: Row) -> Row:
     "The row itself; half characters (lone surrogates, as from a file name that is not UTF-8) give it a reason."
     for name in ("id", "label", "question", "source", "where", "reason", "path"):
@@ -156,7 +156,7 @@ def whole_text(row: Row) -> Row:
             row.reason = row.reason or f"bad_characters: the {name} is {getattr(row, name)[:200]}, which is not text"
     return row
 
-# %% ../../nbs/20_data.sources.ipynb #415b2f8e
+# %% ../../nbs/20_data.sources.ipynb #ff0c5280
 def questions_of(source: dict, key: str) -> list:
     "The questions that `only` or `without` of a source lists."
     value = source.get(key)
@@ -178,13 +178,13 @@ def rows_that_ask(rows: Iterator[Row], source: dict) -> Iterator[Row]:
                 row.question = None
             yield row
 
-# %% ../../nbs/20_data.sources.ipynb #da91970d
+# %% ../../nbs/20_data.sources.ipynb #ec28f530
 def read_rows(source: dict, folder: Path) -> Iterator[Row]:
     "All rows of a source of a suite file; relative paths in it count from `folder`."
     rows = map(whole_text, reader_of(source).read(source, Path(folder)))
     return rows_that_ask(rows, source) if "only" in source or "without" in source else rows
 
-# %% ../../nbs/20_data.sources.ipynb #74342479
+# %% ../../nbs/20_data.sources.ipynb #9b94fdca
 COLUMNS = ("image", "label", "question", "id", "source")
 FILE_OPTIONS = ("path", "root", *COLUMNS, "only", "without")
 
@@ -205,7 +205,7 @@ def source_files(source: dict, folder: Path, folders: bool = False) -> list[Path
             raise InputError(f"{path} may not be read; change its permissions")
     return found
 
-# %% ../../nbs/20_data.sources.ipynb #6c411dd9
+# %% ../../nbs/20_data.sources.ipynb #cd6aae3c
 def column_names(source: dict, available: list[str], file: Path) -> dict[str, str]:
     "Which column holds what: {image: ..., label: ..., ...}; InputError for a stated or needed one that is missing."
     names = {}
@@ -218,7 +218,7 @@ def column_names(source: dict, available: list[str], file: Path) -> dict[str, st
                              f"Its columns: {', '.join(available)}; name yours with {field}: COLUMN in the source.")
     return names
 
-# %% ../../nbs/20_data.sources.ipynb #accdcc56
+# %% ../../nbs/20_data.sources.ipynb #97c41c18
 def text_or_none(value) -> str | None:
     "A cell as text: None for nothing and NaN, `3` for 3.0 read from a column of floats, else str(value)."
     if value is None or value != value:
@@ -238,7 +238,7 @@ def row_of_record(record: dict, names: dict[str, str], file: Path, number: int, 
     key = texts.pop("id", None) or f"{os.path.relpath(file, folder)}:{number}"
     return Row(key, where=f"{file.name}, row {number}", **texts, **locate_image(record.get(names["image"]), root))
 
-# %% ../../nbs/20_data.sources.ipynb #5402ee70
+# %% ../../nbs/20_data.sources.ipynb #3bfabd2b
 def fits(head: bytes, encoding: str) -> bool:
     "Whether the start of a file is text in this encoding (a character cut off at the end doesn't count)."
     try:
@@ -265,7 +265,7 @@ def check_encoding(file: Path, encoding: str) -> None:
         remedy = f"; it would read as {others[0]}: state `encoding: {others[0]}` in the source" if others else ""
         raise InputError(f"{file} is not {encoding} text{remedy}")
 
-# %% ../../nbs/20_data.sources.ipynb #0d0bf2b1
+# %% ../../nbs/20_data.sources.ipynb #e17ff20d
 def text_lines(file: Path, source: dict) -> Iterator[str]:
     "The file's lines in the source's encoding (UTF-8 unless stated); InputError where a byte doesn't fit."
     encoding = str(source.get("encoding", "utf-8"))
@@ -286,7 +286,7 @@ def bad_line(file: Path, encoding: str) -> str:
         bad = (number for number, line in enumerate(stream, start=1) if not fits(line, encoding))
         return "" if "16" in encoding or "32" in encoding else f", line {next(bad, '?')}"
 
-# %% ../../nbs/20_data.sources.ipynb #b46fd2fb
+# %% ../../nbs/20_data.sources.ipynb #3d25bbf1
 def table_contents(source: dict, folder: Path) -> list:
     "What a source of files holds, cheaply: each table's hash, and size and time of each image file it names."
     tables = [sha256_of(file) for file in source_files(source, folder)]
@@ -301,7 +301,7 @@ def image_stamp(row: Row) -> list:
         return [row.id, "missing"]
     return [row.id, row.label, [status.st_size, status.st_mtime_ns] if status else None]
 
-# %% ../../nbs/20_data.sources.ipynb #b884fe60
+# %% ../../nbs/20_data.sources.ipynb #d4c20362
 def read_delimited(source: dict, folder: Path, delimiter: str) -> Iterator[Row]:
     "Rows of CSV files; a row with more cells than the header comes out with a reason."
     csv.field_size_limit(2**31 - 1)  # data URIs are longer than the module's default of 128 kB
@@ -317,7 +317,7 @@ def read_delimited(source: dict, folder: Path, delimiter: str) -> Iterator[Row]:
         except (csv.Error, TypeError) as error:
             raise InputError(f"{file}, line {table.line_num}: not readable as CSV ({error})") from None
 
-# %% ../../nbs/20_data.sources.ipynb #7b760723
+# %% ../../nbs/20_data.sources.ipynb #a6aec937
 @reader("csv", options=(*FILE_OPTIONS, "encoding", "delimiter"), contents=table_contents)
 def read_csv(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: csv, path: train.csv}`, also with `delimiter` and `encoding`."
@@ -329,7 +329,7 @@ def read_tsv(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: tsv, path: train.tsv}`: cells separated by tabs."
     return read_delimited(source, folder, "\t")
 
-# %% ../../nbs/20_data.sources.ipynb #f3b5fa7a
+# %% ../../nbs/20_data.sources.ipynb #1241e81b
 def parsed(text: str) -> object:
     "The value of a JSON text; InputError that says why it has none."
     try:
@@ -368,7 +368,7 @@ def not_a_record(value: object, file: Path, number: int, folder: Path) -> Row:
     return Row(f"{os.path.relpath(file, folder)}:{number}", where=f"{file.name}, row {number}",
                reason=f"not_json: not a JSON object {found[:200]}")
 
-# %% ../../nbs/20_data.sources.ipynb #866d5100
+# %% ../../nbs/20_data.sources.ipynb #66e0f6f5
 def rows_of_json(source: dict, folder: Path, records: Callable) -> Iterator[Row]:
     "Rows of files of flat objects, as `records(file, source)` gives them."
     names = {field: str(source.get(field, field)) for field in COLUMNS}
@@ -391,7 +391,7 @@ def read_json(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: json, path: train.json}`: rows of files with a list of JSON objects."
     return rows_of_json(source, folder, json_records)
 
-# %% ../../nbs/20_data.sources.ipynb #076ad1c4
+# %% ../../nbs/20_data.sources.ipynb #552ca667
 def folder_contents(source: dict, folder: Path) -> list:
     "Names, sizes and times of all files of a folder source."
     return [image_stamp(row) for row in read_folder(source, folder)]
@@ -413,7 +413,7 @@ def read_folder(source: dict, folder: Path) -> Iterator[Row]:
                     place = locate_text(key, top)
                 yield Row(key, label=label, where=f"{top.name}/{key}", **place)
 
-# %% ../../nbs/20_data.sources.ipynb #8b989b18
+# %% ../../nbs/20_data.sources.ipynb #79ddcae2
 def files_below(top: Path) -> Iterator[Path]:
     "Files and links to folders below a folder, sorted, hidden ones left out."
     if top.is_symlink():
@@ -427,7 +427,7 @@ def files_below(top: Path) -> Iterator[Path]:
         else:
             yield Path(entry.path)
 
-# %% ../../nbs/20_data.sources.ipynb #1b4ec79a
+# %% ../../nbs/20_data.sources.ipynb #a0a55d75
 def class_names(schema, column: str) -> list[str] | None:
     "Names of a Hugging Face ClassLabel column, from the Parquet schema's metadata; None for any other column."
     text = (schema.metadata or {}).get(b"huggingface", b"{}")
@@ -436,7 +436,7 @@ def class_names(schema, column: str) -> list[str] | None:
     except (ValueError, KeyError, TypeError):
         return None
 
-# %% ../../nbs/20_data.sources.ipynb #e522c0c7
+# %% ../../nbs/20_data.sources.ipynb #2e230b6f
 @reader("parquet", options=FILE_OPTIONS, contents=table_contents)
 def read_parquet(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: parquet, path: train-*.parquet}`; only the named columns are read, in batches."
@@ -458,7 +458,7 @@ def read_parquet(source: dict, folder: Path) -> Iterator[Row]:
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{file}: not readable as Parquet ({error})") from None
 
-# %% ../../nbs/20_data.sources.ipynb #a2f40131
+# %% ../../nbs/20_data.sources.ipynb #9d359899
 IMAGE_PLACEHOLDER = "<image>"
 SHAREGPT_TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt", "system_tag": "system"}
 OPENAI_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
@@ -473,7 +473,7 @@ class Talk:
     pictures: tuple = ()
     reason: str | None = None
 
-# %% ../../nbs/20_data.sources.ipynb #b5cdec5b
+# %% ../../nbs/20_data.sources.ipynb #e53132c0
 def without_placeholder(text: str) -> tuple[str, int, bool]:
     "The text without `<image>`, how many there were, and whether one stood between words."
     first, *rest = text.split(IMAGE_PLACEHOLDER)
@@ -485,7 +485,7 @@ def without_placeholder(text: str) -> tuple[str, int, bool]:
         parts = left + ("\n" if "\n" in gap else gap[:1]) + right
     return parts.strip(), len(rest), inside
 
-# %% ../../nbs/20_data.sources.ipynb #facb6251
+# %% ../../nbs/20_data.sources.ipynb #0a025c6f
 def content_of_turn(content: object) -> tuple[str, tuple]:
     "Text and pictures of a turn, which is a text or a list of parts; ValueError for anything else."
     if content is None or isinstance(content, str | int | float):
@@ -511,7 +511,7 @@ def turns_of(messages: object, tags: dict) -> list[tuple[str, str, tuple]]:
         turns.append((str(turn[tags["role_tag"]]), *content_of_turn(turn.get(tags["content_tag"]))))
     return turns
 
-# %% ../../nbs/20_data.sources.ipynb #0f060a7f
+# %% ../../nbs/20_data.sources.ipynb #8caaed27
 def talk_of_messages(messages: object, tags: dict) -> Talk:
     "The question and answer of a list of turns, a leading system turn apart."
     try:
@@ -531,7 +531,7 @@ def talk_of_messages(messages: object, tags: dict) -> Talk:
         talk.label = turns[1][1]
     return talk
 
-# %% ../../nbs/20_data.sources.ipynb #fc78bbd6
+# %% ../../nbs/20_data.sources.ipynb #9b9db70b
 def row_of_talk(talk: Talk, images: object, key: str, where: str, root: Path) -> Row:
     "The Row of a conversation and the pictures that its record names beside it."
     named = images if isinstance(images, list | tuple) else [] if images is None or images == "" else [images]
@@ -551,7 +551,7 @@ def row_of_talk(talk: Talk, images: object, key: str, where: str, root: Path) ->
     notes += [f"system_prompt_left_out: {system[:200]}"] if system else []
     return Row(key, label=talk.label, question=question or None, reason=reason, where=where, notes=tuple(notes), **place)
 
-# %% ../../nbs/20_data.sources.ipynb #722cff8e
+# %% ../../nbs/20_data.sources.ipynb #25f79ebd
 CHAT_OPTIONS = ("path", "root", "encoding", "columns", "tags", "only", "without")
 CHAT_COLUMNS = {
     "sharegpt": {"messages": "conversations", "system": "system", "images": "images", "id": "id"},
@@ -584,7 +584,7 @@ def dataset_entry(source: dict, folder: Path) -> tuple[Path, dict]:
         raise InputError(f"{file}: dataset {name} holds preference pairs; a labelled sample has one answer")
     return file.parent, entry
 
-# %% ../../nbs/20_data.sources.ipynb #2087ce9f
+# %% ../../nbs/20_data.sources.ipynb #a07bf0b0
 def info_path(source: dict, folder: Path) -> str | None:
     "The path of dataset_info.json if the source reads one, else None."
     path = str(source.get("path") or "")
@@ -623,7 +623,7 @@ def chat_files(source: dict, folder: Path) -> ChatFiles:
     tags = SHAREGPT_TAGS | mapping_of(entry.get("tags"), "tags") | mapping_of(source.get("tags"), "tags")
     return ChatFiles(files, Path(folder) / str(source["root"]) if source.get("root") else base, formatting, columns, tags)
 
-# %% ../../nbs/20_data.sources.ipynb #34ff4de4
+# %% ../../nbs/20_data.sources.ipynb #34f178ef
 def talk_of_alpaca(record: dict, columns: dict[str, str]) -> Talk:
     "The question (instruction, then input) and answer of an Alpaca record."
     prompt, query, answer, system = (record.get(columns[key]) for key in ("prompt", "query", "response", "system"))
@@ -649,7 +649,7 @@ def row_of_chat(record: dict, chat: ChatFiles, key: str, where: str) -> Row:
             talk.reason = talk.reason or f"other_media: the row has {medium}; a sample is one image"
     return row_of_talk(talk, record.get(chat.columns["images"]), key, where, chat.root)
 
-# %% ../../nbs/20_data.sources.ipynb #5fe355fc
+# %% ../../nbs/20_data.sources.ipynb #a9bdc004
 def rows_of_chat(chat: ChatFiles, source: dict, folder: Path) -> Iterator[Row]:
     "The rows of chat files."
     for file in chat.files:
@@ -673,7 +673,7 @@ def read_llamafactory(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: llamafactory, path: data, dataset: pets}`, or `{format: llamafactory, path: pets.json, formatting: sharegpt}`."
     return rows_of_chat(chat_files(source, folder), source, Path(folder))
 
-# %% ../../nbs/20_data.sources.ipynb #934f52b4
+# %% ../../nbs/20_data.sources.ipynb #9b437752
 @reader("llava", options=CHAT_OPTIONS, contents=lambda source, folder: chat_contents(llava_source(source), folder))
 def read_llava(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: llava, path: train.json, root: images}`: records with `id`, `image` and `conversations`."
@@ -684,7 +684,7 @@ def llava_source(source: dict) -> dict:
     "The source as one of format llamafactory."
     return {**source, "format": "llamafactory", "columns": {"images": "image"} | mapping_of(source.get("columns"), "columns")}
 
-# %% ../../nbs/20_data.sources.ipynb #7b0d2536
+# %% ../../nbs/20_data.sources.ipynb #9abd9909
 def studio_path(value: object) -> object:
     "The path below Label Studio's media folder for the address that it exports."
     if isinstance(value, str) and value.startswith("/data/local-files/?"):
@@ -706,7 +706,7 @@ def studio_answers(record: dict, control: str | None) -> list[tuple[str, ...]]:
         found.append(tuple(answers))
     return found
 
-# %% ../../nbs/20_data.sources.ipynb #6d48adcd
+# %% ../../nbs/20_data.sources.ipynb #b424f0a3
 def studio_label(record: dict, control: str | None) -> dict:
     "`{label}` or `{reason}` for the annotations of one record."
     try:
@@ -738,7 +738,7 @@ def read_labelstudio(source: dict, folder: Path) -> Iterator[Row]:
             key = text_or_none(record.get("id")) or f"{os.path.relpath(file, folder)}:{number}"
             yield Row(key, where=f"{file.name}, row {number}", **answer | place)
 
-# %% ../../nbs/20_data.sources.ipynb #15089abb
+# %% ../../nbs/20_data.sources.ipynb #99c54725
 def huggingface_dataset(source: dict, folder: Path):
     "The `datasets.Dataset` of a source; InputError where it can't be loaded or the split isn't clear."
     import datasets
@@ -763,7 +763,7 @@ def huggingface_dataset(source: dict, folder: Path):
         found = found[split]
     return found
 
-# %% ../../nbs/20_data.sources.ipynb #ba0a7871
+# %% ../../nbs/20_data.sources.ipynb #756c2d5b
 def undecoded(dataset):
     "The dataset with images as {bytes, path} and labels of a ClassLabel by name."
     import datasets
@@ -803,7 +803,7 @@ def read_huggingface(source: dict, folder: Path) -> Iterator[Row]:
                 record[column] = classes[column][index] if index is not None and index >= 0 else None
             yield row_of_record(record, names, place / "dataset", number, source, Path(folder))
 
-# %% ../../nbs/20_data.sources.ipynb #997ce945
+# %% ../../nbs/20_data.sources.ipynb #74db6247
 def source_contents(source: dict, folder: Path) -> list:
     "A JSON-able value that changes when the source's rows or images do."
     found = reader_of(source)

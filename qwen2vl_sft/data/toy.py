@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SUITE', 'WORDS', 'toy_picture', 'write_toy_suite']
 
-# %% ../../nbs/26_data.toy.ipynb #173ccdaa
+# %% ../../nbs/26_data.toy.ipynb #895e9520
 import csv
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..core import write_atomically
 
-# %% ../../nbs/26_data.toy.ipynb #f3e7571b
+# %% ../../nbs/26_data.toy.ipynb #84dfd5b9
 COLOURS = {"red": (200, 40, 40), "green": (40, 170, 60), "blue": (50, 70, 210)}
 SUITE = """name: toy
 description: coloured squares, made on the spot

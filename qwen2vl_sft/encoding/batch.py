@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mrope_positions', 'Sample', 'image_inputs', 'pad', 'pack']
 
-# %% ../../nbs/12_encoding.batch.ipynb #0c4948ff
+# %% ../../nbs/12_encoding.batch.ipynb #a5f43d40
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from .images import ImageEncoder
 from .prompt import IGNORED, Encoded
 
-# %% ../../nbs/12_encoding.batch.ipynb #acb41065
+# %% ../../nbs/12_encoding.batch.ipynb #83eb64f6
 def mrope_positions(
     length: int,  # tokens in the sample
     image_start: int,  # index of the first image token
@@ -28,7 +28,7 @@ def mrope_positions(
     text = length - image_start - image.shape[1]
     return np.concatenate([np.tile(np.arange(image_start), (3, 1)), image, np.tile(np.arange(text) + after, (3, 1))], axis=1)
 
-# %% ../../nbs/12_encoding.batch.ipynb #b9acc9fd
+# %% ../../nbs/12_encoding.batch.ipynb #4809a8cf
 @dataclass
 class Sample:
     "An encoded sample with its picture."
@@ -57,7 +57,7 @@ def image_inputs(
         inputs["image_is_cached"] = torch.tensor(cached)
     return inputs
 
-# %% ../../nbs/12_encoding.batch.ipynb #617f2fae
+# %% ../../nbs/12_encoding.batch.ipynb #8aefb283
 def pad(
     samples: list[Sample],
     images: ImageEncoder,
@@ -76,7 +76,7 @@ def pad(
     tensors = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "position_ids": positions}
     return {**{name: torch.from_numpy(values) for name, values in tensors.items()}, **image_inputs(samples, images)}
 
-# %% ../../nbs/12_encoding.batch.ipynb #0fa37bf6
+# %% ../../nbs/12_encoding.batch.ipynb #38eb6fa6
 def pack(
     samples: list[Sample],
     images: ImageEncoder,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'open_image', 'header_size', 'ImageEncoder', 'load_image_processor', 'image_encoder', 'resize', 'patches']
 
-# %% ../../nbs/10_encoding.images.ipynb #bec32db0
+# %% ../../nbs/10_encoding.images.ipynb #b229e72a
 import io
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 from ..config import PreprocessingConfig
 from ..core import InputError
 
-# %% ../../nbs/10_encoding.images.ipynb #02ed75a3
+# %% ../../nbs/10_encoding.images.ipynb #cc66b4b9
 Image.init()
 FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO") if name in Image.OPEN]  # EPS, say, would start a program
 
@@ -53,7 +53,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     white = Image.new("RGBA", drawing.size, "white")
     return Image.alpha_composite(white, drawing).convert("RGB")
 
-# %% ../../nbs/10_encoding.images.ipynb #0a4f5ec3
+# %% ../../nbs/10_encoding.images.ipynb #af8f1ebd
 def header_size(
     content: bytes,  # an image file's bytes; the header is enough
     name: str = "image",
@@ -69,7 +69,7 @@ def header_size(
     turned = tags.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return image.size[::-1] if turned else image.size
 
-# %% ../../nbs/10_encoding.images.ipynb #56670f17
+# %% ../../nbs/10_encoding.images.ipynb #b647608c
 @dataclass(frozen=True)
 class ImageEncoder:
     "The image side of a base model's preprocessing, as its own processor states it."
@@ -102,7 +102,7 @@ class ImageEncoder:
         "Language model tokens that an image of that size costs: t·h·w / merge²."
         return int(np.prod(self.grid(width, height))) // self.merge**2
 
-# %% ../../nbs/10_encoding.images.ipynb #49370953
+# %% ../../nbs/10_encoding.images.ipynb #28243d69
 def load_image_processor(
     base: str,  # folder or hub name
     settings: PreprocessingConfig | None = None,  # a stated pixel budget replaces the base model's
@@ -138,7 +138,7 @@ def image_encoder(
         resample=int(processor.resample),
     )
 
-# %% ../../nbs/10_encoding.images.ipynb #a1063b2c
+# %% ../../nbs/10_encoding.images.ipynb #fb50de0f
 def resize(
     encoder: ImageEncoder,
     image: Image.Image,  # mode RGB, upright
@@ -149,7 +149,7 @@ def resize(
 
 ImageEncoder.resize = resize
 
-# %% ../../nbs/10_encoding.images.ipynb #1cd32315
+# %% ../../nbs/10_encoding.images.ipynb #a99b8c42
 def patches(
     encoder: ImageEncoder,
     pictures: list[np.ndarray],  # uint8, each [height, width, 3] from `resize`

@@ -6,7 +6,7 @@
 __all__ = ['IGNORED', 'TURN_END', 'IMAGE_TOKEN', 'load_tokenizer', 'chat_text', 'Encoded', 'Encoder', 'text_ids', 'prompt_ids',
            'encode', 'label_mask_html', 'load_encoder', 'preprocessing_contract', 'check_contract']
 
-# %% ../../nbs/11_encoding.prompt.ipynb #dcca588a
+# %% ../../nbs/11_encoding.prompt.ipynb #23fb3f32
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..config import PreprocessingConfig
 from ..core import InputError, fingerprint
 from .images import ImageEncoder, image_encoder, load_image_processor
 
-# %% ../../nbs/11_encoding.prompt.ipynb #d9664ebd
+# %% ../../nbs/11_encoding.prompt.ipynb #51461bad
 IGNORED = -100  # label of a token without loss; the value that torch's cross entropy ignores
 TURN_END, IMAGE_TOKEN = "<|im_end|>", "<|image_pad|>"
 
@@ -53,7 +53,7 @@ def chat_text(
         messages.append({"role": "assistant", "content": answer})
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
 
-# %% ../../nbs/11_encoding.prompt.ipynb #ec650207
+# %% ../../nbs/11_encoding.prompt.ipynb #da5aa4b3
 @dataclass
 class Encoded:
     "One sample as token ids. Pixels travel beside it."
@@ -71,7 +71,7 @@ class Encoded:
     def image_tokens(self) -> int:
         return int(np.prod(self.grid)) // self.merge**2
 
-# %% ../../nbs/11_encoding.prompt.ipynb #8e26844b
+# %% ../../nbs/11_encoding.prompt.ipynb #24bc56e1
 @dataclass
 class Encoder:
     "Everything that turns a picture and a question into model input: training, scoring and export share it."
@@ -95,7 +95,7 @@ class Encoder:
     def pad_id(self) -> int:
         return self.tokenizer.pad_token_id
 
-# %% ../../nbs/11_encoding.prompt.ipynb #0c0a60db
+# %% ../../nbs/11_encoding.prompt.ipynb #3352194c
 def text_ids(
     encoder: Encoder,
     text: str,  # an answer
@@ -117,7 +117,7 @@ def prompt_ids(
         encoder._prompts[question] = np.array(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
     return encoder._prompts[question]
 
-# %% ../../nbs/11_encoding.prompt.ipynb #fddd906a
+# %% ../../nbs/11_encoding.prompt.ipynb #a4c2ac59
 def encode(
     encoder: Encoder,
     question: str,
@@ -143,7 +143,7 @@ Encoder.text_ids = text_ids
 Encoder.prompt_ids = prompt_ids
 Encoder.encode = encode
 
-# %% ../../nbs/11_encoding.prompt.ipynb #35fd26ed
+# %% ../../nbs/11_encoding.prompt.ipynb #076aa029
 def label_mask_html(
     encoder: Encoder,
     sample: Encoded,
@@ -166,7 +166,7 @@ def label_mask_html(
 
 Encoder.label_mask_html = label_mask_html
 
-# %% ../../nbs/11_encoding.prompt.ipynb #18dfebdd
+# %% ../../nbs/11_encoding.prompt.ipynb #b4f35bd6
 def load_encoder(
     base: str,  # folder or hub name
     settings: PreprocessingConfig | None = None,

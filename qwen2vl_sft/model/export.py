@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['merged', 'Gate', 'compared', 'export_merged']
 
-# %% ../../nbs/32_model.export.ipynb #f3785544
+# %% ../../nbs/32_model.export.ipynb #a827d0ad
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,7 +19,7 @@ from ..config import MethodConfig, ModelConfig
 from ..core import InputError, RunFailure, published_folder
 from .load import checkpoint_kind, load_adapter, load_base, load_checkpoint
 
-# %% ../../nbs/32_model.export.ipynb #7ec0d132
+# %% ../../nbs/32_model.export.ipynb #a88a34e0
 def merged(
     config: ModelConfig,
     folder: Path,  # an adapter checkpoint
@@ -30,7 +30,7 @@ def merged(
     plain = load_base(config, MethodConfig(name="lora"))
     return load_adapter(plain, folder, "merged").merge_and_unload(safe_merge=True)
 
-# %% ../../nbs/32_model.export.ipynb #bca61605
+# %% ../../nbs/32_model.export.ipynb #c0e97a55
 @dataclass(frozen=True)
 class Gate:
     "How much an export changed the answers."
@@ -52,7 +52,7 @@ def compared(
     same = before.argmax(axis=1) == after.argmax(axis=1)
     return Gate(len(before), float(same.mean()), float(shift.mean()), float(shift.max()))
 
-# %% ../../nbs/32_model.export.ipynb #ddafddf3
+# %% ../../nbs/32_model.export.ipynb #0410b64b
 def export_merged(
     config: ModelConfig,
     method: MethodConfig,

@@ -6,7 +6,7 @@
 __all__ = ['base_location', 'compute_dtype', 'nf4_config', 'load_base', 'check_token_ids', 'unwrapped', 'add_adapters',
            'trainable', 'load_adapter', 'changes_outputs', 'checkpoint_kind', 'stored_contract', 'load_checkpoint']
 
-# %% ../../nbs/30_model.load.ipynb #64ece245
+# %% ../../nbs/30_model.load.ipynb #6f9d7ad1
 import json
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..config import MethodConfig, ModelConfig
 from ..core import ASSETS, InputError, RunFailure, pick_device
 from ..encoding.prompt import Encoder
 
-# %% ../../nbs/30_model.load.ipynb #2c87ec58
+# %% ../../nbs/30_model.load.ipynb #f54debcd
 def base_location(
     base: str,  # `small`, a folder, or a hub name
 ) -> str:
@@ -40,7 +40,7 @@ def compute_dtype(
         return torch.bfloat16 if pick_device(config.device).type == "cuda" else torch.float32
     return getattr(torch, config.dtype)
 
-# %% ../../nbs/30_model.load.ipynb #1174e0cd
+# %% ../../nbs/30_model.load.ipynb #9ad2a92a
 def nf4_config(
     method: MethodConfig,
     dtype: torch.dtype,  # of the computation
@@ -76,7 +76,7 @@ def load_base(
         raise InputError(f"model '{location}' can't be loaded: {str(error).splitlines()[0]}") from error
     return model.requires_grad_(False).eval()
 
-# %% ../../nbs/30_model.load.ipynb #a256d8c0
+# %% ../../nbs/30_model.load.ipynb #9939e0e8
 def check_token_ids(
     model: nn.Module,
     encoder: Encoder,
@@ -93,7 +93,7 @@ def unwrapped(model: nn.Module) -> Qwen2VLForConditionalGeneration:
     "The Qwen2-VL model inside a PEFT model, or the model itself."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-# %% ../../nbs/30_model.load.ipynb #f6598231
+# %% ../../nbs/30_model.load.ipynb #0d7a176f
 def add_adapters(
     model: Qwen2VLForConditionalGeneration,
     method: MethodConfig,
@@ -127,7 +127,7 @@ def trainable(
     tower.merger.requires_grad_(not method.freeze_merger)
     return model
 
-# %% ../../nbs/30_model.load.ipynb #c48977e3
+# %% ../../nbs/30_model.load.ipynb #560d718c
 def load_adapter(
     model: nn.Module,  # a base model, or a PEFT model that already has adapters
     folder: Path,  # holds adapter_model.safetensors
@@ -159,7 +159,7 @@ def _check_landed(model: nn.Module, stored: dict[str, torch.Tensor], name: str, 
     if idle := sorted(set(present) - set(stored)):
         raise RunFailure(f"{folder}: the adapter's file has no weight for {idle[0]}; it belongs to another configuration")
 
-# %% ../../nbs/30_model.load.ipynb #7db476e8
+# %% ../../nbs/30_model.load.ipynb #0228111a
 @torch.no_grad()
 def changes_outputs(
     model: Any,  # PeftModel with the adapter active
@@ -172,7 +172,7 @@ def changes_outputs(
         plain = model(input_ids=ids, use_cache=False).logits
     return not torch.equal(tuned, plain)
 
-# %% ../../nbs/30_model.load.ipynb #f88995ad
+# %% ../../nbs/30_model.load.ipynb #52fba8a6
 def checkpoint_kind(
     folder: Path,
 ) -> str:  # "adapter" or "full"

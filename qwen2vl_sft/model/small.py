@@ -8,7 +8,7 @@ __all__ = ['SMALL_RANKS', 'SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'qwen_ranks', 'part
            'Lessons', 'collate_answers', 'lesson_accuracy', 'Pretraining', 'pretraining_arguments', 'reporter',
            'pretrain']
 
-# %% ../../nbs/33_model.small.ipynb #179109f6
+# %% ../../nbs/33_model.small.ipynb #3db34386
 import base64
 import json
 import time
@@ -26,7 +26,7 @@ from ..data.pretraining import FIRST_LESSONS, lesson
 from ..encoding.batch import Sample, pad
 from ..encoding.prompt import IGNORED, Encoder, load_encoder
 
-# %% ../../nbs/33_model.small.ipynb #97793f1e
+# %% ../../nbs/33_model.small.ipynb #7b3ea407
 SMALL_RANKS = 2034
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
                   "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -43,7 +43,7 @@ CHAT_TEMPLATE = (
     "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# %% ../../nbs/33_model.small.ipynb #f6a32387
+# %% ../../nbs/33_model.small.ipynb #913a8383
 @cache
 def qwen_ranks() -> dict[bytes, int]:
     "Qwen2's byte strings by rank, from dashscope's `resources/qwen.tiktoken`. Raises `InputError` if it isn't installed."
@@ -55,7 +55,7 @@ def qwen_ranks() -> dict[bytes, int]:
     lines = (Path(spec.submodule_search_locations[0]) / "resources" / "qwen.tiktoken").read_bytes().splitlines()
     return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
 
-# %% ../../nbs/33_model.small.ipynb #23ebda33
+# %% ../../nbs/33_model.small.ipynb #f3140960
 def parts_of(
     token: bytes,
     ranks: dict[bytes, int],
@@ -80,7 +80,7 @@ def merges_of(
         raise InputError("the ranks are not a byte pair encoding: a token has no two parts of lower rank")
     return merges
 
-# %% ../../nbs/33_model.small.ipynb #391ebec6
+# %% ../../nbs/33_model.small.ipynb #e8c4b961
 def build_tokenizer(
     ranks: int | None = SMALL_RANKS,  # how many of Qwen2's 151,643; None takes all
 ) -> Any:
@@ -102,7 +102,7 @@ def build_tokenizer(
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
-# %% ../../nbs/33_model.small.ipynb #cc030644
+# %% ../../nbs/33_model.small.ipynb #966c3fe2
 def small_config(
     tokenizer: Any,
 ) -> Any:  # Qwen2VLConfig
@@ -119,14 +119,14 @@ def small_config(
                          image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
                          vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
 
-# %% ../../nbs/33_model.small.ipynb #c08babc7
+# %% ../../nbs/33_model.small.ipynb #80dea8ee
 def small_image_processor() -> Any:
     "Qwen2-VL's image processor (PIL) for small pictures: patches of 8 pixels, 1,024 to 16,384 pixels a picture."
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     return Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=32 * 32, max_pixels=128 * 128)
 
-# %% ../../nbs/33_model.small.ipynb #76e90acc
+# %% ../../nbs/33_model.small.ipynb #afcf14d6
 def random_base(
     folder: Path | str,
     seed: int = 0,
@@ -148,7 +148,7 @@ def random_base(
     small_image_processor().save_pretrained(folder)
     return folder
 
-# %% ../../nbs/33_model.small.ipynb #ed7430d3
+# %% ../../nbs/33_model.small.ipynb #b0d9f362
 def save_weights(
     model: Any,
     folder: Path,
@@ -156,7 +156,7 @@ def save_weights(
     "Write `model` as bfloat16 safetensors with its configuration; the model itself stays as it is."
     deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
 
-# %% ../../nbs/33_model.small.ipynb #a5d11041
+# %% ../../nbs/33_model.small.ipynb #00540c70
 def small_base() -> Path:
     "The folder of the shipped small model. Raises `InputError` if it is missing."
     folder = ASSETS / "small"
@@ -164,7 +164,7 @@ def small_base() -> Path:
         raise InputError(f"the small base model is missing in {folder}: run nbs/runs/pretrain.ipynb, or reinstall the package")
     return folder
 
-# %% ../../nbs/33_model.small.ipynb #00a3d818
+# %% ../../nbs/33_model.small.ipynb #cc70946a
 def size_in_words(
     model: Any,
 ) -> dict[str, int]:
@@ -175,7 +175,7 @@ def size_in_words(
     return {"tower": count(tower) - count(tower.merger), "merger": count(tower.merger), "language": count(language) - embeddings,
             "embeddings": embeddings}
 
-# %% ../../nbs/33_model.small.ipynb #f4bec395
+# %% ../../nbs/33_model.small.ipynb #359aa643
 class Lessons(Dataset):
     "Lessons `start` to `start + count` of a course, encoded."
 
@@ -190,7 +190,7 @@ class Lessons(Dataset):
         encoded = self.encoder.encode(made.question, made.image.size, made.answer)
         return {"sample": Sample(encoded, self.encoder.images.resize(made.image)), "kind": made.kind}
 
-# %% ../../nbs/33_model.small.ipynb #96dfd724
+# %% ../../nbs/33_model.small.ipynb #e210397e
 def collate_answers(
     rows: list[dict[str, Any]],  # of `Lessons`
     encoder: Encoder,
@@ -201,7 +201,7 @@ def collate_answers(
     keep = batch["labels"].shape[1] - first + 1
     return {**batch, "labels": batch["labels"][:, -keep:], "logits_to_keep": keep, "use_cache": False}
 
-# %% ../../nbs/33_model.small.ipynb #0e69e044
+# %% ../../nbs/33_model.small.ipynb #a4fdde74
 @torch.no_grad()
 def lesson_accuracy(
     model: Any,
@@ -225,7 +225,7 @@ def lesson_accuracy(
     model.train()
     return {kind: sum(values) / len(values) for kind, values in sorted(right.items())}
 
-# %% ../../nbs/33_model.small.ipynb #c3406207
+# %% ../../nbs/33_model.small.ipynb #aab5e9f6
 @dataclass
 class Pretraining:
     "What a pretraining run makes and how; the defaults made the shipped weights."
@@ -239,7 +239,7 @@ class Pretraining:
     save_every: int = 500  # steps between saved weights and held-out figures
     held_out: int = 512  # lessons of those figures; the final ones take four times as many
 
-# %% ../../nbs/33_model.small.ipynb #a67f9f0a
+# %% ../../nbs/33_model.small.ipynb #d826e92f
 def pretraining_arguments(
     settings: Pretraining,
     folder: Path,
@@ -254,7 +254,7 @@ def pretraining_arguments(
         report_to=[], remove_unused_columns=False, use_cache=True, seed=settings.seed, use_cpu=not torch.cuda.is_available(),
         dataloader_num_workers=0, train_sampling_strategy="sequential", label_names=["labels"], disable_tqdm=True)
 
-# %% ../../nbs/33_model.small.ipynb #88f64b55
+# %% ../../nbs/33_model.small.ipynb #717c2943
 def reporter(
     encoder: Encoder,
     folder: Path,
@@ -282,7 +282,7 @@ def reporter(
 
     return Reporter()
 
-# %% ../../nbs/33_model.small.ipynb #8cb2ac17
+# %% ../../nbs/33_model.small.ipynb #1c676d9f
 def pretrain(
     folder: Path | str,
     settings: Pretraining = Pretraining(),

@@ -6,7 +6,7 @@
 __all__ = ['BATCH_BYTES', 'tower_features', 'forward_inputs', 'tower_key', 'VisionCache', 'get', 'put', 'missing', 'by_size',
            'fill']
 
-# %% ../../nbs/31_model.vision_cache.ipynb #46ce13a8
+# %% ../../nbs/31_model.vision_cache.ipynb #a6b639c4
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +22,7 @@ from ..core import fingerprint, say, sha256_of
 from ..encoding.images import ImageEncoder
 from .load import unwrapped
 
-# %% ../../nbs/31_model.vision_cache.ipynb #a9902fe3
+# %% ../../nbs/31_model.vision_cache.ipynb #13dfdcb5
 @torch.no_grad()
 def tower_features(
     model: nn.Module,
@@ -56,7 +56,7 @@ def _all_features(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[to
     found = iter(() if stored is None else stored.split(tokens.tolist()))
     return tuple(next(found if is_cached else fresh) for is_cached in cached.tolist())
 
-# %% ../../nbs/31_model.vision_cache.ipynb #885e1ca8
+# %% ../../nbs/31_model.vision_cache.ipynb #6c6894a8
 def tower_key(
     model: nn.Module,
     images: ImageEncoder,
@@ -66,7 +66,7 @@ def tower_key(
     weights = [sha256_of(value.contiguous().view(torch.uint8).cpu().numpy().tobytes()) for value in tower.state_dict().values()]
     return fingerprint([weights, vars(images), str(tower.dtype)])
 
-# %% ../../nbs/31_model.vision_cache.ipynb #dc3e197c
+# %% ../../nbs/31_model.vision_cache.ipynb #d0267e1a
 class VisionCache:
     "Tower outputs on disk, for one tower and one way of resizing."
 
@@ -106,7 +106,7 @@ class VisionCache:
         with self._connect() as database:
             return database.execute("SELECT coalesce(sum(length(value)), 0) FROM features WHERE tower = ?", [self.key]).fetchone()[0]
 
-# %% ../../nbs/31_model.vision_cache.ipynb #46d36988
+# %% ../../nbs/31_model.vision_cache.ipynb #0bf2a250
 def get(
     cache: VisionCache,
     image: str,  # sha256 of the picture's bytes
@@ -139,7 +139,7 @@ def missing(
 
 VisionCache.get, VisionCache.put, VisionCache.missing = get, put, missing
 
-# %% ../../nbs/31_model.vision_cache.ipynb #aafa2d32
+# %% ../../nbs/31_model.vision_cache.ipynb #dfb47044
 BATCH_BYTES = 64 * 3 * 756 * 756  # of uint8 pixels in one pass of the tower
 
 
@@ -158,7 +158,7 @@ def by_size(
     if batch:
         yield batch
 
-# %% ../../nbs/31_model.vision_cache.ipynb #49cc8bf7
+# %% ../../nbs/31_model.vision_cache.ipynb #06997ce4
 def fill(
     cache: VisionCache,
     model: nn.Module,

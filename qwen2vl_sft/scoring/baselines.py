@@ -6,7 +6,7 @@
 __all__ = ['PIXELS', 'BASELINES', 'majority_answers', 'thumbnail_pixels', 'nearest_neighbour_answers', 'baseline_predictions',
            'score_baselines']
 
-# %% ../../nbs/44_scoring.baselines.ipynb #5a13ccd0
+# %% ../../nbs/44_scoring.baselines.ipynb #30b1a579
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from ..rundir import RunDir
 from .metrics import judge
 from .suite import TestSet, test_set
 
-# %% ../../nbs/44_scoring.baselines.ipynb #dabee945
+# %% ../../nbs/44_scoring.baselines.ipynb #ef14eb55
 PIXELS = 24  # side of the pictures that are compared
 
 
@@ -57,7 +57,7 @@ def nearest_neighbour_answers(
 
 BASELINES: dict[str, Callable[[Rows, TestSet], list[str]]] = {"majority": majority_answers, "nearest_neighbour": nearest_neighbour_answers}
 
-# %% ../../nbs/44_scoring.baselines.ipynb #22ed213d
+# %% ../../nbs/44_scoring.baselines.ipynb #d1569da7
 def baseline_predictions(
     name: str,  # a key of BASELINES
     prepared: Prepared,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['trained_runs', 'untuned_settings', 'shared_data', 'score_experiment']
 
-# %% ../../nbs/45_scoring.experiment.ipynb #6780b0ee
+# %% ../../nbs/45_scoring.experiment.ipynb #b29a2c1a
 from pathlib import Path
 
 import yaml
@@ -18,7 +18,7 @@ from .baselines import score_baselines
 from .suite import score_run, score_untuned
 from ..tasks import load_suite
 
-# %% ../../nbs/45_scoring.experiment.ipynb #e99718da
+# %% ../../nbs/45_scoring.experiment.ipynb #c5e3da6a
 def trained_runs(
     experiment: Path,  # runs/<experiment>
 ) -> dict[str, RunConfig]:
@@ -53,7 +53,7 @@ def shared_data(
         raise InputError(f"{experiment}: {'no run has a checkpoint yet; train one first' if not suites else 'its runs use several suites: ' + ', '.join(suites)}")
     return prepare(load_suite(suites[0]))
 
-# %% ../../nbs/45_scoring.experiment.ipynb #a73d54ad
+# %% ../../nbs/45_scoring.experiment.ipynb #a659a624
 def score_experiment(
     experiment: Path,  # runs/<experiment>
     settings: ScoringConfig | None = None,

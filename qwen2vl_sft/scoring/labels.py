@@ -6,7 +6,7 @@
 __all__ = ['CHUNK', 'LabelTree', 'label_tree', 'tree_mask', 'tree_batch', 'node_log_probabilities', 'label_log_probabilities',
            'LabelScores', 'score_labels']
 
-# %% ../../nbs/41_scoring.labels.ipynb #b838276b
+# %% ../../nbs/41_scoring.labels.ipynb #5cda1c59
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from ..encoding.prompt import Encoder
 from ..model.load import unwrapped
 from ..model.vision_cache import forward_inputs
 
-# %% ../../nbs/41_scoring.labels.ipynb #ee7e993b
+# %% ../../nbs/41_scoring.labels.ipynb #5476a1ce
 @dataclass
 class LabelTree:
     "All wordings of a label set, their shared beginnings merged."
@@ -63,7 +63,7 @@ def label_tree(
             tree.ends.append((index, nodes[ids]))
     return tree
 
-# %% ../../nbs/41_scoring.labels.ipynb #f7731088
+# %% ../../nbs/41_scoring.labels.ipynb #0a833b18
 def tree_mask(
     prompt: torch.Tensor,  # attention mask of the prompts, int64 [batch, length], padded on the right
     tree: LabelTree,
@@ -96,7 +96,7 @@ def tree_batch(
         "attention_mask": tree_mask(batch["attention_mask"], tree, dtype),
     }
 
-# %% ../../nbs/41_scoring.labels.ipynb #2a0be2cd
+# %% ../../nbs/41_scoring.labels.ipynb #58006898
 @torch.no_grad()
 def node_log_probabilities(
     model: nn.Module,
@@ -142,7 +142,7 @@ def label_log_probabilities(
     wordings = paths[:, nodes] + after[:, nodes + 1, end]
     return torch.stack([wordings[:, index == label].logsumexp(dim=1) for label in range(len(tree.labels))], dim=1)
 
-# %% ../../nbs/41_scoring.labels.ipynb #842126fe
+# %% ../../nbs/41_scoring.labels.ipynb #3f35a52a
 @dataclass
 class LabelScores:
     "The closed rule's answer for a batch."

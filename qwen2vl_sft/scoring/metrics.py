@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTCOMES', 'ANSWERED', 'normalised_text', 'Judged', 'parsed_label', 'judge', 'task_figures']
 
-# %% ../../nbs/40_scoring.metrics.ipynb #7fa7e2c7
+# %% ../../nbs/40_scoring.metrics.ipynb #eda74e45
 import unicodedata
 from dataclasses import dataclass
 
@@ -13,16 +13,16 @@ import pandas as pd
 
 from ..tasks import Task
 
-# %% ../../nbs/40_scoring.metrics.ipynb #d38dd07f
+# %% ../../nbs/40_scoring.metrics.ipynb #ab8e2c3a
 OUTCOMES = ("correct", "wrong", "off_list", "refused", "unparseable", "error")
 ANSWERED = ("correct", "wrong")  # the model gave an answer that the task allows
 
-# %% ../../nbs/40_scoring.metrics.ipynb #7e7c83c6
+# %% ../../nbs/40_scoring.metrics.ipynb #214caa27
 def normalised_text(text: str) -> str:
     "Text as exact match compares it: NFKC, case-folded, white space collapsed."
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
-# %% ../../nbs/40_scoring.metrics.ipynb #064214ec
+# %% ../../nbs/40_scoring.metrics.ipynb #a127f6a3
 @dataclass(frozen=True)
 class Judged:
     "What an answer counts as."
@@ -63,7 +63,7 @@ def judge(
         return Judged(None, "off_list", "not a declared label or alias")
     return Judged(label, "correct" if label == (parsed_label(task, target) or target) else "wrong")
 
-# %% ../../nbs/40_scoring.metrics.ipynb #e0c8d687
+# %% ../../nbs/40_scoring.metrics.ipynb #f6150210
 def task_figures(
     predictions: pd.DataFrame,  # DESIGN section 4
 ) -> dict[str, float]:

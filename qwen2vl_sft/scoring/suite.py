@@ -8,7 +8,7 @@ __all__ = ['BATCH_TOKENS', 'BFLOAT16_MARGIN', 'TestSet', 'test_set', 'Scorer', '
            'self_test', 'candidates_of', 'checked_encoder', 'adapters_loaded', 'score_candidates', 'unfinished',
            'scoring_model', 'score_run', 'score_untuned']
 
-# %% ../../nbs/43_scoring.suite.ipynb #7d7f5164
+# %% ../../nbs/43_scoring.suite.ipynb #3a1c8148
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ from .metrics import judge, parsed_label
 from .text import write_answers
 from ..tasks import Task
 
-# %% ../../nbs/43_scoring.suite.ipynb #a7cc5e28
+# %% ../../nbs/43_scoring.suite.ipynb #42a62625
 @dataclass
 class TestSet:
     "The rows of one task that are scored, and the rule that they are scored by."
@@ -59,7 +59,7 @@ class TestSet:
 
 TestSet.__test__ = False  # not a pytest class
 
-# %% ../../nbs/43_scoring.suite.ipynb #92f14acd
+# %% ../../nbs/43_scoring.suite.ipynb #4ee96a93
 def test_set(
     prepared: Prepared,
     task: Task,
@@ -80,7 +80,7 @@ def test_set(
 
 test_set.__test__ = False
 
-# %% ../../nbs/43_scoring.suite.ipynb #95164c67
+# %% ../../nbs/43_scoring.suite.ipynb #ba16fe43
 @dataclass
 class Scorer:
     "What turns rows of a test set into predictions: encoder, vision cache and settings."
@@ -102,7 +102,7 @@ class Scorer:
     def pixels(self, data: TestSet, row: int) -> np.ndarray:
         return self.encoder.images.resize(open_image(data.rows.image(row), f"{data.task.name}, row {row}"))
 
-# %% ../../nbs/43_scoring.suite.ipynb #eae2e0bb
+# %% ../../nbs/43_scoring.suite.ipynb #2bdf7508
 def closed_rows(
     model: nn.Module,
     scorer: Scorer,
@@ -123,7 +123,7 @@ def closed_rows(
         })  # fmt: skip
     return rows
 
-# %% ../../nbs/43_scoring.suite.ipynb #46937894
+# %% ../../nbs/43_scoring.suite.ipynb #f3e5da59
 def free_rows(
     model: nn.Module,
     scorer: Scorer,
@@ -139,7 +139,7 @@ def free_rows(
         for one, text, count in zip(judged, texts, counts, strict=True)
     ]
 
-# %% ../../nbs/43_scoring.suite.ipynb #3e03a003
+# %% ../../nbs/43_scoring.suite.ipynb #6add09ee
 def score_batch(
     model: nn.Module,
     scorer: Scorer,
@@ -159,7 +159,7 @@ def score_batch(
         for name, target, row, sample in zip(ids, targets, rows, samples, strict=True)
     ])  # fmt: skip
 
-# %% ../../nbs/43_scoring.suite.ipynb #be7c971d
+# %% ../../nbs/43_scoring.suite.ipynb #4734fa5e
 @dataclass
 class Candidate:
     "One model to score: its run, the checkpoint's name, and a hash of its weights."
@@ -190,7 +190,7 @@ def decided_by(
     contract = preprocessing_contract(scorer.encoder)["hash"]
     return fingerprint([base, candidate.weights, data.task.fingerprint, data.rule, contract, rows, limit])
 
-# %% ../../nbs/43_scoring.suite.ipynb #74140daa
+# %% ../../nbs/43_scoring.suite.ipynb #9886c8c1
 def scored_places(
     candidate: Candidate,
     data: TestSet,
@@ -221,7 +221,7 @@ def start_predictions(
             part.unlink()
         write_atomically(folder / "decided_by.json", stamp)
 
-# %% ../../nbs/43_scoring.suite.ipynb #f25549cf
+# %% ../../nbs/43_scoring.suite.ipynb #847f13c2
 BATCH_TOKENS = 32 * 1024  # padded, in one forward pass
 
 
@@ -242,7 +242,7 @@ def batches(
     if batch:
         yield batch
 
-# %% ../../nbs/43_scoring.suite.ipynb #c32b61fb
+# %% ../../nbs/43_scoring.suite.ipynb #8eb4e51a
 def score_task(
     candidates: list[Candidate],
     activate: Callable[[Candidate], Any],  # context manager in which the candidate's model is active; yields it
@@ -270,7 +270,7 @@ def score_task(
                     candidate.run.write_predictions(candidate.checkpoint, data.task.name, number, rows)
                     bar.update(len(missing))
 
-# %% ../../nbs/43_scoring.suite.ipynb #f9b93db4
+# %% ../../nbs/43_scoring.suite.ipynb #a07391e8
 BFLOAT16_MARGIN = 0.05  # probability; closer pairs of labels may swap with the batch
 
 
@@ -292,7 +292,7 @@ def self_test(
         if alone.predictions[0] != together.predictions[i] and (best[-1] - best[-2] > (1e-4 if exact else BFLOAT16_MARGIN)):
             raise RunFailure(f"self-test: sample {i} of {data.task.name} is '{alone.predictions[0]}' alone and '{together.predictions[i]}' in a batch; scores can't be trusted with model.attention as set")
 
-# %% ../../nbs/43_scoring.suite.ipynb #babb6c1e
+# %% ../../nbs/43_scoring.suite.ipynb #5cec4160
 def candidates_of(
     run: RunDir,
     steps: list[int] | None = None,  # None: all
@@ -311,7 +311,7 @@ def checked_encoder(
         check_contract(encoder, stored_contract(folder), f"{folder.parent.parent.name}/{folder.name}")
     return encoder
 
-# %% ../../nbs/43_scoring.suite.ipynb #68071cfa
+# %% ../../nbs/43_scoring.suite.ipynb #f658dfd8
 def adapters_loaded(
     config: RunConfig,
     candidates: list[Candidate],
@@ -325,7 +325,7 @@ def adapters_loaded(
             raise RunFailure(f"{candidate.folder}: the adapter changes no output; it is untrained or inactive")
     return model.eval()
 
-# %% ../../nbs/43_scoring.suite.ipynb #982cc656
+# %% ../../nbs/43_scoring.suite.ipynb #e2587c6a
 def score_candidates(
     model: nn.Module,
     candidates: list[Candidate],
@@ -351,7 +351,7 @@ def score_candidates(
         self_test(model, scorer, data)
         score_task(candidates, activate, scorer, data, base)
 
-# %% ../../nbs/43_scoring.suite.ipynb #cb8f41df
+# %% ../../nbs/43_scoring.suite.ipynb #874ce133
 def unfinished(
     candidates: list[Candidate],
     scorer: Scorer,
@@ -368,7 +368,7 @@ def scoring_model(
     "The model's settings for scoring: the label tree's mask needs an attention that takes masks."
     return model.model_copy(update={"attention": "sdpa"}) if model.attention == "flash_attention_2" else model
 
-# %% ../../nbs/43_scoring.suite.ipynb #c6ae57f2
+# %% ../../nbs/43_scoring.suite.ipynb #b7e61b16
 def score_run(
     run: RunDir,
     prepared: Prepared,
@@ -394,7 +394,7 @@ def score_run(
     for candidate in todo:
         score_candidates(load_base(config.model, location=str(candidate.folder)), [candidate], scorer, tests, base, cache_gb)
 
-# %% ../../nbs/43_scoring.suite.ipynb #89b8a217
+# %% ../../nbs/43_scoring.suite.ipynb #8329d623
 def score_untuned(
     run: RunDir,  # named `base` by custom
     prepared: Prepared,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_answers']
 
-# %% ../../nbs/42_scoring.text.ipynb #3b0acc30
+# %% ../../nbs/42_scoring.text.ipynb #ce797a25
 import torch
 from torch import nn
 from transformers import GenerationConfig
@@ -15,7 +15,7 @@ from ..encoding.prompt import Encoder
 from ..model.load import unwrapped
 from ..model.vision_cache import forward_inputs
 
-# %% ../../nbs/42_scoring.text.ipynb #c1ea0c39
+# %% ../../nbs/42_scoring.text.ipynb #e61e1a93
 @torch.no_grad()
 def write_answers(
     model: nn.Module,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_model', 'save_checkpoint', 'last_checkpoint']
 
-# %% ../../nbs/51_training.checkpoints.ipynb #4e1579a2
+# %% ../../nbs/51_training.checkpoints.ipynb #7bb37835
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..encoding.prompt import Encoder, check_contract, preprocessing_contract
 from ..model.load import stored_contract
 from ..rundir import RunDir
 
-# %% ../../nbs/51_training.checkpoints.ipynb #fcc7468e
+# %% ../../nbs/51_training.checkpoints.ipynb #ffbab0eb
 def save_model(
     folder: Path,  # exists
     model: nn.Module,  # PEFT model: the adapter is saved; otherwise all weights, in their own precision
@@ -49,7 +49,7 @@ def save_checkpoint(
         save_state(staging)
     return folder
 
-# %% ../../nbs/51_training.checkpoints.ipynb #d352d7cb
+# %% ../../nbs/51_training.checkpoints.ipynb #027243db
 def last_checkpoint(
     run: RunDir,
     encoder: Encoder,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['predicting', 'token_losses', 'sample_index', 'averaged']
 
-# %% ../../nbs/50_training.loss.ipynb #2774412c
+# %% ../../nbs/50_training.loss.ipynb #5cda813f
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from ..encoding.prompt import IGNORED
 from ..model.vision_cache import forward_inputs
 
-# %% ../../nbs/50_training.loss.ipynb #9351b326
+# %% ../../nbs/50_training.loss.ipynb #e0918f97
 def predicting(
     labels: torch.Tensor,  # int64 [batch, length], IGNORED where no loss is
 ) -> torch.Tensor:  # bool [batch, length]
     "The positions whose logits predict a supervised token."
     return F.pad(labels[:, 1:] != IGNORED, (0, 1))
 
-# %% ../../nbs/50_training.loss.ipynb #90f739a1
+# %% ../../nbs/50_training.loss.ipynb #ee0a6dad
 def token_losses(
     model: nn.Module,
     batch: dict[str, torch.Tensor],  # from `pad` or `pack`, with labels
@@ -32,7 +32,7 @@ def token_losses(
     logits = model(**forward_inputs(model, batch, tower_is_frozen), logits_to_keep=keep, use_cache=False).logits
     return F.cross_entropy(logits.float(), labels.roll(-1, dims=1)[keep], reduction="none")
 
-# %% ../../nbs/50_training.loss.ipynb #5883655c
+# %% ../../nbs/50_training.loss.ipynb #8cf5a233
 def sample_index(
     batch: dict[str, torch.Tensor],
 ) -> torch.Tensor:  # int64 [supervised tokens]

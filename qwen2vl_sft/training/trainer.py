@@ -7,10 +7,10 @@ __all__ = ['Key', 'TrainingOrder', 'encoded', 'pixels', 'sample_lengths', 'sorte
            'LabelTrainer', 'check_finite', 'RunCallback', 'training_arguments', 'check_devices', 'prepared_suite',
            'collator', 'filled_cache', 'build_trainer', 'refuse_another', 'train']
 
-# %% ../../nbs/52_training.trainer.ipynb #01d1cdd6
+# %% ../../nbs/52_training.trainer.ipynb #ce3f724c
 from ..core import InputError, RunFailure, pick_device, project_root, say, seed_everything, write_atomically  # first: it quietens what follows
 
-# %% ../../nbs/52_training.trainer.ipynb #f59c4f71
+# %% ../../nbs/52_training.trainer.ipynb #a96a9835
 import math
 import os
 from collections.abc import Callable
@@ -39,7 +39,7 @@ from ..tasks import load_suite
 from .checkpoints import last_checkpoint, save_checkpoint
 from .loss import averaged, token_losses
 
-# %% ../../nbs/52_training.trainer.ipynb #aa195107
+# %% ../../nbs/52_training.trainer.ipynb #b9eadac5
 Key = tuple[str, int]  # task, row of its train split
 
 
@@ -73,7 +73,7 @@ class TrainingOrder(Dataset):
         features = self.cache.get(self.value(key, "sha256")) if self.cache else None
         return Sample(self.encoded(key), None if features is not None else self.pixels(key), features)
 
-# %% ../../nbs/52_training.trainer.ipynb #9e57132b
+# %% ../../nbs/52_training.trainer.ipynb #a8b8f843
 def encoded(
     data: TrainingOrder,
     key: Key,
@@ -96,7 +96,7 @@ def pixels(
 
 TrainingOrder.encoded, TrainingOrder.pixels = encoded, pixels
 
-# %% ../../nbs/52_training.trainer.ipynb #5676e8ea
+# %% ../../nbs/52_training.trainer.ipynb #f3cb43e9
 def sample_lengths(
     data: TrainingOrder,
     keys: list[Key],
@@ -130,7 +130,7 @@ def shuffle_labels(
 
 TrainingOrder.sample_lengths = sample_lengths
 
-# %% ../../nbs/52_training.trainer.ipynb #4986cbc0
+# %% ../../nbs/52_training.trainer.ipynb #33f07ecc
 @dataclass
 class Setting:
     "What the trainer needs besides model and data."
@@ -140,7 +140,7 @@ class Setting:
     encoder: Encoder
     image_processor: Any
 
-# %% ../../nbs/52_training.trainer.ipynb #bc6629fd
+# %% ../../nbs/52_training.trainer.ipynb #ff299958
 class LabelTrainer(Trainer):
     "The stock Trainer, with the supervised-position loss and whole checkpoints in the run directory."
 
@@ -174,7 +174,7 @@ class LabelTrainer(Trainer):
         self._save_rng_state(str(folder))
         self.state.save_to_json(str(folder / "trainer_state.json"))
 
-# %% ../../nbs/52_training.trainer.ipynb #fa04912e
+# %% ../../nbs/52_training.trainer.ipynb #8d2f8e9b
 def check_finite(
     model: Any,
     step: int,
@@ -184,7 +184,7 @@ def check_finite(
         if weight.requires_grad and not torch.isfinite(weight).all():
             raise RunFailure(f"step {step}: the weight {name} is not finite; lower schedule.learning_rate or max_grad_norm and start a new run")
 
-# %% ../../nbs/52_training.trainer.ipynb #2e11d98e
+# %% ../../nbs/52_training.trainer.ipynb #188edcca
 class RunCallback(TrainerCallback):
     "Saves at the named steps; writes metrics, status and a progress bar."
 
@@ -212,7 +212,7 @@ class RunCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
 
-# %% ../../nbs/52_training.trainer.ipynb #967121b0
+# %% ../../nbs/52_training.trainer.ipynb #3223a157
 def training_arguments(
     config: RunConfig,
     folder: Path,
@@ -243,7 +243,7 @@ def check_devices(
     if pick_device(config.model.device).index not in (None, 0):
         raise InputError(f"model.device={config.model.device}: choose the GPU with CUDA_VISIBLE_DEVICES and write device=cuda")
 
-# %% ../../nbs/52_training.trainer.ipynb #c601bd20
+# %% ../../nbs/52_training.trainer.ipynb #aafe5f07
 def prepared_suite(
     suite_path: Path,
 ) -> Prepared:
@@ -274,7 +274,7 @@ def filled_cache(
     say(f"vision cache: {len(wanted) - fresh - beyond} of {len(wanted)} pictures found, {fresh} computed, {cache.bytes / 1e6:.0f} MB{full}")
     return cache
 
-# %% ../../nbs/52_training.trainer.ipynb #6b8e9b55
+# %% ../../nbs/52_training.trainer.ipynb #17fc7906
 def build_trainer(
     setting: Setting,
     data: TrainingOrder,
@@ -300,7 +300,7 @@ def build_trainer(
         data_collator=collator(setting.encoder, config.schedule.packing), callbacks=[RunCallback(setting, status)],
     )  # fmt: skip
 
-# %% ../../nbs/52_training.trainer.ipynb #d990d629
+# %% ../../nbs/52_training.trainer.ipynb #f183e070
 def refuse_another(
     run: RunDir,
     config: RunConfig,
@@ -316,7 +316,7 @@ def refuse_another(
     if stamp.exists() and stamp.read_text() != data:
         raise InputError(f"{run.path}: the prepared data have changed since this run was started; choose another run name")
 
-# %% ../../nbs/52_training.trainer.ipynb #22e84b0f
+# %% ../../nbs/52_training.trainer.ipynb #a9a676c0
 def train(
     config: RunConfig,
 ) -> RunDir:

@@ -6,7 +6,7 @@
 __all__ = ['FULL_DEMO', 'REDUCED_DEMO', 'UNTRAINED', 'DemoSettings', 'Stage', 'is_prepared', 'is_trained', 'is_scored',
            'is_reported', 'demo_stages', 'demo']
 
-# %% ../../nbs/71_workflow.demo.ipynb #644e893e
+# %% ../../nbs/71_workflow.demo.ipynb #c1f3be86
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from ..rundir import RunDir
 from ..tasks import Suite, load_suite
 from .notebook import prepared_folder, run_notebook, training_config, workbench_file
 
-# %% ../../nbs/71_workflow.demo.ipynb #891fcb77
+# %% ../../nbs/71_workflow.demo.ipynb #2f8d4d7e
 @dataclass(frozen=True)
 class DemoSettings:
     "What the demo runs, and with what changes to the recipes."
@@ -33,7 +33,7 @@ class DemoSettings:
 FULL_DEMO = DemoSettings()
 REDUCED_DEMO = DemoSettings("demo-reduced", training={"steps": 4, "save_at": [2], "overrides": {"log_every": 1}}, scoring={"limit": 8})
 
-# %% ../../nbs/71_workflow.demo.ipynb #c52a931d
+# %% ../../nbs/71_workflow.demo.ipynb #e91b120a
 @dataclass(frozen=True)
 class Stage:
     "One notebook of the demo."
@@ -43,7 +43,7 @@ class Stage:
     parameters: dict[str, Any]
     is_done: Callable[[], bool]
 
-# %% ../../nbs/71_workflow.demo.ipynb #6b7e50f5
+# %% ../../nbs/71_workflow.demo.ipynb #81359b5b
 def is_prepared(
     suite: Suite,
 ) -> bool:
@@ -62,7 +62,7 @@ def is_trained(
     same = run.config_path.is_file() and run.config_path.read_text(encoding="utf-8") == config.to_yaml()
     return same and config.schedule.steps in run.checkpoints()
 
-# %% ../../nbs/71_workflow.demo.ipynb #07763f93
+# %% ../../nbs/71_workflow.demo.ipynb #88db91ee
 UNTRAINED = ("base", "majority", "nearest_neighbour")
 
 
@@ -91,7 +91,7 @@ def is_reported(
     parts = folder.glob("*/predictions/*/*/*.parquet")
     return report.is_file() and all(part.stat().st_mtime <= report.stat().st_mtime for part in parts)
 
-# %% ../../nbs/71_workflow.demo.ipynb #b763dbef
+# %% ../../nbs/71_workflow.demo.ipynb #a5419cec
 def demo_stages(
     settings: DemoSettings = FULL_DEMO,
 ) -> list[Stage]:
@@ -109,7 +109,7 @@ def demo_stages(
     stages.append(Stage(title, "score", {**here, **settings.scoring}, lambda: is_scored(suite, configs, limit)))
     return [*stages, Stage("writing scoreboard, plots and report", "compare", here, lambda: is_reported(folder))]
 
-# %% ../../nbs/71_workflow.demo.ipynb #6c0a1f52
+# %% ../../nbs/71_workflow.demo.ipynb #3cedcfc6
 def demo(
     reduced: bool = False,  # a few steps and samples: shows that everything works
     settings: DemoSettings | None = None,  # recipes and changes of your own

@@ -8,7 +8,7 @@ __all__ = ['SHORT_NAMES', 'SCORING_PARAMETERS', 'PLANS', 'OFFLINE_PAGE', 'workbe
            'plan_prepare', 'plan_score', 'plan_compare', 'plan_notebook', 'kernel_environment', 'kernel_manager_class',
            'execute', 'terminate_as_interrupt', 'write_html', 'mark_unfinished', 'settle_status', 'run_notebook']
 
-# %% ../../nbs/70_workflow.notebook.ipynb #ee8b813b
+# %% ../../nbs/70_workflow.notebook.ipynb #6850574d
 import ast
 import json
 import os
@@ -41,7 +41,7 @@ from ..core import InputError, RunFailure, did_you_mean, project_root, say, writ
 from ..rundir import RunDir, write_status
 from ..tasks import load_suite
 
-# %% ../../nbs/70_workflow.notebook.ipynb #68b6f63a
+# %% ../../nbs/70_workflow.notebook.ipynb #94b628eb
 def workbench_file(
     name: str | Path,  # such as "recipes/demo-mix.yaml"; an absolute path stands for itself
 ) -> Path:
@@ -54,7 +54,7 @@ def workbench_file(
             return place.resolve()
     raise InputError(f"{name}: no such file in {project_root()}; it may also be given as an absolute path")
 
-# %% ../../nbs/70_workflow.notebook.ipynb #1aee2ff2
+# %% ../../nbs/70_workflow.notebook.ipynb #d6d20597
 def notebook_parameters(
     path: Path | str,  # a notebook
 ) -> dict[str, Any]:  # name -> default, in the order of the cell
@@ -69,7 +69,7 @@ def notebook_parameters(
     except (SyntaxError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: the parameters cell may only assign literals, `name = value`") from error
 
-# %% ../../nbs/70_workflow.notebook.ipynb #6bdc921a
+# %% ../../nbs/70_workflow.notebook.ipynb #432c7137
 def check_names(
     path: Path,  # the notebook
     given: dict[str, Any],
@@ -85,7 +85,7 @@ def check_names(
                 near = f" It has: {', '.join(known)}"
         raise InputError(f"{path.name} has no parameter '{name}'.{near}")
 
-# %% ../../nbs/70_workflow.notebook.ipynb #1208f314
+# %% ../../nbs/70_workflow.notebook.ipynb #90531dfa
 SHORT_NAMES = {"method": "method.name", "mixture": "mixture.name"}  # parameter -> setting
 
 
@@ -114,7 +114,7 @@ def training_config(
         config.suite = str(workbench_file(config.suite))
     return config
 
-# %% ../../nbs/70_workflow.notebook.ipynb #456be290
+# %% ../../nbs/70_workflow.notebook.ipynb #bc6aba14
 def scoring_config(
     **parameters: Any,  # rule, split, batch, limit, ...; None keeps the default
 ) -> ScoringConfig:
@@ -125,7 +125,7 @@ def scoring_config(
     except ValidationError as error:
         raise InputError(f"scoring: {explain(error, chosen, ScoringConfig)}") from error
 
-# %% ../../nbs/70_workflow.notebook.ipynb #8f24da4d
+# %% ../../nbs/70_workflow.notebook.ipynb #e5864a7d
 @dataclass
 class Plan:
     "How a notebook will be run."
@@ -157,7 +157,7 @@ def plan_train(parameters: dict[str, Any]) -> Plan:
     load_suite(workbench_file(config.suite))
     return Plan(typed, run.path, "notebook", [run])
 
-# %% ../../nbs/70_workflow.notebook.ipynb #9eb5f42b
+# %% ../../nbs/70_workflow.notebook.ipynb #e7386ee1
 def experiment_folder(
     experiment: str | Path,  # a name under runs/, or a folder
 ) -> Path:
@@ -176,7 +176,7 @@ def prepared_folder(
     "Where the prepared data of a suite lies."
     return project_root() / "prepared" / suite
 
-# %% ../../nbs/70_workflow.notebook.ipynb #64ed4894
+# %% ../../nbs/70_workflow.notebook.ipynb #924a809e
 SCORING_PARAMETERS = ("rule", "split", "batch", "limit")
 
 
@@ -199,7 +199,7 @@ def plan_compare(parameters: dict[str, Any]) -> Plan:
 
 PLANS = {"prepare": plan_prepare, "train": plan_train, "score": plan_score, "compare": plan_compare}
 
-# %% ../../nbs/70_workflow.notebook.ipynb #ad8ebd57
+# %% ../../nbs/70_workflow.notebook.ipynb #a40ac859
 def plan_notebook(
     path: Path,  # the notebook
     parameters: dict[str, Any],  # what the caller wants changed
@@ -216,7 +216,7 @@ def plan_notebook(
     folder = planned.folder if output is None else Path(output)
     return Plan({name: planned.parameters[name] for name in parameters}, folder, planned.stem, planned.runs)
 
-# %% ../../nbs/70_workflow.notebook.ipynb #fa903f20
+# %% ../../nbs/70_workflow.notebook.ipynb #ca8e85a2
 def kernel_environment() -> dict[str, str]:
     "Environment variables for the kernel, beyond those it inherits."
     columns = max(40, shutil.get_terminal_size((100, 24)).columns - 1)
@@ -246,7 +246,7 @@ def kernel_manager_class(
 
     return ThisInterpreter
 
-# %% ../../nbs/70_workflow.notebook.ipynb #24540ebc
+# %% ../../nbs/70_workflow.notebook.ipynb #09f27204
 def execute(
     source: Path,  # the notebook
     target: Path,  # the executed notebook, written as cells finish
@@ -270,7 +270,7 @@ def execute(
                 raise
             say(f"the kernel didn't start; trying again ({attempt} of {attempts - 1})")
 
-# %% ../../nbs/70_workflow.notebook.ipynb #126edb29
+# %% ../../nbs/70_workflow.notebook.ipynb #ccca5e48
 @contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
     "Inside the block SIGTERM raises `KeyboardInterrupt` (in the main thread; elsewhere nothing changes)."
@@ -287,7 +287,7 @@ def terminate_as_interrupt() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
 
-# %% ../../nbs/70_workflow.notebook.ipynb #5d6785d7
+# %% ../../nbs/70_workflow.notebook.ipynb #47090e51
 OFFLINE_PAGE = """{% extends 'lab/index.html.j2' %}
 {% block html_head_js %}{% endblock %}
 {% block jupyter_widgets %}{% endblock %}
@@ -311,7 +311,7 @@ def write_html(
     page, _ = exporter.from_notebook_node(content, {"metadata": {"name": notebook.stem}})
     return write_atomically(notebook.with_suffix(".html"), page)
 
-# %% ../../nbs/70_workflow.notebook.ipynb #2f0bcc6c
+# %% ../../nbs/70_workflow.notebook.ipynb #f906e2b8
 def mark_unfinished(
     notebook: Path,  # an executed notebook
     message: str,  # why it ended
@@ -330,7 +330,7 @@ def mark_unfinished(
     content.cells.insert(0, note)
     write_atomically(notebook, nbformat.writes(content))
 
-# %% ../../nbs/70_workflow.notebook.ipynb #eab73827
+# %% ../../nbs/70_workflow.notebook.ipynb #ebf4c062
 def settle_status(
     runs: list[RunDir],
     started: float,  # seconds since the epoch; a run not touched since is left alone
@@ -345,7 +345,7 @@ def settle_status(
             status.state, status.message = state, message
             write_status(run, status)
 
-# %% ../../nbs/70_workflow.notebook.ipynb #de40545a
+# %% ../../nbs/70_workflow.notebook.ipynb #6226b239
 def _as_own_error(error: BaseException, target: Path) -> BaseException:
     "What the caller should see instead of papermill's and nbclient's exceptions."
     if isinstance(error, (KeyboardInterrupt, InputError)):
@@ -371,7 +371,7 @@ def _settled(error: BaseException, plan: Plan, target: Path, started: float) -> 
         mark_unfinished(target, message)
     return own
 
-# %% ../../nbs/70_workflow.notebook.ipynb #732492af
+# %% ../../nbs/70_workflow.notebook.ipynb #912ba4e2
 def run_notebook(
     name: str | Path,  # "prepare", "train", "score", "compare", or a notebook's path
     parameters: dict[str, Any] | None = None,  # values for its parameters cell

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'run_line', 'list_runs', 'runs_text']
 
-# %% ../../nbs/72_workflow.runs.ipynb #bada7993
+# %% ../../nbs/72_workflow.runs.ipynb #0eff677a
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..core import project_root
 from ..rundir import RunDir
 from .notebook import experiment_folder
 
-# %% ../../nbs/72_workflow.runs.ipynb #14e323d3
+# %% ../../nbs/72_workflow.runs.ipynb #7483ab3a
 COLUMNS = ["experiment", "run", "state", "stage", "method", "step", "steps", "checkpoints", "loss", "minutes", "message"]
 
 
@@ -44,7 +44,7 @@ def run_line(
         "loss": last.get("loss"), "minutes": round((status.heartbeat - status.started) / 60, 1), "message": status.message,
     }
 
-# %% ../../nbs/72_workflow.runs.ipynb #ed27f3b6
+# %% ../../nbs/72_workflow.runs.ipynb #51e2a27b
 def list_runs(
     experiment: str | Path | None = None,  # a name under runs/ or a folder; None: every experiment of the project
 ) -> pd.DataFrame:  # COLUMNS, by experiment and run
@@ -54,7 +54,7 @@ def list_runs(
     lines = [run_line(RunDir(path)) for path in sorted(files)]
     return pd.DataFrame(lines, columns=COLUMNS).astype({"step": "Int64", "steps": "Int64"})
 
-# %% ../../nbs/72_workflow.runs.ipynb #48902bdf
+# %% ../../nbs/72_workflow.runs.ipynb #ebfa1ea3
 def runs_text(
     table: pd.DataFrame,  # from list_runs
 ) -> str:
