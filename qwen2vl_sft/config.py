@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OTHER_NAMES', 'Settings', 'explain', 'ModelConfig', 'PreprocessingConfig', 'MethodConfig', 'MixtureConfig',
            'ScheduleConfig', 'ScoringConfig', 'RunConfig', 'settings_paths', 'setting_path', 'parse_overrides',
-           'validated', 'with_overrides', 'load_recipe']
+           'validated', 'with_overrides', 'read_yaml', 'load_recipe']
 
 # %% ../nbs/01_config.ipynb #f85d09a0
 from collections.abc import Iterator
@@ -278,19 +278,28 @@ def with_overrides(
         place[last] = value
     return validated(content, "overrides")
 
-# %% ../nbs/01_config.ipynb #5e7444ac
+# %% ../nbs/01_config.ipynb #8b673246
+def read_yaml(
+    path: Path,
+    shape: str,  # what the file should be, for the error: "a recipe is a mapping of settings"
+) -> dict[str, Any]:
+    "The mapping in a YAML file. Raises `InputError` that names the file if it is missing, unreadable or no mapping."
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error.strerror}; {shape}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: {shape}")
+    return content
+
+# %% ../nbs/01_config.ipynb #818c2473
 def load_recipe(
     path: Path | str,  # a YAML file; a relative path is tried from here, then from the project root
     overrides: dict[str, Any] | list[str] | None = None,
 ) -> RunConfig:
     "Read a recipe, apply overrides, validate. Raises `InputError` that names file and setting."
     path = next((p for p in (Path(path), project_root() / path) if p.exists()), Path(path))
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such recipe") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: a recipe is a mapping of settings")
+    content = read_yaml(path, "a recipe is a mapping of settings")
     return with_overrides(validated(content, str(path)), overrides)

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['SPLITS', 'Task', 'Suite', 'load_suite']
 
-# %% ../nbs/02_tasks.ipynb #e1c95632
+# %% ../nbs/02_tasks.ipynb #82b97a67
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from .config import Settings, explain
+from .config import Settings, explain, read_yaml
 from .core import InputError, did_you_mean, fingerprint
 
 # %% ../nbs/02_tasks.ipynb #a1af42ae
@@ -107,20 +106,13 @@ class Suite(Settings):
         rows = [f"| {t.name} | {t.question} | {', '.join(t.labels) if t.is_closed else '*text*'} |" for t in self.tasks]
         return "\n".join([f"**{self.name}**: {len(self.tasks)} tasks", "", "| task | question | labels |", "|---|---|---|", *rows])
 
-# %% ../nbs/02_tasks.ipynb #6205aba0
+# %% ../nbs/02_tasks.ipynb #99edf3db
 def load_suite(
     path: Path | str,  # a YAML file
 ) -> Suite:
     "Read and validate a suite file. Raises `InputError` that names the file, the task and the remedy."
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such suite file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: a suite is a mapping with `name` and `tasks`")
+    content = read_yaml(path, "a suite is a mapping with `name` and `tasks`")
     try:
         return Suite(**content, folder=path.resolve().parent)
     except ValidationError as error:

@@ -94,7 +94,7 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_correctness.py::test_5_4_packed_loss_and_gradients_equal_separate_stock_forwards',),
     ),
     Mutation(
-        '5.5', 'lengths are not checked', 'qwen2vl_sft/training/trainer.py',
+        '5.5', 'lengths are not checked', 'qwen2vl_sft/training/order.py',
         'if length > max_tokens]:',
         'if length > 10**9]:',
         ('tests/test_correctness.py::test_5_5_a_sample_that_cannot_fit_is_named_before_any_weight_loads',),

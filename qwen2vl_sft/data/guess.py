@@ -376,7 +376,7 @@ def with_root(source: dict, home: Path) -> dict:
         return source
     return source | {"root": os.path.relpath(best, home)}
 
-# %% ../../nbs/28_data.guess.ipynb #97356892
+# %% ../../nbs/28_data.guess.ipynb #5b0987cc
 @dataclass
 class Reading:
     "What the rows of an origin say."
@@ -388,6 +388,7 @@ class Reading:
     samples: list[Row] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
+        "Count one row: its question, its answer, or why it can't be used."
         question = (row.question or "").strip() or None
         self.notes.update(note.partition(": ")[0] for note in row.notes)
         if row.reason:

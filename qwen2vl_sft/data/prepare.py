@@ -60,7 +60,7 @@ def stored_row(record: Checked, content: bytes) -> dict:
     row = {name: getattr(record, name) for name in COLUMNS if name != "image"}
     return row | {"image": {"bytes": content, "path": record.name}}
 
-# %% ../../nbs/23_data.prepare.ipynb #e76de726
+# %% ../../nbs/23_data.prepare.ipynb #bea788b9
 GROUP_ROWS, GROUP_BYTES, SHARD_BYTES = 128, 1_000_000, 500_000_000
 LEAVES = [name for name in COLUMNS if name != "image"] + ["image.path"]
 STORAGE = {  # image files are compressed already
@@ -84,6 +84,7 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
+        "Write the rows at hand as a row group; close the shard if it is full."
         if self.writer is None:
             path = self.folder / f"{self.split}-{self.shards:05}.parquet"
             self.writer = pq.ParquetWriter(path, SCHEMA, **STORAGE)
