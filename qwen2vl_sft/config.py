@@ -109,7 +109,7 @@ class MixtureConfig(Settings):
     balance_labels: bool = Field(False, description="within a closed task, each label equally often")
     replacement: bool = Field(False, description="draw each sample anew, instead of each row once before any comes again")
 
-# %% ../nbs/01_config.ipynb #74565691
+# %% ../nbs/01_config.ipynb #1815a4d9
 class ScheduleConfig(Settings):
     "Steps, batches and the optimiser."
 
@@ -133,6 +133,11 @@ class ScheduleConfig(Settings):
     pixel_cache_gb: float = Field(0.0, ge=0, description="size limit of resized pictures kept on disk; 0: none. Useful where the tower trains and decoding is slow")
     activation_checkpointing: bool = Field(False, description="recompute the language model's activations: less memory, more time")
     shuffle_labels: bool = Field(False, description="train on labels permuted within each task: a control that must stay at chance")
+    validate_every: int = Field(0, ge=0, description="optimiser steps between two validations; then each checkpoint is validated too. 0: none")
+    validation_samples: int = Field(200, ge=1, description="random rows of each task's validation split, the same each time")
+    early_stopping_patience: int = Field(0, ge=0, description="stop after this many validations in a row without a better mean; 0: never")
+    keep_best: Literal["named", "overall", "task"] = Field("overall", description="checkpoints kept besides save_at: none, the one of the best validation mean, or also each task's best")
+    tensorboard: bool | None = Field(None, description="event files in the run directory; None: where tensorboard is installed")
     log_every: int = Field(10, ge=1)
     workers: int = Field(0, ge=0, description="processes that decode images")
     seed: int = 0
@@ -148,6 +153,8 @@ class ScheduleConfig(Settings):
             raise ValueError(f"save_at names step {beyond[0]}, but the run has steps 1 to {self.steps}")
         if 1 in self.save_at and round(self.warmup_ratio * self.steps):
             raise ValueError("save_at names step 1, but warm-up starts at learning rate 0, so step 1 changes nothing; name a later step")
+        if self.early_stopping_patience and not self.validate_every:
+            raise ValueError("early_stopping_patience needs validations; set validate_every")
         return self
 
 # %% ../nbs/01_config.ipynb #db112bda
@@ -161,7 +168,7 @@ class ScoringConfig(Settings):
     max_new_tokens: int = Field(48, ge=1, description="for free answers")
     sample_seed: int = Field(0, description="chooses the rows where `limit` is set")
 
-# %% ../nbs/01_config.ipynb #3269aa1b
+# %% ../nbs/01_config.ipynb #11f05cb8
 class RunConfig(Settings):
     "The complete configuration of a training run."
 
@@ -198,7 +205,10 @@ class RunConfig(Settings):
     def fingerprint(self) -> str:
         "Changes when what is trained could change; names of experiment and run, workers and scoring don't count."
         content = self.model_dump(mode="json", exclude={"experiment", "run", "scoring"})
-        return fingerprint({**content, "schedule": {k: v for k, v in content["schedule"].items() if k not in ("workers", "log_every", "vision_cache", "vision_cache_gb", "pixel_cache_gb")}})
+        left_out = {"workers", "log_every", "vision_cache", "vision_cache_gb", "pixel_cache_gb", "tensorboard", "keep_best"}
+        if not self.schedule.early_stopping_patience:  # validation alone changes nothing
+            left_out |= {"validate_every", "validation_samples", "early_stopping_patience"}
+        return fingerprint({**content, "schedule": {k: v for k, v in content["schedule"].items() if k not in left_out}})
 
 # %% ../nbs/01_config.ipynb #532ca6ea
 OTHER_NAMES = {  # what other trainers call a setting -> its name here
