@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from lab import CHROMIUM, Lab, jupyterlab
 from nbclient import NotebookClient
 from notebooks import ROOT
 
@@ -37,13 +38,32 @@ def checkout(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def opened(checkout):
-    "The four notebooks run top to bottom as JupyterLab runs them: in their own folder, parameters as they stand."
+def opened(checkout, tmp_path_factory):
+    "The four notebooks run top to bottom where they lie, parameters as they stand: in JupyterLab if there is a browser."
+    names = [f"nbs/runs/{name}.ipynb" for name in ("prepare", "train", "score", "compare")]
+    if CHROMIUM:
+        return in_jupyterlab(names, checkout, tmp_path_factory.mktemp("jupyter"))
     executed = {}
-    for name in ("prepare", "train", "score", "compare"):
-        notebook = nbformat.read(checkout / f"nbs/runs/{name}.ipynb", as_version=4)
+    for name in names:
+        notebook = nbformat.read(checkout / name, as_version=4)
         client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(checkout / "nbs/runs")}})
-        executed[name] = client.execute()
+        executed[Path(name).stem] = client.execute()
+    return executed
+
+
+def in_jupyterlab(names: list[str], checkout: Path, home: Path) -> dict:
+    "Open each in JupyterLab and click Run All Cells; no error may show. Pictures of the pages stay in `home`."
+    sync = pytest.importorskip("playwright.sync_api", reason="lacks playwright")
+    executed = {}
+    with sync.sync_playwright() as playwright, jupyterlab(checkout, home) as address:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        lab = Lab(chromium, address, checkout)
+        for name in names:
+            executed[Path(name).stem] = lab.run_all(name)
+            lab.page.screenshot(path=home / f"{Path(name).stem}.png")
+            assert not lab.errors(), lab.errors()
+        executed["table on the page"] = lab.page.locator(".jp-RenderedHTMLCommon table").last.inner_text()
+        chromium.close()
     return executed
 
 
@@ -62,6 +82,16 @@ def test_notebooks_run_top_to_bottom_where_they_lie(opened, checkout):
     assert "mix(2)" in outputs(opened["compare"]) and (checkout / "runs/demo/report.html").exists()
     assert "learning_rate" in outputs(opened["train"]) and "scored" in outputs(opened["score"])
     assert not (checkout / "nbs/runs/runs").exists() and not (checkout / "nbs/runs/prepared").exists()
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason="lacks chromium (apt-get install chromium)")
+def test_jupyterlab_ran_every_cell_and_shows_the_scoreboard(opened):
+    for name in ("prepare", "train", "score", "compare"):
+        cells = [cell for cell in opened[name].cells if cell.cell_type == "code"]
+        assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), name
+        assert not [out for cell in cells for out in cell.outputs if out.output_type == "error"], name
+    assert "mix(2)" in opened["table on the page"]
 
 
 def test_every_way_gives_the_same_run(opened, checkout):
