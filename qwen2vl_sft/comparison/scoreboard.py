@@ -77,11 +77,12 @@ def cell(
         "note": "",
     }
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #3de4e6c7
+# %% ../../nbs/61_comparison.scoreboard.ipynb #23a03218
 BADGES = {  # name: letter, meaning
     "collapsed": ("c", "(nearly) every answer is one label; in imported rows: no training step moves the score"),
     "refused": ("r", "some samples refused"),
     "off-list": ("o", "some answers are not labels of the task"),
+    "cannot infer": ("i", "some answers say that the picture does not tell"),
     "unparseable": ("u", "some answers can't be read as one label"),
     "error": ("e", "some samples failed for technical reasons"),
     "partial": ("p", "fewer samples scored than in other rows"),
@@ -95,7 +96,7 @@ def cell_badges(
 ) -> list[str]:
     "The badges of a cell; an outcome shows from 1 % of the samples on."
     n = max(1, one["n"])
-    counted = {"refused": one["refused"], "off-list": one["off_list"], "unparseable": one["unparseable"], "error": one["error"]}
+    counted = {"refused": one["refused"], "off-list": one["off_list"], "cannot infer": one["cannot_infer"], "unparseable": one["unparseable"], "error": one["error"]}
     flags = {name: count >= 0.01 * n for name, count in counted.items() if count}
     flags |= {"refused": flags.get("refused") or bool(one["note"]), "collapsed": bool(one["collapsed"])}
     flags |= {"partial": one["partial"], "other rule": one["other_rule"], "chosen on test": one["chosen_on_test"]}
@@ -634,7 +635,7 @@ def paired_findings(board: Scoreboard, row: str, other: str) -> list[Finding]:
         found.append(Finding("different rules", f"On {mixed} tasks {row} and {other} were scored by different rules; score {row} by the free rule too, to compare like with like."))
     return found
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #7cc080e2
+# %% ../../nbs/61_comparison.scoreboard.ipynb #18c31ad4
 def collapse_findings(board: Scoreboard) -> list[Finding]:
     "Tasks on which rows gave one label whatever the image; from accuracies alone it is only a suspicion."
     found = []
@@ -650,8 +651,8 @@ def collapse_findings(board: Scoreboard) -> list[Finding]:
 
 def outcome_findings(board: Scoreboard) -> list[Finding]:
     "Rows that refused, left the label list, wrote what can't be read, or failed, with the counts."
-    columns = {"refused": "refused", "off-list": "off_list", "unparseable": "unparseable", "error": "error"}
-    verbs = {"refused": "gave no answer on", "off-list": "answered off the list on", "unparseable": "was unreadable on", "error": "failed on"}
+    columns = {"refused": "refused", "off-list": "off_list", "cannot infer": "cannot_infer", "unparseable": "unparseable", "error": "error"}
+    verbs = {"refused": "gave no answer on", "off-list": "answered off the list on", "cannot infer": "could not infer an answer on", "unparseable": "was unreadable on", "error": "failed on"}
     found = []
     for badge, column in columns.items():
         flagged = board.cells[[badge in badges for badges in board.cells["badges"]]]

@@ -13,8 +13,8 @@ import pandas as pd
 
 from ..tasks import Task
 
-# %% ../../nbs/40_scoring.metrics.ipynb #ab8e2c3a
-OUTCOMES = ("correct", "wrong", "off_list", "refused", "unparseable", "error")
+# %% ../../nbs/40_scoring.metrics.ipynb #c60163bd
+OUTCOMES = ("correct", "wrong", "off_list", "refused", "cannot_infer", "unparseable", "error")
 ANSWERED = ("correct", "wrong")  # the model gave an answer that the task allows
 
 # %% ../../nbs/40_scoring.metrics.ipynb #214caa27
