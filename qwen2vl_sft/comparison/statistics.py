@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Interval', 'wilson', 'PairedTest', 'mcnemar', 'holm', 'smallest_difference', 'cluster_kinds', 'bootstrap_mean',
-           'collapse', 'repeated_scores']
+           'repeated_scores']
 
 # %% ../../nbs/60_comparison.statistics.ipynb #cc1789d4
 from collections import Counter
@@ -132,21 +132,8 @@ def bootstrap_mean(
     tail = (1 - confidence) / 2
     return Interval(*(float(x) for x in np.quantile(np.mean(means, axis=0), [tail, 1 - tail])))
 
-# %% ../../nbs/60_comparison.statistics.ipynb #b6e6d12c
-def collapse(
-    predictions: Sequence[str | None],  # one a sample; None where there was no usable answer
-    targets: Sequence[str],
-    exceptions: float = 0.05,  # largest share of answers that may differ from the favourite one
-) -> str | None:  # the label that (nearly) every answer is, or None if the answers vary
-    "The one label that a model gives whatever the image, if it does."
-    answered = [(p, t) for p, t in zip(predictions, targets, strict=True) if isinstance(p, str)]
-    if len(answered) < 10:
-        return None
-    favourite, given = Counter(p for p, _ in answered).most_common(1)[0]
-    deviating = len(answered) - given
-    mixed = len(answered) - Counter(t for _, t in answered).most_common(1)[0][1]
-    collapsed = deviating <= exceptions * len(answered) and mixed >= max(5, 4 * deviating)
-    return favourite if collapsed else None
+# %% ../../nbs/60_comparison.statistics.ipynb #ac1293a4
+from ..scoring.metrics import collapse
 
 # %% ../../nbs/60_comparison.statistics.ipynb #59446369
 def repeated_scores(
