@@ -247,8 +247,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                                          'qwen2vl_sft/comparison/statistics.py'),
                                                    'qwen2vl_sft.comparison.statistics.cluster_kinds': ( 'comparison.statistics.html#cluster_kinds',
                                                                                                         'qwen2vl_sft/comparison/statistics.py'),
-                                                   'qwen2vl_sft.comparison.statistics.collapse': ( 'comparison.statistics.html#collapse',
-                                                                                                   'qwen2vl_sft/comparison/statistics.py'),
                                                    'qwen2vl_sft.comparison.statistics.holm': ( 'comparison.statistics.html#holm',
                                                                                                'qwen2vl_sft/comparison/statistics.py'),
                                                    'qwen2vl_sft.comparison.statistics.mcnemar': ( 'comparison.statistics.html#mcnemar',
