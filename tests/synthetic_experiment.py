@@ -76,7 +76,7 @@ def predictions(plan: Plan, row: str, task: str, truth: list[str], difficulty: n
     return pd.DataFrame({
         "id": [f"{task}-{i:04d}" for i in range(n)], "target": truth,
         "prediction": [None if r else a for a, r in zip(answer, refused, strict=True)],
-        "rule": "closed" if closed else "free", "outcome": outcome,
+        "rule": "closed" if closed else "free", "split": "test", "outcome": outcome,
         "reason": ["content policy" if r else None for r in refused], "text": answer,
         "probabilities": [json.dumps({a: 0.8}, ensure_ascii=False) if closed else None for a in answer],
         "in_set_mass": 0.9 if closed else np.nan, "seconds": 0.01, "tokens_in": 80, "tokens_out": 2, "cost": 0.0,

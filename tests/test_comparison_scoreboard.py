@@ -305,7 +305,7 @@ def test_predictions_out_of_contract_are_named(tmp_path, change, message):
     folder = build_experiment(tmp_path, Plan(samples=12, labels={"face": LABELS["face"]}))
     run = RunDir(folder / "mix")
     run.write_predictions("step-100", "face", 1, change(run.predictions("step-100", "face")))
-    (run.predictions_folder("step-100", "face") / "part-00000.parquet").unlink()
+    (run.predictions_folder("step-100", "face") / "part-test-closed-00000.parquet").unlink()
     with pytest.raises(InputError, match=message) as error:
         Scoreboard.from_experiment(folder)
     assert "step-100/face" in str(error.value)
@@ -313,7 +313,7 @@ def test_predictions_out_of_contract_are_named(tmp_path, change, message):
 
 def test_a_truncated_part_file_is_named(tmp_path):
     folder = build_experiment(tmp_path, Plan(samples=12, labels={"face": LABELS["face"]}))
-    part = folder / "mix/predictions/step-100/face/part-00001.parquet"
+    part = folder / "mix/predictions/step-100/face/part-test-closed-00001.parquet"
     part.write_bytes(part.read_bytes()[:100])
     with pytest.raises(InputError, match="step-100/face: unreadable predictions"):
         Scoreboard.from_experiment(folder)
@@ -328,7 +328,7 @@ def test_a_sample_scored_twice_counts_once(tmp_path):
 
 def test_partly_scored_rows_are_badged_and_never_best(tmp_path):
     folder = build_experiment(tmp_path, Plan(samples=40, labels={"face": LABELS["face"]}, skills={"mix(300)": 0.99}))
-    (folder / "mix/predictions/step-300/face/part-00001.parquet").unlink()
+    (folder / "mix/predictions/step-300/face/part-test-closed-00001.parquet").unlink()
     board = Scoreboard.from_experiment(folder)
     one = board.cells[board.cells["row"] == "mix(300)"].iloc[0]
     assert one["n"] == 20 and "partial" in one["badges"] and best_row(board) != "mix(300)"

@@ -162,7 +162,7 @@ def groups_of(
     table = pd.concat([pd.read_parquet(part, columns=["id", "group"]) for part in parts])
     return dict(zip(table["id"], table["group"], strict=True))
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #bf3abce4
+# %% ../../nbs/61_comparison.scoreboard.ipynb #cb2fd612
 def read_run(
     run: RunDir,
     prepared: Path,
@@ -175,7 +175,7 @@ def read_run(
                 continue
             where = str(run.predictions_folder(checkpoint, task))
             try:
-                table = run.predictions(checkpoint, task)
+                table = pd.concat([run.predictions(checkpoint, task, rule) for rule in run.rules(checkpoint, task)], ignore_index=True)
             except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
                 raise InputError(f"{where}: unreadable predictions ({error}); delete the folder and score again") from error
             table = pd.concat([checked(part, where) for _, part in table.groupby("rule", sort=False)] or [checked(table, where)])
@@ -208,7 +208,7 @@ def prepared_folder(
         return root / "prepared" / str(name)
     return root / "prepared"
 
-# %% ../../nbs/61_comparison.scoreboard.ipynb #288ea6fe
+# %% ../../nbs/61_comparison.scoreboard.ipynb #c3a3d90a
 def experiment_samples(
     folder: Path,  # runs/<experiment>
     prepared: Path | None = None,  # prepared/<suite>; None: found from the runs' configs
@@ -217,7 +217,7 @@ def experiment_samples(
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such experiment; `qwen2vl-sft runs` lists what there is")
-    runs = [RunDir(path) for path in sorted(folder.iterdir()) if path.is_dir() and any(path.glob("predictions/*/*/part-*.parquet"))]
+    runs = [RunDir(path) for path in sorted(folder.iterdir()) if path.is_dir() and any(path.glob("predictions/*/*/part-test-*.parquet"))]
     if not runs:
         raise InputError(f"{folder}: no run in it has predictions; score its checkpoints first (`qwen2vl-sft score`)")
     age = lambda run: run.config_path.stat().st_mtime if run.config_path.exists() else 0.0

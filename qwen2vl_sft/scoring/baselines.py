@@ -6,7 +6,7 @@
 __all__ = ['PIXELS', 'BASELINES', 'majority_answers', 'thumbnail_pixels', 'nearest_neighbour_answers', 'baseline_predictions',
            'score_baselines']
 
-# %% ../../nbs/44_scoring.baselines.ipynb #30b1a579
+# %% ../../nbs/44_scoring.baselines.ipynb #78e02113
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from ..config import ScoringConfig
-from ..core import fingerprint, say, write_atomically
+from ..core import fingerprint, say
 from ..data.prepare import Prepared, Rows
 from ..encoding.images import open_image
 from ..rundir import RunDir
@@ -57,7 +57,7 @@ def nearest_neighbour_answers(
 
 BASELINES: dict[str, Callable[[Rows, TestSet], list[str]]] = {"majority": majority_answers, "nearest_neighbour": nearest_neighbour_answers}
 
-# %% ../../nbs/44_scoring.baselines.ipynb #d1569da7
+# %% ../../nbs/44_scoring.baselines.ipynb #ac378bb7
 def baseline_predictions(
     name: str,  # a key of BASELINES
     prepared: Prepared,
@@ -70,17 +70,17 @@ def baseline_predictions(
     table = pd.DataFrame([{**vars(one), "text": answer} for one, answer in zip(judged, answers, strict=True)])
     seconds = (time.perf_counter() - started) / len(data)
     return table.assign(
-        id=data.column("id"), target=data.column("label"), rule=data.rule, probabilities=None, in_set_mass=None,
+        id=data.column("id"), target=data.column("label"), rule=data.rule, split=data.split, probabilities=None, in_set_mass=None,
         seconds=seconds, tokens_in=0, tokens_out=0, cost=0.0,
     )  # fmt: skip
 
 
 def _score_baseline(run: RunDir, prepared: Prepared, data: TestSet) -> None:
-    stamp = run.predictions_folder(run.name, data.task.name) / "decided_by.txt"
     decided = fingerprint([prepared.audit.get("fingerprint"), data.rule, data.column("id")])
-    if not (stamp.exists() and stamp.read_text() == decided and run.predictions(run.name, data.task.name) is not None):
+    where = (run.name, data.task.name, data.rule)
+    if run.decided(*where, data.split) != decided or run.predictions(*where, data.split) is None:
+        run.note_decided(*where, decided, data.split)
         run.write_predictions(run.name, data.task.name, 0, baseline_predictions(run.name, prepared, data))
-        write_atomically(stamp, decided)
 
 
 def score_baselines(

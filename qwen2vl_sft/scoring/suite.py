@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BATCH_TOKENS', 'BFLOAT16_MARGIN', 'TestSet', 'test_set', 'Scorer', 'closed_rows', 'free_rows', 'score_batch',
-           'Candidate', 'weights_hash', 'decided_by', 'scored_places', 'start_predictions', 'batches', 'score_task',
-           'self_test', 'candidates_of', 'checked_encoder', 'adapters_loaded', 'score_candidates', 'unfinished',
-           'scoring_model', 'score_run', 'score_untuned']
+           'Candidate', 'weights_hash', 'decided_by', 'scored_places', 'batches', 'score_task', 'self_test',
+           'candidates_of', 'checked_encoder', 'adapters_loaded', 'score_candidates', 'unfinished', 'scoring_model',
+           'score_run', 'score_untuned']
 
-# %% ../../nbs/43_scoring.suite.ipynb #3a1c8148
+# %% ../../nbs/43_scoring.suite.ipynb #5ccdbe15
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..config import ModelConfig, PreprocessingConfig, RunConfig, ScoringConfig, validated
-from ..core import InputError, RunFailure, fingerprint, project_root, say, sha256_of, write_atomically
+from ..core import InputError, RunFailure, fingerprint, project_root, say, sha256_of
 from ..data.prepare import Prepared, Rows
 from ..encoding.batch import Sample
 from ..encoding.images import open_image
@@ -139,7 +139,7 @@ def free_rows(
         for one, text, count in zip(judged, texts, counts, strict=True)
     ]
 
-# %% ../../nbs/43_scoring.suite.ipynb #6add09ee
+# %% ../../nbs/43_scoring.suite.ipynb #60bf8e7f
 def score_batch(
     model: nn.Module,
     scorer: Scorer,
@@ -155,7 +155,7 @@ def score_batch(
     rows = closed_rows(model, scorer, samples, targets, data.task, tree) if tree else free_rows(model, scorer, samples, targets, data.task)
     seconds = (time.perf_counter() - started) / len(places)
     return pd.DataFrame([
-        {"id": name, "target": target, "rule": data.rule, **row, "seconds": seconds, "tokens_in": len(sample.encoded), "cost": 0.0}
+        {"id": name, "target": target, "rule": data.rule, "split": data.split, **row, "seconds": seconds, "tokens_in": len(sample.encoded), "cost": 0.0}
         for name, target, row, sample in zip(ids, targets, rows, samples, strict=True)
     ])  # fmt: skip
 
@@ -190,36 +190,19 @@ def decided_by(
     contract = preprocessing_contract(scorer.encoder)["hash"]
     return fingerprint([base, candidate.weights, data.task.fingerprint, data.rule, contract, rows, limit])
 
-# %% ../../nbs/43_scoring.suite.ipynb #9886c8c1
+# %% ../../nbs/43_scoring.suite.ipynb #4b6a7f2b
 def scored_places(
     candidate: Candidate,
     data: TestSet,
     decided: str,
 ) -> set[int]:
-    "Places of the test set that have a prediction still valid. Raises `InputError` if the folder holds another rule's or split's."
-    folder = candidate.run.predictions_folder(candidate.checkpoint, data.task.name)
-    stamp = json.loads((folder / "decided_by.json").read_text()) if (folder / "decided_by.json").exists() else None
-    if stamp and (stamp["rule"], stamp["split"]) != (data.rule, data.split):
-        raise InputError(f"{folder}: holds predictions by the rule {stamp['rule']} on {stamp['split']}; the rule {data.rule} on {data.split} would replace them. Delete the folder, or score a copy of the run in another experiment")
-    done = candidate.run.predictions(candidate.checkpoint, data.task.name)
-    if done is None or not stamp or stamp["decided"] != decided:
+    "Places of the test set that have a prediction still valid."
+    where = (candidate.checkpoint, data.task.name, data.rule)
+    done = candidate.run.predictions(*where, data.split)
+    if done is None or candidate.run.decided(*where, data.split) != decided:
         return set()
     ids = {name: place for place, name in enumerate(data.column("id"))}
     return {ids[name] for name in done["id"] if name in ids}
-
-
-def start_predictions(
-    candidate: Candidate,
-    data: TestSet,
-    decided: str,
-) -> None:
-    "Note what the predictions will follow from; remove those that followed from something else."
-    folder = candidate.run.predictions_folder(candidate.checkpoint, data.task.name)
-    stamp = json.dumps({"rule": data.rule, "split": data.split, "decided": decided})
-    if not (folder / "decided_by.json").exists() or (folder / "decided_by.json").read_text() != stamp:
-        for part in folder.glob("part-*.parquet"):
-            part.unlink()
-        write_atomically(folder / "decided_by.json", stamp)
 
 # %% ../../nbs/43_scoring.suite.ipynb #847f13c2
 BATCH_TOKENS = 32 * 1024  # padded, in one forward pass
@@ -242,7 +225,7 @@ def batches(
     if batch:
         yield batch
 
-# %% ../../nbs/43_scoring.suite.ipynb #8eb4e51a
+# %% ../../nbs/43_scoring.suite.ipynb #8982f171
 def score_task(
     candidates: list[Candidate],
     activate: Callable[[Candidate], Any],  # context manager in which the candidate's model is active; yields it
@@ -255,7 +238,7 @@ def score_task(
     for candidate in candidates:
         decided = decided_by(candidate, data, scorer, base)
         done[id(candidate)] = scored_places(candidate, data, decided)
-        start_predictions(candidate, data, decided)
+        candidate.run.note_decided(candidate.checkpoint, data.task.name, data.rule, decided, data.split)
     todo = set(range(len(data))) - set.intersection(*done.values())
     tree = label_tree(scorer.encoder, data.task.wordings) if data.rule == "closed" else None
     with tqdm(total=sum(len(data) - len(places) for places in done.values()), desc=f"score {data.task.name}", unit="answer", mininterval=1.0, ncols=100) as bar:
@@ -266,8 +249,7 @@ def score_task(
                 if missing:
                     with activate(candidate) as model:
                         rows = score_batch(model, scorer, data, [places[i] for i in missing], [samples[i] for i in missing], tree)
-                    number = len(list(candidate.run.predictions_folder(candidate.checkpoint, data.task.name).glob("part-*.parquet")))
-                    candidate.run.write_predictions(candidate.checkpoint, data.task.name, number, rows)
+                    candidate.run.write_predictions(candidate.checkpoint, data.task.name, None, rows)
                     bar.update(len(missing))
 
 # %% ../../nbs/43_scoring.suite.ipynb #a07391e8
