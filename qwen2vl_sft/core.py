@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'InputError', 'RunFailure', 'did_you_mean', 'project_root', 'write_atomically', 'published_folder',
-           'sha256_of', 'fingerprint', 'seed_everything', 'pick_device', 'say']
+           'sha256_of', 'fingerprint', 'process_count', 'process_rank', 'seed_everything', 'pick_device', 'say']
 
 # %% ../nbs/00_core.ipynb #62991683
 import difflib
@@ -68,7 +68,17 @@ def write_atomically(
         staging.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/00_core.ipynb #61177fe9
+# %% ../nbs/00_core.ipynb #17c0785c
+def _flush(folder: Path) -> None:
+    "Have the disk hold every file of the folder, so that a power cut after the rename finds it whole."
+    for path in (*folder.rglob("*"), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+# %% ../nbs/00_core.ipynb #0f1da14c
 @contextmanager
 def published_folder(
     path: Path | str,  # the folder that appears when the block ends without an exception
@@ -83,6 +93,7 @@ def published_folder(
     staging.mkdir(parents=True)
     try:
         yield staging
+        _flush(staging)
         if path.exists():
             path.rename(old)
         staging.rename(path)
@@ -108,7 +119,17 @@ def fingerprint(
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return sha256_of(canonical.encode())[:16]
 
-# %% ../nbs/00_core.ipynb #89a61afc
+# %% ../nbs/00_core.ipynb #57a2b18f
+def process_count() -> int:
+    "How many processes the launcher started; 1 without a launcher."
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def process_rank() -> int:
+    "This process's number, from 0."
+    return int(os.environ.get("RANK") or 0) if process_count() > 1 else 0
+
+# %% ../nbs/00_core.ipynb #2fc170c4
 def seed_everything(
     seed: int,
 ) -> None:
@@ -124,25 +145,30 @@ def seed_everything(
 def pick_device(
     name: str = "auto",  # "auto", "cpu", "cuda" or "cuda:N"
 ) -> "torch.device":  # noqa: F821
-    "The device to compute on; `auto` takes CUDA where there is one. Raises `InputError` if a named one is missing."
+    "The device to compute on; `auto` takes CUDA where there is one, of several processes each its own GPU. Raises `InputError` if a named one is missing."
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device '{name}' was asked for, but torch {torch.__version__} finds no CUDA device; use device=auto or cpu")
+    if name == "cuda" and process_count() > 1:  # one process, one GPU
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         return torch.device(name)
     except RuntimeError as error:
         raise InputError(f"device '{name}' is not a device; use auto, cpu, cuda or cuda:N") from error
 
-# %% ../nbs/00_core.ipynb #60e39a3b
+# %% ../nbs/00_core.ipynb #509a9297
 def say(
     message: str,  # one line
 ) -> None:
-    "Print a line with the time of day, at once."
-    print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stdout, flush=True)
+    "Print a line with the time of day, at once; of several processes the first does."
+    if process_rank() == 0:
+        print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stdout, flush=True)
 
-# %% ../nbs/00_core.ipynb #87f296f2
+# %% ../nbs/00_core.ipynb #12ac6ef3
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels" not in record.getMessage())
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+if process_rank() > 0:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: one progress bar, not one a process

@@ -76,7 +76,7 @@ def load_base(
         raise InputError(f"model '{location}' can't be loaded: {str(error).splitlines()[0]}") from error
     return model.requires_grad_(False).eval()
 
-# %% ../../nbs/30_model.load.ipynb #9939e0e8
+# %% ../../nbs/30_model.load.ipynb #36b90421
 def check_token_ids(
     model: nn.Module,
     encoder: Encoder,
@@ -90,7 +90,9 @@ def check_token_ids(
 
 
 def unwrapped(model: nn.Module) -> Qwen2VLForConditionalGeneration:
-    "The Qwen2-VL model inside a PEFT model, or the model itself."
+    "The Qwen2-VL model inside a PEFT model or a wrapper for several processes, or the model itself."
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 # %% ../../nbs/30_model.load.ipynb #0d7a176f
