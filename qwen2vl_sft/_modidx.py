@@ -1154,6 +1154,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                       'qwen2vl_sft/scoring/labels.py')},
             'qwen2vl_sft.scoring.metrics': { 'qwen2vl_sft.scoring.metrics.Judged': ( 'scoring.metrics.html#judged',
                                                                                      'qwen2vl_sft/scoring/metrics.py'),
+                                             'qwen2vl_sft.scoring.metrics.collapse': ( 'scoring.metrics.html#collapse',
+                                                                                       'qwen2vl_sft/scoring/metrics.py'),
                                              'qwen2vl_sft.scoring.metrics.judge': ( 'scoring.metrics.html#judge',
                                                                                     'qwen2vl_sft/scoring/metrics.py'),
                                              'qwen2vl_sft.scoring.metrics.normalised_text': ( 'scoring.metrics.html#normalised_text',

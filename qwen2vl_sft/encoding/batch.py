@@ -28,7 +28,7 @@ def mrope_positions(
     text = length - image_start - image.shape[1]
     return np.concatenate([np.tile(np.arange(image_start), (3, 1)), image, np.tile(np.arange(text) + after, (3, 1))], axis=1)
 
-# %% ../../nbs/12_encoding.batch.ipynb #4809a8cf
+# %% ../../nbs/12_encoding.batch.ipynb #c274c757
 @dataclass
 class Sample:
     "An encoded sample with its picture."
@@ -36,6 +36,7 @@ class Sample:
     encoded: Encoded
     pixels: np.ndarray | None = None  # uint8 [height, width, 3]
     features: torch.Tensor | None = None  # [image tokens, hidden], the tower's output
+    task: int = -1  # number of its task in the suite, for figures by task
 
     @property
     def positions(self) -> np.ndarray:  # int64 [3, length]

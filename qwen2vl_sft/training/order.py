@@ -24,7 +24,7 @@ from ..encoding.images import open_image
 from ..encoding.prompt import Encoded, Encoder
 from ..model.vision_cache import VisionCache
 
-# %% ../../nbs/52_training.order.ipynb #b9eadac5
+# %% ../../nbs/52_training.order.ipynb #0ed959b8
 Key = tuple[str, int]  # task, row of its train split
 
 
@@ -56,7 +56,8 @@ class TrainingOrder(Dataset):
     def __getitem__(self, index: int) -> Sample:
         key = self.order[index]
         features = self.cache.get(self.value(key, "sha256")) if self.cache else None
-        return Sample(self.encoded(key), None if features is not None else self.pixels(key), features)
+        number = list(self.questions).index(key[0])
+        return Sample(self.encoded(key), None if features is not None else self.pixels(key), features, number)
 
 # %% ../../nbs/52_training.order.ipynb #a8b8f843
 def encoded(
