@@ -94,6 +94,25 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_correctness.py::test_5_4_packed_loss_and_gradients_equal_separate_stock_forwards',),
     ),
     Mutation(
+        '5.4', 'attention crosses the borders of packed samples', 'qwen2vl_sft/model/attention.py',
+        'states.split(lengths, dim=2)',
+        'states.split([sum(lengths)], dim=2)',
+        ('tests/test_correctness.py::test_5_4_changing_one_packed_sample_changes_nothing_in_the_others',
+         'tests/test_correctness.py::test_5_4_packed_loss_and_gradients_equal_separate_stock_forwards'),
+    ),
+    Mutation(
+        '5.4', 'packed samples see their own future', 'qwen2vl_sft/model/attention.py',
+        'scale=scaling, is_causal=True, enable_gqa=True)',
+        'scale=scaling, is_causal=False, enable_gqa=True)',
+        ('tests/test_correctness.py::test_5_4_packed_loss_and_gradients_equal_separate_stock_forwards',),
+    ),
+    Mutation(
+        '5.6', 'bytes are normalised with the mean left out', 'qwen2vl_sft/encoding/images.py',
+        'torch.stack([1 / (255 * std), -mean / std])',
+        'torch.stack([1 / (255 * std), -mean])',
+        ('tests/test_correctness.py::test_5_6_patches_equal_the_stock_processors',),
+    ),
+    Mutation(
         '5.5', 'lengths are not checked', 'qwen2vl_sft/training/order.py',
         'if length > max_tokens]:',
         'if length > 10**9]:',

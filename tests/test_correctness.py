@@ -20,9 +20,10 @@ from qwen2vl_sft.config import MethodConfig, ModelConfig, PreprocessingConfig, R
 from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.data.prepare import prepare
 from qwen2vl_sft.data.toy import write_toy_suite
-from qwen2vl_sft.encoding.batch import Sample, pack, pad
+from qwen2vl_sft.encoding.batch import Sample, pack, pad, with_pixel_values
 from qwen2vl_sft.encoding.images import header_size, open_image
 from qwen2vl_sft.encoding.prompt import IGNORED, Encoder, load_encoder
+from qwen2vl_sft.model.attention import PACKED, use_packed_attention
 from qwen2vl_sft.model.export import export_merged, merged
 from qwen2vl_sft.model.load import (
     base_location, changes_outputs, load_adapter, load_base, load_checkpoint, trainable, unwrapped,
@@ -170,8 +171,14 @@ def test_5_4_positions_are_the_stock_models(encoder, stock):
         assert torch.equal(batch["position_ids"], theirs)
 
 
-def test_5_4_packed_loss_and_gradients_equal_separate_stock_forwards(encoder):
+@pytest.mark.parametrize("attention", ["borders", "borders, checkpointed", "mask"])
+def test_5_4_packed_loss_and_gradients_equal_separate_stock_forwards(encoder, attention):
     ours, theirs = (Qwen2VLForConditionalGeneration.from_pretrained(LOCATION, dtype=torch.float32) for _ in range(2))
+    if attention != "mask":
+        use_packed_attention(ours)
+    if "checkpointed" in attention:
+        ours.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        ours.train()
     samples = three_samples(encoder)
     batch = pack(samples, encoder.images)
     loss = averaged(token_losses(ours, batch, tower_is_frozen=False), batch)
@@ -185,13 +192,52 @@ def test_5_4_packed_loss_and_gradients_equal_separate_stock_forwards(encoder):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_5_4_changing_one_packed_sample_changes_nothing_in_the_others(encoder, stock):
+@pytest.mark.parametrize("attention", ["borders", "mask"])
+def test_5_4_changing_one_packed_sample_changes_nothing_in_the_others(encoder, attention):
+    stock = Qwen2VLForConditionalGeneration.from_pretrained(LOCATION, dtype=torch.float32).eval()
+    if attention == "borders":
+        use_packed_attention(stock)
+        assert stock.config.text_config._attn_implementation == PACKED
     samples = three_samples(encoder)
     other = [sample_of(encoder, "Is there a weapon?", "no", 96, 64, seed=99), *samples[1:]]
     with torch.no_grad():
         one, two = (token_losses(stock, pack(some, encoder.images)) for some in (samples, other))
     changed = int((samples[0].encoded.labels != IGNORED).sum())
     assert torch.equal(one[changed:], two[changed:]) and not torch.equal(one[:changed], two[:changed])
+
+
+def test_5_4_packed_attention_without_lengths_is_the_stock_one(encoder, stock):
+    batch = pad(three_samples(encoder), encoder.images, encoder.pad_id, "left")
+    ours = Qwen2VLForConditionalGeneration.from_pretrained(LOCATION, dtype=torch.float32).eval()
+    use_packed_attention(ours)
+    with torch.no_grad():
+        for extra in ({}, {"use_cache": False}):
+            one, other = (model(**forward_inputs(model, batch), **extra).logits for model in (ours, stock))
+            assert torch.equal(one, other)
+        written = [model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=3, do_sample=False) for model in (ours, stock)]
+    assert torch.equal(*written)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_5_4_packed_samples_on_a_gpu_equal_separate_ones(encoder, dtype):
+    "bfloat16 takes torch's varlen_attn, float32 one attention a sample."
+    ours, theirs = (Qwen2VLForConditionalGeneration.from_pretrained(LOCATION, dtype=dtype).cuda() for _ in range(2))
+    use_packed_attention(ours)
+    samples = three_samples(encoder)
+    batch = pack(samples, encoder.images)
+    packed = token_losses(ours, batch)
+    single = torch.cat([token_losses(theirs, pad([sample], encoder.images, encoder.pad_id)) for sample in samples])
+    tolerance = 1e-5 if dtype is torch.float32 else 0.1
+    torch.testing.assert_close(packed, single, rtol=0, atol=tolerance)
+    packed.sum().backward()
+    single.sum().backward()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        if other.grad is not None:
+            assert (one.grad - other.grad).norm() <= 10 * tolerance * other.grad.norm() + tolerance
+    other = [sample_of(encoder, "Is there a weapon?", "no", 96, 64, seed=99), *samples[1:]]
+    changed = int((samples[0].encoded.labels != IGNORED).sum())
+    assert torch.equal(packed[changed:], token_losses(ours, pack(other, encoder.images))[changed:])
 
 
 # --- 5.5 and 5.6: images -------------------------------------------------------------------------
@@ -211,7 +257,7 @@ def test_5_6_patches_equal_the_stock_processors(encoder, width, height):
     theirs = AutoImageProcessor.from_pretrained(LOCATION, backend="pil")(image, return_tensors="pt")
     values, grid = encoder.images.patches([encoder.images.resize(image)])
     assert grid.tolist() == theirs["image_grid_thw"].tolist()
-    torch.testing.assert_close(values, theirs["pixel_values"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(values, theirs["pixel_values"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -314,7 +360,7 @@ def test_5_10_the_head_runs_on_supervised_positions_only(encoder, stock):
     hook.remove()
     assert seen == [int((batch["labels"] != IGNORED).sum())]
     with torch.no_grad():
-        reference = stock(**batch, use_cache=False).loss
+        reference = stock(**with_pixel_values(batch), use_cache=False).loss
     torch.testing.assert_close(loss, reference, rtol=0, atol=1e-5)
 
 

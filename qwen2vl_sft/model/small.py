@@ -8,7 +8,7 @@ __all__ = ['SMALL_RANKS', 'SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'qwen_ranks', 'part
            'Lessons', 'collate_answers', 'lesson_accuracy', 'Pretraining', 'pretraining_arguments', 'reporter',
            'pretrain']
 
-# %% ../../nbs/33_model.small.ipynb #3db34386
+# %% ../../nbs/33_model.small.ipynb #3ff69989
 import base64
 import json
 import time
@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from ..core import ASSETS, InputError, RunFailure, say, write_atomically
 from ..data.pretraining import FIRST_LESSONS, lesson
-from ..encoding.batch import Sample, pad
+from ..encoding.batch import Sample, pad, with_pixel_values
 from ..encoding.prompt import IGNORED, Encoder, load_encoder
 
 # %% ../../nbs/33_model.small.ipynb #7b3ea407
@@ -190,7 +190,7 @@ class Lessons(Dataset):
         encoded = self.encoder.encode(made.question, made.image.size, made.answer)
         return {"sample": Sample(encoded, self.encoder.images.resize(made.image)), "kind": made.kind}
 
-# %% ../../nbs/33_model.small.ipynb #e210397e
+# %% ../../nbs/33_model.small.ipynb #de26a7f1
 def collate_answers(
     rows: list[dict[str, Any]],  # of `Lessons`
     encoder: Encoder,
@@ -199,7 +199,7 @@ def collate_answers(
     batch = pad([row["sample"] for row in rows], encoder.images, encoder.pad_id, side="left")
     first = (batch["labels"] != IGNORED).any(0).nonzero()[0].item()
     keep = batch["labels"].shape[1] - first + 1
-    return {**batch, "labels": batch["labels"][:, -keep:], "logits_to_keep": keep, "use_cache": False}
+    return {**with_pixel_values(batch), "labels": batch["labels"][:, -keep:], "logits_to_keep": keep, "use_cache": False}
 
 # %% ../../nbs/33_model.small.ipynb #a4fdde74
 @torch.no_grad()

@@ -6,7 +6,7 @@
 __all__ = ['BATCH_BYTES', 'tower_features', 'forward_inputs', 'tower_key', 'VisionCache', 'get', 'put', 'missing', 'by_size',
            'fill']
 
-# %% ../../nbs/31_model.vision_cache.ipynb #a6b639c4
+# %% ../../nbs/31_model.vision_cache.ipynb #9e4f45e9
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
@@ -19,10 +19,11 @@ from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..core import fingerprint, say, sha256_of
+from ..encoding.batch import with_pixel_values
 from ..encoding.images import ImageEncoder
 from .load import unwrapped
 
-# %% ../../nbs/31_model.vision_cache.ipynb #13dfdcb5
+# %% ../../nbs/31_model.vision_cache.ipynb #9e3dac2e
 @torch.no_grad()
 def tower_features(
     model: nn.Module,
@@ -41,7 +42,7 @@ def forward_inputs(
 ) -> dict:
     "Keyword arguments for the model's forward, labels left out, on the model's device. A frozen tower is run here."
     device = unwrapped(model).device
-    inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+    inputs = with_pixel_values({name: value.to(device) for name, value in batch.items() if name != "labels"})
     if "image_features" in inputs or tower_is_frozen:
         inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=_all_features(model, inputs))}
     return inputs
