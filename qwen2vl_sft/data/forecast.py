@@ -109,7 +109,7 @@ def plan_of_folder(name: str, folder: Path, settings: PreprocessingConfig) -> Pl
     text = config.get("text_config") or config
     return Plan(name, load_encoder(str(folder), settings), shape_of(text, config["vision_config"]))
 
-# %% ../../nbs/19_data.forecast.ipynb #88dcddcd
+# %% ../../nbs/19_data.forecast.ipynb #72de8ed3
 def published_plan(base: str, settings: PreprocessingConfig) -> Plan | None:
     "The plan for a published model, by its written shape and the small model's tokenizer."
     small = small_plan()
@@ -136,8 +136,8 @@ def plan_of_recipe(config: RunConfig) -> Plan:
         plan = published_plan(base, config.preprocessing)
     if plan is None:
         raise InputError(f"no forecast for model '{base}': give its folder, or one of {', '.join(PUBLISHED)}")
-    return replace(plan, max_tokens=schedule.max_tokens, micro_batch=schedule.micro_batch, rank=config.method.rank,
-                   batch=schedule.micro_batch * schedule.accumulation)
+    return replace(plan, max_tokens=schedule.max_tokens, rank=config.method.rank, batch=schedule.batch,
+                   micro_batch=1 if schedule.micro_batch == "auto" else schedule.micro_batch)
 
 # %% ../../nbs/19_data.forecast.ipynb #79f75364
 def sequence_lengths(

@@ -24,7 +24,7 @@ from ..encoding.images import open_image
 from ..encoding.prompt import Encoded, Encoder
 from ..model.vision_cache import VisionCache
 
-# %% ../../nbs/52_training.order.ipynb #0ed959b8
+# %% ../../nbs/52_training.order.ipynb #ef810737
 Key = tuple[str, int]  # task, row of its train split
 
 
@@ -40,7 +40,7 @@ class TrainingOrder(Dataset):
         if schedule.shuffle_labels:
             shuffle_labels(self.columns, schedule.seed)
         self.pixel_cache = PixelCache(project_root() / "prepared" / "pixel-cache", encoder.images, schedule.pixel_cache_gb) if schedule.pixel_cache_gb else None
-        batch, sizes = schedule.micro_batch * schedule.accumulation, {task: len(split) for task, split in self.splits.items()}
+        batch, sizes = schedule.batch, {task: len(split) for task, split in self.splits.items()}
         labels = {task.name: self.columns[task.name]["label"] for task in prepared.suite.tasks if task.is_closed}
         order = sample_order(sizes, config.mixture, schedule.steps * batch, schedule.seed, labels)
         keys = list(order)
