@@ -85,7 +85,7 @@ class LabelTrainer(Trainer):
         self._save_rng_state(str(folder))
         self.state.save_to_json(str(folder / "trainer_state.json"))
 
-# %% ../../nbs/56_training.trainer.ipynb #0ef35090
+# %% ../../nbs/56_training.trainer.ipynb #63a1832f
 def training_arguments(
     config: RunConfig,
     folder: Path,
@@ -110,8 +110,8 @@ def training_arguments(
 def check_optimizer(
     config: RunConfig,
 ) -> None:
-    "Raises `InputError` if the optimiser can't take a step on this device: a package is missing, or has no kernel for it."
-    weight = torch.nn.Parameter(torch.ones(8192, device=pick_device(config.model.device)))
+    "Raises `InputError` if the optimiser can't take a step here (tried on 2**17 weights: smaller ones are never paged)."
+    weight = torch.nn.Parameter(torch.ones(2**17, device=pick_device(config.model.device)))
     weight.grad = torch.ones_like(weight)
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(training_arguments(config, project_root()))
