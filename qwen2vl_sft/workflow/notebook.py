@@ -345,14 +345,14 @@ def settle_status(
             status.state, status.message = state, message
             write_status(run, status)
 
-# %% ../../nbs/70_workflow.notebook.ipynb #6226b239
+# %% ../../nbs/70_workflow.notebook.ipynb #d87cf5cb
 def _as_own_error(error: BaseException, target: Path) -> BaseException:
     "What the caller should see instead of papermill's and nbclient's exceptions."
     if isinstance(error, (KeyboardInterrupt, InputError)):
         return error
     name = type(error).__name__
     if name == "PapermillExecutionError":
-        if error.ename == "KeyboardInterrupt":
+        if error.ename in ("KeyboardInterrupt", "Interrupted"):
             return KeyboardInterrupt()
         message = re.sub(r"\x1b\[[\d;]*m", "", error.evalue)
         return InputError(message) if error.ename == "InputError" else RunFailure(f"{error.ename}: {message} (traceback in {target})")
