@@ -127,7 +127,7 @@ def adapter_settings(
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"method.peft: {str(error).splitlines()[0]}") from error
 
-# %% ../../nbs/30_model.load.ipynb #0887535d
+# %% ../../nbs/30_model.load.ipynb #7765c449
 def add_adapters(
     model: Qwen2VLForConditionalGeneration,
     method: MethodConfig,
@@ -137,7 +137,7 @@ def add_adapters(
 
     try:
         return get_peft_model(model, adapter_settings(method))
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"method {method.name} can't be put on this model: {str(error).splitlines()[0]}") from error
 
 
