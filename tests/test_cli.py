@@ -15,7 +15,7 @@ from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.rundir import RunDir, Status, write_status
 from qwen2vl_sft.workflow.runs import list_runs, runs_text
 
-COMMANDS = ["prepare", "train", "score", "compare", "runs", "demo"]
+COMMANDS = ["prepare", "train", "score", "score-api", "compare", "runs", "demo"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -50,6 +50,8 @@ def test_every_command_is_listed(capsys):
         (["score", "demp"], "no experiment 'demp'"),
         (["score", "demo", "--limit", "few"], "Invalid value for '--limit'"),
         (["score", "demo", "--rule", "guess"], "scoring: rule"),
+        (["score-api", "demo", "recipes/api/nowhere.yaml"], "recipes/api/nowhere.yaml: no such file"),
+        (["score-api", "demo", "recipe.yaml"], "unknown setting suiet. Did you mean 'suite'?"),
         (["compare", "../outside"], "no experiment '../outside'"),
         (["runs", "demp"], "Did you mean 'demo'?"),
     ],
@@ -58,7 +60,7 @@ def test_every_command_is_listed(capsys):
 def test_bad_input_is_one_line_and_exit_code_2(project, capsys, arguments, message):
     (project / "runs/demo").mkdir(parents=True)
     (project / "suite.yaml").write_text('name: s\ntasks: [{name: t, question: "Which?", labels: ["a", "b"]}]\n')
-    (project / "recipe.yaml").write_text("suite: suite.yaml\n")
+    (project / "recipe.yaml").write_text("suiet: suite.yaml\n" if arguments[0] == "score-api" else "suite: suite.yaml\n")
     assert cli.main(arguments) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("error: ") and shown.err.count("\n") == 1 and message in shown.err
