@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -12,22 +13,11 @@ import pandas as pd
 import pytest
 from synthetic_experiment import LABELS, Plan, build_experiment
 
-from qwen2vl_sft.comparison.scoreboard import (
-    ORIGINAL,
-    Scoreboard,
-    accuracy_table,
-    against,
-    best_row,
-    csv_text,
-    display_width,
-    findings,
-    lead,
-    markdown_table,
-    prepared_folder,
-    row_of_kind,
-    shortened,
-    text_table,
-)
+from qwen2vl_sft.comparison.board import accuracy_table, against, best_row, choice_table, differing, lead, row_of_kind
+from qwen2vl_sft.comparison.findings import findings
+from qwen2vl_sft.comparison.samples import ORIGINAL, class_figures, precision_at, prepared_folder
+from qwen2vl_sft.comparison.scoreboard import Scoreboard, csv_text, difference, display_width, latex_table, markdown_table, shortened, text_table
+from qwen2vl_sft.comparison.statistics import mcnemar
 from qwen2vl_sft.core import InputError
 from qwen2vl_sft.rundir import RunDir
 
@@ -204,12 +194,25 @@ def test_planted_collapse_and_refusals_are_flagged_and_only_those(board):
     assert list(zip(refused["row"], refused["task"], strict=True)) == [("base", "number")]
 
 
-def test_common_support_leaves_out_for_everybody_what_one_refused(board):
-    kept = board.samples[(board.samples["row"] == "base") & (board.samples["task"] == "number") & (board.samples["outcome"] != "refused")]
-    row = board.samples[(board.samples["row"] == "mix(300)")]
-    parts = [part["outcome"].eq("correct").mean() for task, part in row.groupby("task") if task != "number"]
-    number = row[(row["task"] == "number") & row["id"].isin(kept["id"])]["outcome"].eq("correct").mean()
-    assert board.means.loc["mix(300)", "common"] == pytest.approx(100 * np.mean([*parts, number]))
+def test_common_support_leaves_out_for_everybody_what_one_did_not_answer(board):
+    answered = board.samples[board.samples["outcome"].isin(["correct", "wrong"])]
+    everybody = answered.groupby(["task", "id"])["row"].nunique() == len(board.rows)
+    row = board.samples[board.samples["row"] == "mix(300)"].set_index(["task", "id"])
+    kept = row.loc[everybody.index[everybody], "outcome"].eq("correct")
+    assert board.means.loc["mix(300)", "common"] == pytest.approx(100 * kept.groupby("task").mean().mean())
+    assert board.means.loc["mix(300)", "common_micro"] == pytest.approx(100 * kept.mean())
+    assert 0 < len(kept) < len(row)
+
+
+def test_macro_and_micro_means_have_their_intervals(board):
+    mean = board.means.loc["base"]
+    for rule in ("strict", "answered_only", "common"):
+        assert mean[f"{rule}_low"] < mean[rule] < mean[f"{rule}_high"]
+        assert mean[f"{rule}_micro_low"] < mean[f"{rule}_micro"] < mean[f"{rule}_micro_high"]
+    own = board.samples[board.samples["row"] == "base"]
+    assert mean["strict_micro"] == pytest.approx(100 * own["outcome"].eq("correct").mean())
+    assert mean["coverage_micro"] == pytest.approx(100 * (own["outcome"] != "refused").mean())
+    assert mean["answered_only"] > mean["strict"]  # it refused some
 
 
 def test_near_duplicates_widen_the_interval(experiment, board, tmp_path):
@@ -235,14 +238,21 @@ def test_prepared_data_is_found_by_the_suite_that_runs_state(tmp_path, stated, f
 
 def test_a_step_chosen_on_validation_loses_the_badge(experiment):
     board = Scoreboard.from_experiment(experiment, chosen={"mix": "mix(200)", "full": "full(337)"})
-    assert board.chosen_on_test == [] and best_row(board) == "full(337)"
-    assert "mix(200) was chosen on validation data." in [finding.text for finding in findings(board)]
+    assert board.chosen_on_test == [] and best_row(board) == board.means.loc[["mix(200)", "full(337)"], "strict"].idxmax()
+    best = board.means.loc[[f"mix({step})" for step in (100, 200, 300, 337)], "strict"]
+    said = [finding.text for finding in findings(board) if finding.topic == "chosen on validation"]
+    assert said[0].startswith(f"mix(200) was chosen on validation data: {best['mix(200)']:.1f} on the test sets.")
+    assert f"would have claimed {best.max():.1f} ({best.idxmax()})" in said[0]
 
 
 def test_paired_tests_name_their_reach(board):
     table = against(board.samples, "mix(300)", "base").set_index("task")
     assert (table["verdict"] == "better").all() and (table["p_holm"] >= table["p_value"]).all()
-    assert table["smallest_difference"].iloc[0] == pytest.approx(100 * 9 / 120)  # 2 / 2^9 < 0.05 / 7
+    one = table.iloc[0]
+    m = one["only_first"] + one["only_second"]
+    lead_needed = round(one["smallest_difference"] * 120 / 100)
+    p = lambda k: mcnemar([1] * ((m + k) // 2) + [0] * ((m - k) // 2), [0] * ((m + k) // 2) + [1] * ((m - k) // 2)).p_value
+    assert p(lead_needed) <= 0.05 / 7 < p(lead_needed - 2)
     difference, low, high = lead(board.samples, "mix(300)", "base")
     assert low < difference < high
     assert difference == pytest.approx(board.means.loc["mix(300)", "strict"] - board.means.loc["base", "strict"])
@@ -258,24 +268,32 @@ def test_a_regression_against_the_untuned_model_is_said(tmp_path):
 # -------------------------------------------------------------------------- rules
 
 
-def rescore(folder: Path, run: str, checkpoint: str, task: str, rule: str) -> None:
-    directory = RunDir(folder / run)
-    table = directory.predictions(checkpoint, task).assign(rule=rule, id=lambda t: t["id"])
-    directory.write_predictions(checkpoint, task, 9, table)
+def test_against_an_api_model_the_headline_is_free_on_both_sides_with_the_closed_figure_beside(tmp_path):
+    folder = build_experiment(tmp_path, Plan(samples=20, api=True, free=True, labels={"face": LABELS["face"], "number": None}))
+    board = Scoreboard.from_experiment(folder)
+    models = board.cells[~board.cells["kind"].isin(["majority", "nearest_neighbour"])]
+    assert set(models["rule"]) == {"free"} and not models["other_rule"].any()
+    for row in ("base", "mix(300)"):
+        one = models[(models["row"] == row) & (models["task"] == "face")].iloc[0]
+        closed = RunDir(folder / one["model"]).predictions("base" if row == "base" else "step-300", "face", "closed")
+        assert (one["beside_rule"], one["beside"]) == ("closed", 100 * (closed["outcome"] == "correct").mean())
+        assert f"<small>closed {one['beside']:.1f}</small>" in board.to_html()
+    assert (board.cells["n"] == 20).all()  # two rules are two figures, not twice the samples
+    assert "By the closed rule" in topics(board)["closed beside"] and "different rules" not in topics(board)
 
 
-def test_against_an_api_model_the_column_is_free_where_everybody_has_it(tmp_path):
-    folder = build_experiment(tmp_path, Plan(samples=20, api=True, labels={"face": LABELS["face"], "style": LABELS["style"]}))
-    rescore(folder, "base", "base", "face", "free")
-    for run in ("mix", "full"):
-        for step in (100, 200, 300, 337):
-            rescore(folder, run, f"step-{step}", "face", "free")
-    cells = Scoreboard.from_experiment(folder).cells
-    models = cells[~cells["kind"].isin(["majority", "nearest_neighbour"])]
-    assert set(models[models["task"] == "face"]["rule"]) == {"free"} and not models[models["task"] == "face"]["other_rule"].any()
-    style = models[models["task"] == "style"].set_index("row")
-    assert style.loc["base", "rule"] == "closed" and style["other_rule"].sum() == 1 and "other rule" in style.loc["gpt-4o", "badges"]
-    assert (cells["n"] == 20).all()  # two rules are two figures, not twice the samples
+def test_a_row_without_free_answers_is_badged_and_not_shipped_against_an_api_model(tmp_path):
+    folder = build_experiment(tmp_path, Plan(samples=20, api=True, free=True, labels={"face": LABELS["face"]}, skills={"full(337)": 0.99}))
+    for part in (folder / "full/predictions/step-337/face").glob("*free*"):
+        part.unlink()
+    board = Scoreboard.from_experiment(folder)
+    one = board.cells[board.cells["row"] == "full(337)"].iloc[0]
+    assert one["rule"] == "closed" and "other rule" in one["badges"] and best_row(board) != "full(337)"
+
+
+def test_where_only_the_api_model_is_free_its_badge_says_so(board):
+    one = board.cells[(board.cells["row"] == "gpt-4o") & (board.cells["task"] == "face")].iloc[0]
+    assert one["rule"] == "free" and "other rule" in one["badges"]
 
 
 def test_every_figure_names_its_rule(board):
@@ -399,6 +417,206 @@ def test_markdown_escapes_and_stays_a_table(chinese):
 
 def test_rich_repr_is_the_fragment(board):
     page = board._repr_html_()
-    assert page.startswith('<div class="qboard">') and "<script" not in page and "http" not in page
-    assert page.count("<tr") == len(board.rows) + 1 and 'class="best"' in page
+    assert page.startswith('<div class="qboard"') and "<script" not in page and "http" not in page
+    assert page.count("<tr") == len(board.rows) + 1 and page.count('class="ship"') == 1
     assert row_of_kind(board, "base") == "base" and repr(board) == text_table(board)
+
+
+# -------------------------------------------------------------------------- metrics of a cell
+
+
+def test_per_class_figures_and_macro_f1_are_scikit_learns(board):
+    from sklearn.metrics import precision_recall_fscore_support
+
+    own = board.samples[(board.samples["row"] == "mix(100)") & (board.samples["task"] == "headwear")]
+    expected = precision_recall_fscore_support(own["target"], own["prediction"].fillna(""), labels=LABELS["headwear"], zero_division=0)
+    figures = class_figures(own, LABELS["headwear"])
+    assert np.allclose(figures[["precision", "recall", "f1"]].to_numpy().T, 100 * np.array(expected[:3]))
+    assert figures["support"].tolist() == expected[3].tolist()
+    one = board.cells[(board.cells["row"] == "mix(100)") & (board.cells["task"] == "headwear")].iloc[0]
+    assert one["macro_f1"] == pytest.approx(figures["f1"].mean())
+    assert board.cells[board.cells["task"] == "number"]["macro_f1"].isna().all()  # open text has no classes
+
+
+def test_auroc_and_precision_at_recall_are_scikit_learns(tmp_path):
+    from sklearn.metrics import precision_recall_curve, roc_auc_score
+
+    plan = Plan(samples=90, labels={"weapon": LABELS["weapon"], "headwear": LABELS["headwear"]}, positive={"weapon": "weapon"}, collapsed={})
+    board = Scoreboard.from_experiment(build_experiment(tmp_path, plan))
+    cells = board.cells.set_index(["row", "task"])
+    own = board.samples[(board.samples["row"] == "mix(200)")]
+    weapon, wear = (own[own["task"] == task] for task in ("weapon", "headwear"))
+    p = np.array([json.loads(text)["weapon"] for text in weapon["probabilities"]])
+    positive = (weapon["target"] == "weapon").to_numpy()
+    assert cells.loc[("mix(200)", "weapon"), "auroc"] == pytest.approx(100 * roc_auc_score(positive, p))
+    precision, recall, _ = precision_recall_curve(positive, p)
+    assert cells.loc[("mix(200)", "weapon"), "precision_at_recall"] == pytest.approx(100 * precision[recall >= 0.9].max())
+    table = np.array([[json.loads(text)[x] for x in sorted(LABELS["headwear"])] for text in wear["probabilities"]])
+    expected = np.mean([roc_auc_score(wear["target"] == x, table[:, i]) for i, x in enumerate(sorted(LABELS["headwear"]))])
+    assert cells.loc[("mix(200)", "headwear"), "auroc"] == pytest.approx(100 * expected)
+    assert math.isnan(cells.loc[("mix(200)", "headwear"), "precision_at_recall"]) and math.isnan(cells.loc[("majority", "weapon"), "auroc"])
+
+
+def test_equal_scores_are_accepted_together():
+    assert precision_at(np.array([0.5, 0.5, 0.5, 0.1]), np.array([True, False, False, False])) == pytest.approx(1 / 3)
+    assert math.isnan(precision_at(np.array([0.5]), np.array([False])))
+
+
+def test_leaked_pictures_are_badged_with_the_accuracy_without_them(tmp_path):
+    folder = build_experiment(tmp_path, Plan(samples=30, labels={"face": LABELS["face"]}, leaked={"face": 6}))
+    board = Scoreboard.from_experiment(folder)
+    one = board.cells[board.cells["row"] == "mix(300)"].iloc[0]
+    own = board.samples[board.samples["row"] == "mix(300)"].sort_values("id")
+    assert one["leaked"] == 6 and "leaked" in one["badges"]
+    assert one["without_leaked"] == pytest.approx(100 * own["outcome"].iloc[6:].eq("correct").mean())
+    assert "leaked" not in board.cells[board.cells["row"] == "base"].iloc[0]["badges"]  # it was not trained on them
+    assert "6 of 30 test pictures" in topics(board)["leaked"]
+    assert f"unleaked {one['without_leaked']:.1f}" in board.to_html()
+
+
+# -------------------------------------------------------------------------- choices, seeds, settings
+
+
+def test_the_step_comes_from_best_json_and_its_price_is_said(tmp_path):
+    best = {"mix": {"overall": {"step": 200}, "tasks": {"face": {"step": 100}, "style": {"step": 337}}}}
+    folder = build_experiment(tmp_path, Plan(samples=60, labels={"face": LABELS["face"], "style": LABELS["style"]}, best=best))
+    board = Scoreboard.from_experiment(folder)
+    assert board.chosen == {"mix": "mix(200)"} and board.chosen_on_test == [r for r in board.chosen_on_test if r.startswith("full")]
+    table = choice_table(board).set_index(["model", "what"])
+    accuracy = accuracy_table(board)
+    steps = [f"mix({step})" for step in (100, 200, 300, 337)]
+    one = table.loc[("mix", "overall")]
+    assert (one["honest"], one["claimed"]) == (board.means.loc["mix(200)", "strict"], board.means.loc[steps, "strict"].max())
+    by_task = table.loc[("mix", "by task")]
+    assert by_task["honest"] == pytest.approx((accuracy.loc["mix(100)", "face"] + accuracy.loc["mix(337)", "style"]) / 2)
+    assert by_task["claimed"] == pytest.approx(accuracy.loc[steps].max().mean())
+    assert table.loc[("full", "overall"), "source"] == "random halves"
+    assert {"chosen on validation", "chosen by task", "chosen on test"} <= set(topics(board))
+
+
+@pytest.mark.parametrize("content", ['{"overall": {"step": 999}}', "[]", '{"overall": null}', "not json"])
+def test_a_best_json_that_fits_nothing_chooses_nothing(tmp_path, content):
+    folder = build_experiment(tmp_path, Plan(samples=12, labels={"face": LABELS["face"]}))
+    (folder / "mix" / "best.json").write_text(content)
+    assert Scoreboard.from_experiment(folder).chosen == {}
+
+
+def test_validation_predictions_choose_where_there_is_no_best_json(tmp_path):
+    folder = build_experiment(tmp_path, Plan(samples=60, labels={"face": LABELS["face"], "style": LABELS["style"]}, validation=True, collapsed={}))
+    board = Scoreboard.from_experiment(folder)
+    run = RunDir(folder / "mix")
+    accuracy = {step: np.mean([(run.predictions(f"step-{step}", task, split="validation")["outcome"] == "correct").mean() for task in ("face", "style")]) for step in (100, 200, 300, 337)}
+    assert board.chosen["mix"] == f"mix({max(accuracy, key=accuracy.get)})" and board.chosen_on_test == []
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_recipe(tmp_path):
+    seeds = {f"mix-{i}": {"schedule": {"seed": i}} for i in range(3)} | {"slow": {"schedule": {"learning_rate": 1e-5, "seed": 9}}}
+    skills = {"mix-0(100)": 0.70, "mix-1(100)": 0.90, "mix-2(100)": 0.80, "slow(100)": 0.5}
+    folder = build_experiment(tmp_path, Plan(samples=100, labels={"a": ["x", "y"], "b": ["x", "y"]}, runs=seeds, steps=(100,), skills=skills))
+    board = Scoreboard.from_experiment(folder)
+    assert board.seed_groups == {"mix": ["mix-0", "mix-1", "mix-2"]}
+    own = board.means.loc[[f"mix-{i}(100)" for i in range(3)], "strict"]
+    one = board.seeds[board.seeds["task"].isna()].iloc[0]
+    assert one["seeds"] == 3 and one["accuracy"] == pytest.approx(own.mean()) and one["sd"] == pytest.approx(own.std())
+    assert (one["lowest"], one["highest"]) == (own.min(), own.max()) and one["low"] < one["accuracy"] < one["high"]
+    assert one["high"] - one["low"] < board.means.loc["mix-0(100)", "high"] - board.means.loc["mix-0(100)", "low"] + 3
+    assert best_row(board) == "mix-0(100)"  # the recipe wins; its first run stands for it, not the luckiest
+    assert "mix(100) x 3 seeds" in topics(board)["seeds"] and "mix(100) x 3 seeds" in board.to_text()
+    assert board.to_html().count('class="seeds"') == 1
+    assert topics(board)["several settings"].startswith("mix-0 and slow differ in 2 settings (schedule.learning_rate and schedule.seed)")
+
+
+def test_recipes_that_differ_in_one_setting_are_comparable(board, experiment):
+    assert "several settings" not in topics(board)  # mix and full differ in method.name alone
+    assert differing({"run": "a", "method": {"name": "x"}}, {"run": "b", "method": {"name": "y"}}) == ["method.name"]
+
+
+def test_tasks_lost_against_the_untuned_model_are_badged(tmp_path):
+    labels = {"a": ["x", "y"], "b": ["x", "y"]}
+    folder = build_experiment(tmp_path, Plan(labels=labels, collapsed={("mix(100)", "b"): "y"}, skills={"base": 0.85, "mix(300)": 0.9}, runs={"mix": {}}))
+    board = Scoreboard.from_experiment(folder)
+    lost = {(one.row, one.task) for one in board.cells.itertuples() if "below untuned" in one.badges}
+    assert ("mix(100)", "b") in lost and ("mix(300)", "a") not in lost
+    tests = board.tests("base").set_index(["row", "task"])
+    assert all(tests.loc[key, "verdict"] == "worse" for key in lost)
+    assert "mix(100) on" in topics(board)["regressed elsewhere"]
+
+
+def test_the_original_lost_tasks_are_named(original):
+    cells = original.cells[original.cells["row"] == "Qwen2-vl-mix(3000)"].set_index("task")
+    base = accuracy_table(original).loc["Qwen2-vl"]
+    assert cells.index[cells["below_untuned"]].tolist() == [t for t in original.tasks if cells.loc[t, "accuracy"] < base[t]]
+    assert "figures only" in topics(original)["regressed"]
+
+
+def test_any_row_can_be_the_reference(board, experiment):
+    other = Scoreboard.from_experiment(experiment, reference="gpt-4o")
+    tests = other.tests()
+    assert len(tests) == (len(other.rows) - 1) * len(other.tasks) and set(tests["verdict"]) <= {"better", "worse", "no evidence"}
+    assert (tests["p_holm"] >= tests["p_value"]).all() and "Against gpt-4o" in other.to_html()
+    with pytest.raises(InputError, match="no row is named 'gpt-5'"):
+        Scoreboard.from_experiment(experiment, reference="gpt-5")
+
+
+def test_holm_runs_over_all_cells_of_the_table(board):
+    tests = board.tests("base").sort_values("p_value")
+    assert tests["p_holm"].iloc[0] == pytest.approx(min(1, len(tests) * tests["p_value"].iloc[0]))
+    assert len(tests) == (len(board.rows) - 1) * len(board.tasks)
+
+
+def test_published_figures_stand_beside_our_own(tmp_path):
+    folder = build_experiment(tmp_path, Plan(samples=30, labels={"face": LABELS["face"], "style": LABELS["style"]}))
+    (folder / "paper").mkdir()
+    write(folder / "paper" / "accuracies.csv", "model,step,dataset,accuracy,n\nsota,,face,97.5,200\nsota,,style,88,100\nsota,,else,1,1\n")
+    board = Scoreboard.from_experiment(folder)
+    assert board.means.loc["sota", "kind"] == "imported" and board.means.loc["sota", "strict"] == pytest.approx(92.75)
+    assert "sota" not in set(board.tests()["row"]) and "97.5" in board.to_html()
+    write(folder / "paper" / "accuracies.csv", "model,step,dataset,accuracy\nsota,,else,97.5\n")
+    with pytest.raises(InputError, match="none of its data sets is a task here"):
+        Scoreboard.from_experiment(folder)
+
+
+# -------------------------------------------------------------------------- LaTeX, differences
+
+
+def test_latex_has_as_many_columns_as_it_says_and_escapes(chinese, original):
+    for board in (chinese, original):
+        text = latex_table(board)
+        lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+        columns = text.split(r"\begin{tabular}{")[1].split("}")[0]
+        assert len(lines) == len(board.rows) + 1
+        assert all(len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1 for line in lines)
+        assert not re.search(r"(?<!\\)_", text) and "<img" not in text
+    assert r"\textbf{69.2}" in latex_table(original)
+
+
+def test_column_maxima_are_bold_in_html(original):
+    text = original.to_html()
+    tops = re.findall(r'<td class="top"[^>]*>([\d.]+)', text)
+    assert len(tops) >= len(original.tasks)
+    best = accuracy_table(original).max()
+    assert {f"{value:.1f}" for value in best} <= set(tops)
+
+
+def test_means_stand_in_one_order_everywhere(board):
+    order = ["mean", "answered", "coverage", "common"]
+    text = next(line for line in text_table(board).splitlines() if line.startswith("model(step)"))
+    assert text.split()[1:5] == order
+    heads = re.findall(r'<th scope="col" class="mean"[^>]*>([^<]+)', board.to_html())
+    assert [head.split()[0] for head in heads] == order
+
+
+def test_the_difference_of_two_scoreboards(tmp_path):
+    plan = {"samples": 60, "labels": {"face": LABELS["face"], "style": LABELS["style"]}, "runs": {"mix": {}}, "steps": (100, 200), "collapsed": {}}
+    before = Scoreboard.from_experiment(build_experiment(tmp_path / "a", Plan(**plan, skills={"mix(200)": 0.5})))
+    folder = build_experiment(tmp_path / "b", Plan(**plan, skills={"mix(200)": 0.95}))
+    (folder / "mix/predictions/step-100").rename(folder / "mix/predictions/step-150")
+    after = Scoreboard.from_experiment(folder)
+    table = difference(before, after).table.astype({"task": object}).fillna({"task": "mean"}).set_index(["row", "task"])
+    assert table.loc[("mix(100)", "face"), "state"] == "gone" and table.loc[("mix(150)", "face"), "state"] == "new"
+    assert table.loc[("mix(200)", "face"), "verdict"] == "better" and table.loc[("mix(200)", "face"), "n"] == 60
+    assert table.loc[("base", "face"), "state"] == "same"
+    change = after.means.loc["mix(200)", "strict"] - before.means.loc["mix(200)", "strict"]
+    assert table.loc[("mix(200)", "mean"), "change"] == pytest.approx(change)
+    assert "figures differ" in difference(before, after).to_markdown() and "mix(150)" in difference(before, after)._repr_html_()
+    assert (difference(before, before).table["state"] == "same").all()
