@@ -42,6 +42,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                              'qwen2vl_sft/comparison/board.py'),
                                               'qwen2vl_sft.comparison.board.common_samples': ( 'comparison.board.html#common_samples',
                                                                                                'qwen2vl_sft/comparison/board.py'),
+                                              'qwen2vl_sft.comparison.board.common_start': ( 'comparison.board.html#common_start',
+                                                                                             'qwen2vl_sft/comparison/board.py'),
                                               'qwen2vl_sft.comparison.board.differing': ( 'comparison.board.html#differing',
                                                                                           'qwen2vl_sft/comparison/board.py'),
                                               'qwen2vl_sft.comparison.board.flat_settings': ( 'comparison.board.html#flat_settings',
