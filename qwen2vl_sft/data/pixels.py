@@ -19,9 +19,9 @@ from filelock import FileLock
 from ..core import fingerprint
 from ..encoding.images import ImageEncoder, open_image
 
-# %% ../../nbs/27_data.pixels.ipynb #ff5bb1a3
-HEADER = struct.Struct("<4sIIxxxxQ")  # mark, height, width, checksum
-MARK = b"px01"
+# %% ../../nbs/27_data.pixels.ipynb #b6ae5d72
+HEADER = struct.Struct("<4sHHHHxxxxQ")  # mark, rows, columns, merge, patch, checksum
+MARK = b"px02"
 
 
 def checksum(pixels: np.ndarray) -> int:
@@ -32,12 +32,12 @@ def checksum(pixels: np.ndarray) -> int:
 
 
 def to_file(path: Path, pixels: np.ndarray) -> None:
-    "Write uint8 pixels [height, width, 3]; the file is whole or absent."
+    "Write uint8 pixels [rows, columns, merge, merge, 3, patch, patch]; the file is whole or absent."
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(unfinished, "wb") as file:
-            file.write(HEADER.pack(MARK, *pixels.shape[:2], checksum(pixels)))
+            file.write(HEADER.pack(MARK, *pixels.shape[:3], pixels.shape[-1], checksum(pixels)))
             file.write(pixels.data)
         unfinished.rename(path)
     finally:
@@ -48,13 +48,13 @@ def from_file(path: Path) -> np.ndarray | None:
     "The pixels; None where there is no whole file."
     try:
         content = np.fromfile(path, np.uint8)
-        mark, height, width, expected = HEADER.unpack(content[: HEADER.size].tobytes())
+        mark, rows, columns, merge, patch, expected = HEADER.unpack(content[: HEADER.size].tobytes())
     except (OSError, struct.error):
         return None
     pixels = content[HEADER.size :]
-    if mark != MARK or pixels.size != height * width * 3 or checksum(pixels) != expected:
+    if mark != MARK or pixels.size != 3 * rows * columns * (merge * patch) ** 2 or checksum(pixels) != expected:
         return None
-    return pixels.reshape(height, width, 3)
+    return pixels.reshape(rows, columns, merge, merge, 3, patch, patch)
 
 # %% ../../nbs/27_data.pixels.ipynb #8c9d7aa1
 class PixelCache:
@@ -117,7 +117,7 @@ def admits(cache: PixelCache, size: int) -> bool:
 
 PixelCache.make_room, PixelCache.admits = make_room, admits
 
-# %% ../../nbs/27_data.pixels.ipynb #48e358e9
+# %% ../../nbs/27_data.pixels.ipynb #c72c716b
 def get(cache: PixelCache, sha256: str) -> np.ndarray | None:
     "Stored pixels, or None."
     return from_file(cache.path(sha256))
@@ -135,10 +135,10 @@ def put(cache: PixelCache, sha256: str, pixels: np.ndarray) -> bool:
 
 
 def pixels(cache: PixelCache, sha256: str, content: Callable[[], bytes], name: str = "image") -> np.ndarray:
-    "Pixels [height, width, 3] of a picture; `content` gives its bytes where they aren't stored. Raises `InputError`."
+    "Pixels [rows, columns, merge, merge, 3, patch, patch] of a picture; `content` gives its bytes where they aren't stored. Raises `InputError`."
     found = cache.get(sha256)
     if found is None:
-        found = cache.images.resize(open_image(content(), name))
+        found = cache.images.squares(open_image(content(), name))
         cache.put(sha256, found)
     return found
 

@@ -28,13 +28,13 @@ def mrope_positions(
     text = length - image_start - image.shape[1]
     return np.concatenate([np.tile(np.arange(image_start), (3, 1)), image, np.tile(np.arange(text) + after, (3, 1))], axis=1)
 
-# %% ../../nbs/12_encoding.batch.ipynb #6571168c
+# %% ../../nbs/12_encoding.batch.ipynb #85aea70e
 @dataclass
 class Sample:
     "An encoded sample with its picture."
 
     encoded: Encoded
-    pixels: np.ndarray | None = None  # uint8 [height, width, 3]
+    pixels: np.ndarray | None = None  # uint8, from `ImageEncoder.squares` or `resize`
     features: torch.Tensor | None = None  # [image tokens, hidden], the tower's output
     task: int = -1  # number of its task in the suite, for figures by task
 

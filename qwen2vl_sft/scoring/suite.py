@@ -80,7 +80,7 @@ def test_set(
 
 test_set.__test__ = False
 
-# %% ../../nbs/43_scoring.suite.ipynb #ba16fe43
+# %% ../../nbs/43_scoring.suite.ipynb #a067062f
 @dataclass
 class Scorer:
     "What turns rows of a test set into predictions: encoder, vision cache and settings."
@@ -100,7 +100,7 @@ class Scorer:
         return made
 
     def pixels(self, data: TestSet, row: int) -> np.ndarray:
-        return self.encoder.images.resize(open_image(data.rows.image(row), f"{data.task.name}, row {row}"))
+        return self.encoder.images.squares(open_image(data.rows.image(row), f"{data.task.name}, row {row}"))
 
 # %% ../../nbs/43_scoring.suite.ipynb #2bdf7508
 def closed_rows(
