@@ -63,7 +63,7 @@ def label_tree(
             tree.ends.append((index, nodes[ids]))
     return tree
 
-# %% ../../nbs/41_scoring.labels.ipynb #0a833b18
+# %% ../../nbs/41_scoring.labels.ipynb #bc0a89a9
 def tree_mask(
     prompt: torch.Tensor,  # attention mask of the prompts, int64 [batch, length], padded on the right
     tree: LabelTree,
@@ -90,7 +90,7 @@ def tree_batch(
     nodes = torch.tensor(tree.tokens).expand(len(samples), -1)
     after = torch.tensor([int(sample.positions.max()) + 1 for sample in samples])[:, None] + torch.tensor(tree.depths)
     return {
-        **{name: batch[name] for name in batch if name.startswith(("pixel_", "image_"))},
+        **{name: batch[name] for name in batch if name.startswith(("pixel", "image_"))},
         "input_ids": torch.cat([batch["input_ids"], nodes], dim=1),
         "position_ids": torch.cat([batch["position_ids"], after.expand(3, -1, -1)], dim=2),
         "attention_mask": tree_mask(batch["attention_mask"], tree, dtype),

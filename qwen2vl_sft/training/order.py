@@ -59,7 +59,7 @@ class TrainingOrder(Dataset):
         number = list(self.questions).index(key[0])
         return Sample(self.encoded(key), None if features is not None else self.pixels(key), features, number)
 
-# %% ../../nbs/52_training.order.ipynb #a8b8f843
+# %% ../../nbs/52_training.order.ipynb #3b7afcb5
 def encoded(
     data: TrainingOrder,
     key: Key,
@@ -72,11 +72,11 @@ def encoded(
 def pixels(
     data: TrainingOrder,
     key: Key,
-) -> np.ndarray:  # uint8 [height, width, 3]
+) -> np.ndarray:  # uint8 [rows, columns, merge, merge, 3, patch, patch]
     "The picture as the model sees it."
     name = f"{key[0]}/{data.value(key, 'id')}"
     if data.pixel_cache is None:
-        return data.encoder.images.resize(open_image(data.splits[key[0]].image(key[1]), name))
+        return data.encoder.images.squares(open_image(data.splits[key[0]].image(key[1]), name))
     return data.pixel_cache.pixels(data.value(key, "sha256"), lambda: data.splits[key[0]].image(key[1]), name)
 
 
