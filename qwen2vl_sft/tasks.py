@@ -17,7 +17,7 @@ from .core import InputError, did_you_mean, fingerprint
 # %% ../nbs/02_tasks.ipynb #a1af42ae
 SPLITS = ("train", "validation", "test")
 
-# %% ../nbs/02_tasks.ipynb #ee2378e0
+# %% ../nbs/02_tasks.ipynb #71ca7d1c
 class Task(Settings):
     "One labelling question about one image."
 
@@ -26,6 +26,9 @@ class Task(Settings):
     labels: list[str] | None = Field(None, description="the closed label set; leave out for open answers")
     answer: Literal["text"] | None = Field(None, description="`text` for an open answer, such as OCR")
     aliases: dict[str, list[str]] = Field(default_factory=dict, description="label -> further accepted wordings")
+    metric: Literal["exact", "fields"] = Field("exact", description="what makes an open answer correct: the whole text, or every one of `fields`")
+    fields: list[Literal["phone", "email", "url"]] = Field(default_factory=list, description="contact details that an open answer holds, compared one by one")
+    region: str | None = Field(None, pattern=r"^[A-Z]{2}$", description="country of telephone numbers that are written without a country code, such as CN")
     positive: str | None = Field(None, description="the label that a detection task looks for")
     sources: dict[str, dict[str, Any]] = Field(default_factory=dict, description="split (or `all`) -> where its rows come from")
 
@@ -41,8 +44,9 @@ class Task(Settings):
 
     @property
     def fingerprint(self) -> str:
-        "Changes when a prediction of this task could change: question, labels or aliases."
-        return fingerprint([self.question, self.labels, self.answer, self.aliases])
+        "Changes when a prediction of this task could change: question, labels, aliases, or what counts as correct."
+        counted = [self.metric, sorted(self.fields), self.region] if self.fields else []
+        return fingerprint([self.question, self.labels, self.answer, self.aliases, *counted])
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -57,6 +61,10 @@ class Task(Settings):
             raise ValueError("give either `labels` (closed) or `answer: text` (open)")
         if self.labels is not None:
             _check_label_set(self)
+        if self.fields and self.labels is not None:
+            raise ValueError("`fields` compares open answers; a closed task has labels")
+        if self.metric == "fields" and not self.fields:
+            raise ValueError("`metric: fields` needs `fields`, such as [phone, email, url]")
         if unknown := [split for split in self.sources if split not in (*SPLITS, "all")]:
             raise ValueError(f"unknown split '{unknown[0]}'.{did_you_mean(unknown[0], SPLITS)} Known: {', '.join(SPLITS)}, all")
         return self

@@ -20,7 +20,7 @@ from ..encoding.prompt import Encoder
 from ..model.load import unwrapped
 from ..model.prefill import Prefill, prefill
 
-# %% ../../nbs/41_scoring.labels.ipynb #74b61dfd
+# %% ../../nbs/41_scoring.labels.ipynb #dbf0a722
 @dataclass
 class LabelTree:
     "All wordings of a label set, their shared beginnings merged."
@@ -31,6 +31,7 @@ class LabelTree:
     depths: list[int] = field(default_factory=list)  # 0 for the first token of a label
     ends: list[tuple[int, int]] = field(default_factory=list)  # (index of the label, node where a wording of it ends)
     children: dict[tuple[int, int], int] = field(default_factory=dict)  # (node, token) -> child node
+    below: dict[int, list[int]] = field(default_factory=dict)  # node -> child nodes
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -45,6 +46,7 @@ class LabelTree:
         for depth, token in enumerate(ids):
             if (node, token) not in self.children:
                 self.children[node, token] = len(self)
+                self.below.setdefault(node, []).append(len(self))
                 self.tokens.append(token)
                 self.parents.append(node)
                 self.depths.append(depth)
@@ -69,7 +71,7 @@ def label_tree(
         tree.add(index[owners[ids]], list(ids))
     return tree
 
-# %% ../../nbs/41_scoring.labels.ipynb #120f6faf
+# %% ../../nbs/41_scoring.labels.ipynb #4b04067e
 def tree_parts(
     tree: LabelTree,
     most: int,  # nodes in a part; at least one whole path
@@ -78,7 +80,7 @@ def tree_parts(
     part: set[int] = set()
     for _, end in tree.ends:
         path = tree.path(end)
-        if part and len(part | set(path)) > most:
+        if part and len(part) + sum(node not in part for node in path) > most:
             yield sorted(part)
             part = set()
         part.update(path)
@@ -97,7 +99,7 @@ def sight(
             seen[i] |= seen[place[tree.parents[node]]]
     return seen
 
-# %% ../../nbs/41_scoring.labels.ipynb #e50c11c4
+# %% ../../nbs/41_scoring.labels.ipynb #bad1abcf
 NODES = 1024  # nodes in one pass
 PROJECTED = 1024  # positions projected onto the vocabulary at once
 
@@ -123,7 +125,7 @@ def _fill_in(
     reading.favourites[:, [node + 1 for node in nodes]] = logits.argmax(dim=-1)
     if nodes[0] >= 0:
         reading.stops[:, nodes] = logits[..., end_id] - total
-    born = [child for child, parent in enumerate(tree.parents) if parent in rows]
+    born = [child for node in nodes for child in tree.below.get(node, [])]
     above = [rows[tree.parents[child]] for child in born]
     reading.arrivals[:, born] = logits[:, above, [tree.tokens[child] for child in born]] - total[:, above]
 
