@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'AsNotebook', 'Experiment', 'INTERRUPTED', 'options', 'prepare', 'train', 'score', 'score_api', 'compare',
-           'runs', 'demo', 'main']
+           'sweep', 'runs', 'demo', 'main']
 
 # %% ../nbs/90_cli.ipynb #befce71e
 import sys
@@ -168,6 +168,27 @@ def compare(
     from qwen2vl_sft.comparison.report import write_report
 
     print(write_report(folder))
+
+# %% ../nbs/90_cli.ipynb #3ff774d9
+@app.command()
+def sweep(
+    file: Annotated[str, typer.Argument(help="The sweep's YAML file.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and the estimated time; start nothing.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Start failed runs again.")] = False,
+    slots: Annotated[int | None, typer.Option(min=1, help="Runs at the same time.", show_default="the file's")] = None,
+    ray: Annotated[str | None, typer.Option(help="Place the runs by Ray: an address, auto, or local for a cluster of its own.", show_default=False)] = None,
+    compare: Annotated[bool, typer.Option(help="Score all checkpoints and write the report at the end.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> int:
+    """Train a matrix or list of runs, score every checkpoint and compare them. Done runs are skipped.
+
+    Example: qwen2vl-sft sweep sweeps/demo.yaml --dry-run
+    """
+    from qwen2vl_sft.workflow.sweep import load_sweep, run_sweep, sweep_text, with_options
+
+    table = run_sweep(with_options(load_sweep(_here(file)), slots, ray), retry=retry, dry_run=dry_run, compare=compare)
+    print(table.to_json(orient="records", indent=1) if as_json else sweep_text(table))
+    return int(not dry_run and (table.state != "done").any())
 
 # %% ../nbs/90_cli.ipynb #ca1d6f0c
 @app.command()

@@ -1,0 +1,136 @@
+"""Sweeps: the run directories are the database, one failure stops no other, a killed sweep goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from qwen2vl_sft.core import InputError
+from qwen2vl_sft.data.toy import write_toy_suite
+from qwen2vl_sft.rundir import RunDir
+from qwen2vl_sft.workflow.sweep import Sweep, load_sweep, plan_sweep, plan_table, run_sweep, seconds_a_sample
+
+COMMAND = [sys.executable, "-c", "import sys; from qwen2vl_sft.cli import main; sys.exit(main(sys.argv[1:]))"]
+
+
+@pytest.fixture
+def toy(project):
+    "A project with a toy suite and a recipe of three steps."
+    suite = write_toy_suite(project / "toy", rows=6)
+    schedule = {"steps": 3, "save_at": [2], "micro_batch": 2, "log_every": 1, "warmup_ratio": 0}
+    recipe = {"suite": str(suite), "run": "mix", "model": {"device": "cpu"}, "schedule": schedule}
+    (project / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return project
+
+
+def write_sweep(project, **content):
+    file = project / "sweep.yaml"
+    file.write_text(yaml.safe_dump({"experiment": "e", "recipe": "recipe.yaml", **content}))
+    return file
+
+
+def started(project, file, *options):
+    return subprocess.Popen([*COMMAND, "sweep", str(file), *options], cwd=project, env={**os.environ, "QWEN2VL_SFT_ROOT": str(project)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition, seconds=120.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "at least one run"),
+        ({"matrix": {"learning_rat": [1]}}, "Did you mean 'learning_rate'"),
+        ({"matrix": {"seed": []}}, "matrix.seed has no values"),
+        ({"matrix": {"seed": [0, 0]}}, "two runs are named 'mix-seed-0'"),
+        ({"matrix": {"learning_rate": [-1]}}, "learning_rate"),
+        ({"matrix": {"seed": [0]}, "slot": 2}, "Did you mean 'slots'"),
+        ({"matrix": {"seed": [0]}, "slots": 2, "devices": ["0"]}, "2 slots but 1 devices"),
+        ({"runs": [{"recipe": "other.yaml"}]}, "other.yaml: no such file"),
+        ({"recipe": None, "runs": [{"seed": 1}]}, "no recipe"),
+    ],
+)
+def test_a_bad_file_starts_nothing(toy, content, message):
+    file = write_sweep(toy, **content)
+    with pytest.raises(InputError, match="^[^\n]*$") as error:
+        run_sweep(file)
+    assert message in str(error.value) and not (toy / "runs").exists()
+
+
+def test_names_and_settings_follow_the_file(toy):
+    matrix = {"learning_rate": [1e-3, 4e-3], "mixture.name": ["equal", "concatenate"]}
+    file = write_sweep(toy, settings={"steps": 5}, matrix=matrix, exclude=[{"learning_rate": 1e-3, "mixture.name": "equal"}], runs=[{"run": "all", "method.name": "full", "steps": 7}])
+    planned = {one.run.name: one.config for one in plan_sweep(load_sweep(file))}
+    assert list(planned) == ["mix-learning_rate-0.001-name-concatenate", "mix-learning_rate-0.004-name-equal", "mix-learning_rate-0.004-name-concatenate", "all"]
+    assert planned["mix-learning_rate-0.004-name-equal"].schedule.learning_rate == 4e-3
+    assert planned["mix-learning_rate-0.004-name-equal"].mixture.name == "equal"
+    assert [config.schedule.steps for config in planned.values()] == [5, 5, 5, 7] and planned["all"].method.name == "full"
+
+
+def test_the_estimate_is_the_pace_of_earlier_runs_times_what_is_left(toy):
+    sweep = Sweep(experiment="e", recipe="recipe.yaml", matrix={"seed": [0, 1]})
+    assert plan_table(plan_sweep(sweep)).minutes.isna().all(), "nothing to go by"
+    earlier = RunDir(toy / "runs/before/mix")
+    earlier.write_config(plan_sweep(sweep)[0].config.to_yaml())
+    lines = [{"step": step, "time": 1000 + 60 * step + (900 if step > 4 else 0), "loss": 1.0} for step in range(1, 9)]
+    earlier.metrics_path.write_text("\n".join(map(json.dumps, lines)))
+    assert seconds_a_sample(earlier) == 30, "a minute a step of two samples; a pause of 15 minutes doesn't count"
+    assert list(plan_table(plan_sweep(sweep)).minutes) == [3.0, 3.0]
+
+
+@pytest.mark.slow
+def test_a_failure_stops_no_other_and_is_retried_only_on_request(toy):
+    runs = [{"run": "too-long", "max_tokens": 1}, {"run": "good"}, {"run": "other", "seed": 1}]
+    file = write_sweep(toy, runs=runs, slots=2, scoring={"limit": 2})
+    first = started(toy, file)
+    text = first.communicate(timeout=400)[0]
+    assert first.returncode == 1 and "above schedule.max_tokens=1" in text, text
+    states = {name: RunDir(toy / "runs/e" / name).status().state for name in ("too-long", "good", "other")}
+    assert states == {"too-long": "failed", "good": "finished", "other": "finished"}
+    assert (toy / "runs/e/good/notebook.ipynb").exists() and (toy / "runs/e/good/train.log").exists()
+    board = (toy / "runs/e/scoreboard.csv").read_text()
+    assert "good,3" in board and "other,2" in board and (toy / "runs/e/report.html").exists()
+    again = run_sweep(file, compare=False)
+    assert list(again.state) == ["failed", "done", "done"] and "max_tokens=1" in again.notes[0]
+    before = RunDir(toy / "runs/e/too-long").status().started
+    retried = run_sweep(write_sweep(toy, runs=runs[:1]), retry=True, compare=False)
+    assert retried.state[0] == "failed" and RunDir(toy / "runs/e/too-long").status().started != before
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(toy):
+    file = write_sweep(toy, settings={"steps": 60, "save_at": [3, 30]}, runs=[{"run": "a"}, {"run": "b", "seed": 1}])
+    run = RunDir(toy / "runs/e/a")
+    killed = started(toy, file, "--no-compare")
+    wait_for(lambda: 3 in run.checkpoints())
+    killed.kill()  # its training goes on by itself
+    killed.wait()
+    assert run.status().state == "running"
+    stopped = started(toy, file, "--no-compare")  # waits for the one that is left over, then trains the other
+    wait_for(lambda: 3 in RunDir(toy / "runs/e/b").checkpoints())
+    assert run.status().state == "finished" and list(run.checkpoints()) == [3, 30, 60]
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait(60) == 130
+    assert RunDir(toy / "runs/e/b").status().state == "interrupted"
+    table = run_sweep(file, compare=False)
+    assert list(table.state) == ["done", "done"] and list(table.step) == [60, 60]
+
+
+@pytest.mark.slow
+def test_ray_places_the_runs(toy):
+    pytest.importorskip("ray", reason="lacks ray (pip install 'qwen2vl-sft[ray]')")
+    file = write_sweep(toy, runs=[{"run": "good"}, {"run": "too-long", "max_tokens": 1}], ray={"address": "local", "cpus": 1})
+    table = run_sweep(file, compare=False)
+    assert list(table.state) == ["done", "failed"] and "max_tokens=1" in table.notes[1]
+    assert json.loads((toy / "runs/e/good/status.json").read_text())["state"] == "finished"
+    with pytest.raises(InputError, match="no cluster at '127.0.0.1:1'"):
+        run_sweep(write_sweep(toy, runs=[{"run": "new"}], ray={"address": "127.0.0.1:1"}), compare=False)
