@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['START', 'RayConfig', 'Sweep', 'load_sweep', 'Planned', 'planned_run', 'plan_sweep', 'seconds_a_sample',
            'estimated_minutes', 'plan_table', 'training_command', 'last_line', 'wait_for', 'train_in_process',
-           'Progress', 'slot_environment', 'run_in_slots', 'run_on_ray', 'sweep_table', 'run_sweep', 'with_options',
-           'sweep_text']
+           'Progress', 'slot_environment', 'run_in_slots', 'check_reachable', 'run_on_ray', 'sweep_table', 'run_sweep',
+           'with_options', 'sweep_text']
 
-# %% ../../nbs/73_workflow.sweep.ipynb #a558fbca
+# %% ../../nbs/73_workflow.sweep.ipynb #56d0a1bf
 import itertools
 import json
 import os
 import queue
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -305,7 +306,17 @@ def run_in_slots(
             worker.join()
     return progress.results
 
-# %% ../../nbs/73_workflow.sweep.ipynb #b9bd622d
+# %% ../../nbs/73_workflow.sweep.ipynb #54627667
+def check_reachable(
+    address: str,  # as ray.init takes it
+    seconds: float = 5.0,
+) -> None:
+    "Raises `OSError` if nobody listens at `host:port`; Ray itself would try for minutes."
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=seconds).close()
+
+# %% ../../nbs/73_workflow.sweep.ipynb #5010af55
 def run_on_ray(
     sweep: Sweep,
     planned: list[Planned],
@@ -316,10 +327,11 @@ def run_on_ray(
     except ImportError as error:
         raise InputError("this sweep asks for Ray, which is not installed: pip install 'qwen2vl-sft[ray]'") from error
     wanted, root = sweep.ray or RayConfig(), str(project_root())
-    address = None if wanted.address == "local" else wanted.address
     try:
-        ray.init(address=address or "local", include_dashboard=False, log_to_driver=False, logging_level="warning")
-    except (ConnectionError, ValueError) as error:
+        check_reachable(wanted.address)
+        options = {"include_dashboard": False} if wanted.address == "local" else {}
+        ray.init(address=wanted.address, log_to_driver=False, logging_level="warning", **options)
+    except (OSError, ValueError) as error:  # ConnectionError is an OSError
         raise InputError(f"ray: no cluster at '{wanted.address}': {str(error).splitlines()[0]}") from error
     needs = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus, "resources": wanted.resources, "max_retries": 0}
     needs["runtime_env"] = {"env_vars": {"QWEN2VL_SFT_ROOT": root}}
