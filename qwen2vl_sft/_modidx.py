@@ -1828,6 +1828,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                   'qwen2vl_sft/workflow/sweep.py'),
                                             'qwen2vl_sft.workflow.sweep._short': ( 'workflow.sweep.html#_short',
                                                                                    'qwen2vl_sft/workflow/sweep.py'),
+                                            'qwen2vl_sft.workflow.sweep.check_reachable': ( 'workflow.sweep.html#check_reachable',
+                                                                                            'qwen2vl_sft/workflow/sweep.py'),
                                             'qwen2vl_sft.workflow.sweep.estimated_minutes': ( 'workflow.sweep.html#estimated_minutes',
                                                                                               'qwen2vl_sft/workflow/sweep.py'),
                                             'qwen2vl_sft.workflow.sweep.last_line': ( 'workflow.sweep.html#last_line',
