@@ -481,11 +481,11 @@ def test_5_14_the_self_test_stops_a_model_that_depends_on_the_batch(project, enc
     self_test(model, scorer, data)
     head = model.lm_head.forward
     tokens = [encoder.text_ids(label)[0] for label in ("red", "green", "blue")]
-    rows = 1 + len(label_tree(encoder, data.task.wordings))  # positions projected for one sample
 
     def leaking(hidden):
         logits = head(hidden)
-        logits[::rows, tokens[len(hidden) > rows]] += 50  # after the prompt, another favourite when there is company
+        if hidden.ndim == 2:  # after the prompt, another favourite when there is company
+            logits[:, tokens[len(hidden) > 1]] += 50
         return logits
 
     monkeypatch.setattr(model.lm_head, "forward", leaking)
