@@ -6,8 +6,8 @@
 __all__ = ['PROJECTIONS', 'TOWER_LINEARS', 'MERGER_LINEARS', 'PEFT_HERE', 'PEFT_REFUSED', 'PEFT_INITIAL', 'OPTIMIZERS',
            'SCHEDULERS', 'NOT_WHAT_IS_TRAINED', 'OTHER_NAMES', 'Settings', 'explain', 'ModelConfig',
            'PreprocessingConfig', 'MethodConfig', 'MixtureConfig', 'ScheduleConfig', 'ScoringConfig', 'PlanConfig',
-           'RunConfig', 'settings_paths', 'setting_path', 'parse_overrides', 'validated', 'with_overrides', 'read_yaml',
-           'load_recipe']
+           'ExportConfig', 'RunConfig', 'settings_paths', 'setting_path', 'parse_overrides', 'validated',
+           'with_overrides', 'read_yaml', 'load_recipe']
 
 # %% ../nbs/01_config.ipynb #d4c39ba6
 from collections.abc import Iterable, Iterator
@@ -202,14 +202,16 @@ def _check_scheduler(schedule: "ScheduleConfig") -> None:
     if "min_lr" in known and not {"min_lr", "min_lr_rate"} & set(schedule.scheduler_options):
         raise ValueError(f"scheduler_options: {schedule.scheduler} needs min_lr or min_lr_rate")
 
-# %% ../nbs/01_config.ipynb #fcd592cc
+# %% ../nbs/01_config.ipynb #d48eaf4e
 class ScheduleConfig(Settings):
     "Steps, batches and the optimiser."
 
     steps: int = Field(3370, ge=1, description="optimiser steps")
     save_at: list[int] = Field(default_factory=list, description="steps to keep a checkpoint of; the last is always kept")
+    save_every: int | None = Field(None, ge=1, description="optimiser steps between checkpoints that are only there to continue from; not scored, removed when the run is finished")
+    keep_last: int = Field(1, ge=1, description="how many of those are kept; named checkpoints always stay")
     micro_batch: PositiveInt | Literal["auto"] = Field(8, description="samples in one forward pass; auto: the most that the memory plan allows")
-    accumulation: int = Field(1, ge=1, description="micro-batches in one optimiser step")
+    accumulation: int = Field(1, ge=1, description="micro-batches that a process takes for one optimiser step; a step has micro_batch x accumulation x processes samples")
     effective_batch: int | None = Field(None, ge=1, description="samples in one optimiser step, for micro_batch=auto; None: micro_batch x accumulation")
     learning_rate: float = Field(1e-4, gt=0)
     tower_learning_rate: float | None = Field(None, gt=0, description="of the vision tower's weights or adapters; None: learning_rate")
@@ -294,9 +296,17 @@ class PlanConfig(Settings):
     memory_gb: float | None = Field(None, gt=0, description="memory for training, in 1e9 bytes; None: the GPU's, or what a CPU has free")
     reserve: float = Field(0.1, ge=0, lt=1, description="share of the memory that stays free, for fragmentation and other programs")
 
-# %% ../nbs/01_config.ipynb #c7863b8b
+# %% ../nbs/01_config.ipynb #7652d220
+class ExportConfig(Settings):
+    "How much a merged model may differ from what was trained."
+
+    samples: int = Field(64, ge=1, description="random validation rows of each task on which the two are compared; test rows where a task has no validation rows")
+    least_agreement: float = Field(0.98, ge=0, le=1, description="share of the answers that must stay")
+    most_shift: float = Field(0.05, ge=0, le=1, description="mean change of the label probabilities (total variation distance) that is allowed")
+
+# %% ../nbs/01_config.ipynb #7af6e629
 NOT_WHAT_IS_TRAINED = (  # settings that change speed and memory; of the batch, only its effective size counts
-    "workers", "log_every", "vision_cache", "vision_cache_gb", "pixel_cache_gb", "tensorboard", "keep_best",
+    "workers", "log_every", "vision_cache", "vision_cache_gb", "pixel_cache_gb", "tensorboard", "keep_best", "save_every", "keep_last",
     "micro_batch", "accumulation", "activation_checkpointing",
 )  # fmt: skip
 
@@ -314,6 +324,7 @@ class RunConfig(Settings):
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
     plan: PlanConfig = Field(default_factory=PlanConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)
 
     @model_validator(mode="after")
     def _settings_agree(self) -> "RunConfig":
@@ -343,7 +354,7 @@ class RunConfig(Settings):
     @property
     def fingerprint(self) -> str:
         "Changes when what is trained could change; names, scoring, and what only costs time or memory don't count."
-        content = self.model_dump(mode="json", exclude={"experiment", "run", "scoring", "plan"})
+        content = self.model_dump(mode="json", exclude={"experiment", "run", "scoring", "plan", "export"})
         left_out = {*NOT_WHAT_IS_TRAINED}
         if not self.schedule.early_stopping_patience:  # validation alone changes nothing
             left_out |= {"validate_every", "validation_samples", "early_stopping_patience"}

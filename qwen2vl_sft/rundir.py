@@ -8,7 +8,7 @@ __all__ = ['HEARTBEAT_SECONDS', 'DEAD_AFTER_SECONDS', 'Run', 'RULES', 'Status', 
            'prediction_parts', 'write_predictions', 'rules', 'predictions', 'predicted', 'decided_path', 'decided',
            'note_decided']
 
-# %% ../nbs/03_rundir.ipynb #ee27859c
+# %% ../nbs/03_rundir.ipynb #74a06d3f
 import json
 import os
 import re
@@ -16,17 +16,18 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import filelock
 import pandas as pd
+import psutil
 
-from .core import InputError, RunFailure, did_you_mean, project_root, write_atomically
+from .core import InputError, RunFailure, did_you_mean, process_count, project_root, say, write_atomically
 
-# %% ../nbs/03_rundir.ipynb #f596b8cf
+# %% ../nbs/03_rundir.ipynb #b018ac36
 HEARTBEAT_SECONDS = 5.0
 DEAD_AFTER_SECONDS = 60.0
 
@@ -67,20 +68,18 @@ class Status:
             return False
         if self.host != socket.gethostname():
             return True
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
-        return not _is_zombie(self.pid)
+        return _process_lives(self.pid, self.started)
 
-# %% ../nbs/03_rundir.ipynb #874402fb
-def _is_zombie(pid: int) -> bool:
+# %% ../nbs/03_rundir.ipynb #d584cfbd
+def _process_lives(pid: int, since: float) -> bool:
+    "Whether the process `pid` is there, no zombie, and not another one that got the number after `since` (seconds since the epoch)."
     try:
-        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() < since + 5
+    except psutil.NoSuchProcess:
         return False
+    except psutil.AccessDenied:
+        return True
 
 # %% ../nbs/03_rundir.ipynb #48629c3a
 class RunDir:
@@ -143,7 +142,7 @@ def write_status(run: RunDir, status: Status) -> None:
     "Replace `status.json`."
     write_atomically(run.status_path, json.dumps(asdict(status), indent=1))
 
-# %% ../nbs/03_rundir.ipynb #f885b787
+# %% ../nbs/03_rundir.ipynb #8eb9d0d6
 @contextmanager
 def running(
     run: RunDir,
@@ -156,6 +155,8 @@ def running(
         lock.acquire()
     except filelock.Timeout as error:
         raise RunFailure(f"{run.path}: another process (pid {read_status(run).pid}) is working in this run directory; wait for it or choose another run name") from error
+    for leftover in run.path.glob(".status.json.*.tmp"):  # of a killed process
+        leftover.unlink(missing_ok=True)
     before, now = read_status(run), time.time()
     status = Status("running", stage, pid=os.getpid(), host=socket.gethostname(), started=now, heartbeat=now, spent=before.all_spent)
     with lock, _beating(run, status):
@@ -167,13 +168,14 @@ def running(
                 status.spent = before.all_spent | {stage: before.spent.get(stage, 0.0) + status.started - now}
                 status.state, status.stage, status.message, status.progress = before.state, before.stage, before.message, before.progress
         except KeyboardInterrupt:
-            status.state, status.message = "interrupted", "stopped by the user; the same command continues"
+            others = "" if process_count() == 1 else f", or because another of its {process_count()} processes ended"
+            status.state, status.message = "interrupted", f"stopped by the user{others}; the same command continues"
             raise
         except BaseException as error:
             status.state, status.message = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
             raise
 
-# %% ../nbs/03_rundir.ipynb #1e34b301
+# %% ../nbs/03_rundir.ipynb #897fe40b
 @contextmanager
 def _beating(run: RunDir, status: Status) -> Iterator[None]:
     done = threading.Event()
@@ -182,7 +184,8 @@ def _beating(run: RunDir, status: Status) -> Iterator[None]:
     def beat() -> None:
         while not done.wait(HEARTBEAT_SECONDS):
             status.heartbeat = time.time()
-            write_status(run, status)
+            with suppress(OSError):  # a full disk: the next beat tries again
+                write_status(run, status)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -192,7 +195,15 @@ def _beating(run: RunDir, status: Status) -> Iterator[None]:
         done.set()
         thread.join()
         status.heartbeat = time.time()
+        _write_or_say(run, status)
+
+
+def _write_or_say(run: RunDir, status: Status) -> None:
+    "On a full disk the status stays as it was, which readers take for dead; the work's own error must not be hidden by this one."
+    try:
         write_status(run, status)
+    except OSError as error:
+        say(f"{run.status_path} can't be written: {error.strerror}; the run is {status.state}: {status.message}")
 
 
 RunDir.status = read_status
