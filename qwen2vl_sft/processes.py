@@ -68,7 +68,7 @@ def wait_for_all() -> None:
             time.sleep(0.01)
         arrived.wait()
 
-# %% ../nbs/04_processes.ipynb #e77fb778
+# %% ../nbs/04_processes.ipynb #881c567a
 def from_first(
     work: Callable[[], Result],  # its result must be plain data
 ) -> Result:
@@ -87,6 +87,7 @@ def from_first(
     wait_for_all()
     with noticing_loss():
         dist.broadcast_object_list(outcome, src=0, group=_waiting_room)
+    wait_for_all()  # nobody ends, and closes its connections, before all have heard
     if own:
         raise own
     if outcome[1]:
@@ -116,7 +117,9 @@ def gathered(
 
     wait_for_all()
     values: list[Any] = [None] * process_count()
-    dist.all_gather_object(values, value, group=_waiting_room)
+    with noticing_loss():
+        dist.all_gather_object(values, value, group=_waiting_room)
+    wait_for_all()
     return values
 
 # %% ../nbs/04_processes.ipynb #832dcf8d

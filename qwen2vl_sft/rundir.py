@@ -8,7 +8,7 @@ __all__ = ['HEARTBEAT_SECONDS', 'DEAD_AFTER_SECONDS', 'Run', 'RULES', 'Status', 
            'prediction_parts', 'write_predictions', 'rules', 'predictions', 'predicted', 'decided_path', 'decided',
            'note_decided']
 
-# %% ../nbs/03_rundir.ipynb #74a06d3f
+# %% ../nbs/03_rundir.ipynb #b737d3b0
 import json
 import os
 import re
@@ -25,7 +25,7 @@ import filelock
 import pandas as pd
 import psutil
 
-from .core import InputError, RunFailure, did_you_mean, process_count, project_root, say, write_atomically
+from .core import InputError, RunFailure, did_you_mean, process_count, process_rank, project_root, say, write_atomically
 
 # %% ../nbs/03_rundir.ipynb #b018ac36
 HEARTBEAT_SECONDS = 5.0
@@ -228,13 +228,15 @@ def write_config(
 
 RunDir.write_config = write_config
 
-# %% ../nbs/03_rundir.ipynb #a4e97e45
+# %% ../nbs/03_rundir.ipynb #65872b21
 def log(
     run: RunDir,
     step: int,  # optimiser step
     **values: float,  # such as loss=0.3, learning_rate=1e-4
 ) -> None:
-    "Append a line to `metrics.jsonl`."
+    "Append a line to `metrics.jsonl`; of several processes the first does."
+    if process_rank():
+        return
     run.path.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n"
     with run.metrics_path.open("ab+") as file:

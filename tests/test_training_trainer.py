@@ -74,12 +74,6 @@ def test_scoring_does_not_finish_a_failed_training(project):
     assert (run.status().state, run.status().stage, run.status().progress) == ("failed", "training", {"step": 2, "steps": 4})
 
 
-def test_several_processes_and_other_gpus_are_refused(project, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="several processes"):
-        train(config(project, "many"))
-
-
 def test_a_frozen_tower_keeps_its_precision_and_weights_in_full_training(project):
     settings = config(project, "frozen", "full")
     settings.method.freeze_tower = settings.method.freeze_merger = True

@@ -7,7 +7,7 @@ __all__ = ['LIBRARIES', 'save_model', 'explained_write', 'save_checkpoint', 'ran
            'base_weights', 'inputs_of', 'changed_settings', 'changed_data', 'refuse_another', 'note_inputs', 'versions',
            'position', 'check_position', 'resume_points', 'rotate', 'remove_leftovers', 'last_checkpoint']
 
-# %% ../../nbs/51_training.checkpoints.ipynb #124aa999
+# %% ../../nbs/51_training.checkpoints.ipynb #8a239dd5
 import json
 import random
 import shutil
@@ -26,7 +26,7 @@ import yaml
 from safetensors import SafetensorError
 from torch import nn
 
-from ..config import RunConfig, validated
+from ..config import NOT_WHAT_IS_TRAINED, RunConfig, validated
 from ..core import InputError, RunFailure, fingerprint, process_count, published_folder, say, sha256_of, write_atomically
 from ..data.prepare import Prepared
 from ..encoding.prompt import Encoder, check_contract, preprocessing_contract
@@ -148,23 +148,26 @@ def inputs_of(
     base = base_weights(base_location(config.model.base), config.model.revision)
     return Inputs(base, prepared.audit["fingerprint"], tasks, process_count())
 
-# %% ../../nbs/51_training.checkpoints.ipynb #bf5309d7
+# %% ../../nbs/51_training.checkpoints.ipynb #b6a126d9
 def changed_settings(
     there: RunConfig,
     now: RunConfig,
     processes: tuple[int, int] = (1, 1),  # then and now
 ) -> list[str]:  # such as "schedule.steps=4, now 6"
-    "The settings that decide what is trained and differ. Accumulation counts together with the processes."
-    if there.schedule.accumulation * processes[0] == now.schedule.accumulation * processes[1]:
-        there = there.model_copy(deep=True)
-        there.schedule.accumulation = now.schedule.accumulation
+    "The settings that decide what is trained and differ. Of the batch, only the samples in a step of all processes count."
+    steps = [config.schedule.batch * count for config, count in zip((there, now), processes, strict=True)]
+    same_batch = {name: getattr(now.schedule, name) for name in ("micro_batch", "accumulation", "effective_batch")}
+    there = there.model_copy(update={"schedule": there.schedule.model_copy(update=same_batch)})
+    changed = [] if steps[0] == steps[1] else [f"samples in a step={steps[0]} on {_processes(processes[0])}, now {steps[1]} on {_processes(processes[1])} (micro_batch x accumulation x processes)"]
     if there.fingerprint == now.fingerprint:
-        return []
-    flat = [dict(_flattened(config.model_dump(mode="json", exclude={"experiment", "run", "scoring", "export"}))) for config in (there, now)]
-    changed = [f"{name}={flat[0].get(name)}, now {flat[1].get(name)}" for name in flat[1] | flat[0] if flat[0].get(name) != flat[1].get(name)]
-    if processes[0] != processes[1] and any("accumulation" in one for one in changed):
-        changed.append(f"{processes[0]} processes, now {processes[1]} (keep accumulation x processes at {there.schedule.accumulation * processes[0]})")
-    return changed
+        return changed
+    flat = [dict(_flattened(config.model_dump(mode="json", exclude={"experiment", "run", "scoring", "plan", "export"}))) for config in (there, now)]
+    names = [name for name in flat[1] | flat[0] if name.removeprefix("schedule.") not in NOT_WHAT_IS_TRAINED]
+    return changed + [f"{name}={flat[0].get(name)}, now {flat[1].get(name)}" for name in names if flat[0].get(name) != flat[1].get(name)]
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def _flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
