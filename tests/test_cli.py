@@ -15,7 +15,7 @@ from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.rundir import RunDir, Status, write_status
 from qwen2vl_sft.workflow.runs import list_runs, runs_text
 
-COMMANDS = ["prepare", "train", "score", "score-api", "compare", "runs", "demo"]
+COMMANDS = ["prepare", "train", "score", "score-api", "calibrate", "compare", "runs", "demo"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -8,7 +8,7 @@ __all__ = ['SMALLEST', 'BINS', 'Probabilities', 'probabilities_of', 'LogProbabil
            'operating_point', 'calibrate_predictions', 'calibration_path', 'read_calibration', 'calibrate_run',
            'calibrate_experiment', 'calibration_table']
 
-# %% ../../nbs/48_scoring.calibration.ipynb #6a113c7b
+# %% ../../nbs/48_scoring.calibration.ipynb #dc00fdf7
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from sklearn.metrics import brier_score_loss, log_loss, precision_recall_curve, 
 
 from ..core import InputError, fingerprint, write_atomically
 from ..rundir import RunDir
+from .experiment import trained_runs
 from .metrics import parsed_label
 from ..tasks import Task, load_suite
 
@@ -260,7 +261,7 @@ def read_calibration(
 def _rows_hash(rows: pd.DataFrame) -> str:
     return fingerprint(rows.sort_values("id")[["id", "target", "probabilities"]].to_numpy().tolist())
 
-# %% ../../nbs/48_scoring.calibration.ipynb #f050ad28
+# %% ../../nbs/48_scoring.calibration.ipynb #2477dc75
 def calibrate_run(
     run: RunDir,
     tasks: Iterable[Task],
@@ -271,7 +272,7 @@ def calibrate_run(
     for checkpoint in dict.fromkeys(name for name, _ in run.predicted("validation")):
         for task in tasks:
             rows = run.predictions(checkpoint, task.name, "closed", "validation") if task.is_closed else None
-            if rows is None:
+            if rows is None or rows["probabilities"].isna().any():  # the baselines state none
                 continue
             content = calibrate_predictions(task, rows, run.predictions(checkpoint, task.name, "closed", "test"), wanted)
             content = {"run": run.name, "checkpoint": checkpoint, "follows_from": _rows_hash(rows), **content}
@@ -282,12 +283,15 @@ def calibrate_run(
 
 def calibrate_experiment(
     experiment: Path,  # runs/<experiment>
-    suite: Path | str,  # the suite file, or prepared/<suite>/suite.yaml
     names: list[str] | None = None,  # tasks; None: all closed ones
     wanted: Wanted | None = None,
 ) -> pd.DataFrame:  # a line a (run, checkpoint, task)
     "Calibrate all runs of an experiment. Raises `InputError` if nothing was scored on validation."
-    known = load_suite(suite)
+    trained = trained_runs(experiment)
+    suites = {str(config.suite_path): load_suite(config.suite_path) for config in trained.values()}
+    if len(suites) != 1:
+        raise InputError(f"{experiment}: {'no run has a checkpoint yet; train one first' if not suites else 'its runs use several suites: ' + ', '.join(suites)}")
+    known = next(iter(suites.values()))
     tasks = [known.task(name) for name in names] if names else known.tasks
     runs = [RunDir(path.parent) for path in sorted(Path(experiment).glob("*/config.yaml"))]
     written = [content for run in runs for content in calibrate_run(run, tasks, wanted)]
