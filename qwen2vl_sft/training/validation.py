@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['OPEN_SAMPLES', 'validation_sets', 'only_looking', 'Validation', 'validation_of', 'set_predictions', 'validate',
-           'is_due', 'best_step', 'best_task_steps', 'steps_kept', 'Stop', 'early_stop', 'write_best']
+           'is_due', 'best_step', 'best_task_steps', 'steps_kept', 'Stop', 'early_stop', 'write_best', 'settle_best']
 
-# %% ../../nbs/53_training.validation.ipynb #46e873b0
+# %% ../../nbs/53_training.validation.ipynb #84f1bc14
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -205,7 +206,7 @@ def early_stop(
             return Stop(last, f"stopped early at step {last}: the best validation mean, {mean:.1%} at step {best}, is {patience} validations ago")
     return None
 
-# %% ../../nbs/53_training.validation.ipynb #2b75b277
+# %% ../../nbs/53_training.validation.ipynb #d81e984d
 def write_best(
     run: RunDir,
     until: int,  # the step that the run is at
@@ -226,3 +227,18 @@ def write_best(
     }
     write_atomically(run.path / "best.json", json.dumps(content, indent=1, ensure_ascii=False))
     return content
+
+
+def settle_best(
+    run: RunDir,
+    until: int,
+    schedule: ScheduleConfig,
+) -> None:
+    "Write `best.json`, then remove checkpoints that were the best once and aren't any more. The newest one stays."
+    write_best(run, until, schedule)
+    seen = run.validations(until)
+    for step, folder in list(run.checkpoints().items())[:-1]:
+        if step in set(seen["step"]) - steps_kept(seen, schedule):
+            gone = folder.with_name(f".dropped-{step}.old")  # a name that nothing takes for a checkpoint
+            folder.rename(gone)
+            shutil.rmtree(gone)
