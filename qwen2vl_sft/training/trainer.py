@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['Setting', 'LabelTrainer', 'joined_shards', 'write_checkpoint', 'Between', 'training_arguments', 'check_optimizer',
-           'check_devices', 'prepared_suite', 'recompute_activations', 'build_trainer', 'train', 'train_steps']
+           'check_devices', 'prepared_suite', 'recompute_activations', 'build_trainer', 'last_step', 'train',
+           'train_steps', 'report_end']
 
-# %% ../../nbs/56_training.trainer.ipynb #98b5afea
-from ..core import InputError, fingerprint, pick_device, process_count, process_rank, project_root, say, seed_everything  # first: it quietens what follows
+# %% ../../nbs/56_training.trainer.ipynb #515f0072
+from ..core import InputError, Interrupted, fingerprint, pick_device, process_count, process_rank, project_root, say, seed_everything  # first: it quietens what follows
 
-# %% ../../nbs/56_training.trainer.ipynb #a1c8b61f
+# %% ../../nbs/56_training.trainer.ipynb #e47ee591
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,10 @@ from qwen2vl_sft.training.checkpoints import (
 )
 from .loss import averaged, token_losses
 from .order import TrainingOrder, collator, filled_cache, samples_per_step
-from .progress import RunCallback, check_finite
+from .progress import INTERRUPTED, RunCallback, StopRequest, Tally, check_finite, with_tasks
+from .validation import Validation, early_stop, settle_best, validation_of
 
-# %% ../../nbs/56_training.trainer.ipynb #33f07ecc
+# %% ../../nbs/56_training.trainer.ipynb #c7a7fcf0
 @dataclass
 class Setting:
     "What the trainer needs besides model and data."
@@ -56,14 +58,17 @@ class Setting:
     config: RunConfig
     encoder: Encoder
     image_processor: Any
+    tally: Tally
+    validation: Validation | None = None
+    request: StopRequest = field(default_factory=StopRequest)
 
-# %% ../../nbs/56_training.trainer.ipynb #e5e25084
+# %% ../../nbs/56_training.trainer.ipynb #e058abea
 class LabelTrainer(Trainer):
     "The stock Trainer, with the supervised-position loss and whole checkpoints in the run directory."
 
-    def __init__(self, setting: Setting, **options: Any):
-        super().__init__(**options)
-        self.setting = setting
+    def __init__(self, setting: Setting, watcher: RunCallback, **options: Any):
+        super().__init__(callbacks=[watcher], **options)
+        self.setting, self.watcher = setting, watcher
         self.between = Between(setting.config.schedule.save_every)
         self.add_callback(self.between)
         self.model_accepts_loss_kwargs = True  # so that supervised tokens are counted over the effective batch
@@ -75,7 +80,9 @@ class LabelTrainer(Trainer):
         config = self.setting.config
         average, world = config.schedule.loss_average, self.accelerator.num_processes
         total = num_items_in_batch if average == "token" else samples_per_step(config)
+        tasks = inputs.pop("tasks")
         losses = token_losses(model, inputs, config.method.tower_is_frozen)
+        self.setting.tally.add(losses, inputs, tasks)
         return averaged(losses, inputs, average, total) * world  # gradients are averaged over processes
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -105,7 +112,7 @@ class LabelTrainer(Trainer):
         else:  # the processes are others: new dice, the same at each such start
             seed_everything(int(fingerprint([self.args.seed, self.state.global_step, process_count(), process_rank()]), 16) % 2**32)
 
-# %% ../../nbs/56_training.trainer.ipynb #f41bd835
+# %% ../../nbs/56_training.trainer.ipynb #e933616e
 def joined_shards(
     trainer: LabelTrainer,
 ) -> tuple[dict | None, dict | None]:  # weights and optimiser state, on the CPU; None where they aren't sharded
@@ -135,7 +142,7 @@ def write_checkpoint(
         stand = position(trainer.train_dataset.order, step, samples_per_step(setting.config))
         (folder / "position.json").write_text(json.dumps({**stand, "processes": process_count(), "versions": versions()}, indent=1))
 
-    named = not trainer.between.is_due
+    named = trainer.watcher.is_named and not trainer.between.is_due
     save_checkpoint(setting.run, step, trainer.model, setting.encoder, setting.image_processor, save_state, named, weights)
     rotate(setting.run, setting.config.schedule.keep_last)
 
@@ -151,7 +158,7 @@ class Between(TrainerCallback):
         control.should_save = control.should_save or self.is_due
         return control
 
-# %% ../../nbs/56_training.trainer.ipynb #3c51ebf3
+# %% ../../nbs/56_training.trainer.ipynb #767b7a71
 def training_arguments(
     config: RunConfig,
     folder: Path,
@@ -196,6 +203,8 @@ def check_devices(
         raise InputError(f"model.device={name}: choose the GPU with CUDA_VISIBLE_DEVICES and write device=cuda")
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and config.method.name != "full":
         raise InputError(f"method {config.method.name} fits on one GPU: start it without FSDP (`accelerate launch --multi_gpu`), or train method=full")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and config.schedule.validate_every:
+        raise InputError("sharded weights (FSDP) can't be validated while they train; set schedule.validate_every=0 and score the checkpoints with split=validation")
 
 # %% ../../nbs/56_training.trainer.ipynb #ed6dad13
 def prepared_suite(
@@ -215,7 +224,7 @@ def recompute_activations(
     for part in [inner.language_model] if config.method.tower_is_frozen else [inner.language_model, inner.visual]:
         part.gradient_checkpointing_enable({"use_reentrant": False})
 
-# %% ../../nbs/56_training.trainer.ipynb #fdfb2dbd
+# %% ../../nbs/56_training.trainer.ipynb #887d6acb
 def build_trainer(
     setting: Setting,
     data: TrainingOrder,
@@ -236,12 +245,27 @@ def build_trainer(
         recompute_activations(model, config)
     learning = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     say(f"{config.run}: {config.method.name}, {learning / 1e6:.2f} million weights train, {config.schedule.steps} steps")
-    return LabelTrainer(
-        setting, model=model, args=training_arguments(config, setting.run.path), train_dataset=data,
-        data_collator=collator(setting.encoder, config.schedule.packing), callbacks=[RunCallback(setting.run, config, status)],
+    if setting.validation and data.cache:
+        first_then_others(lambda: setting.validation.use_cache(model, data.cache))
+    watcher = RunCallback(setting.run, config, status, setting.tally, setting.validation, setting.request)
+    trainer = LabelTrainer(
+        setting, watcher, model=model, args=training_arguments(config, setting.run.path), train_dataset=data,
+        data_collator=with_tasks(collator(setting.encoder, config.schedule.packing)),
     )  # fmt: skip
+    if setting.validation:
+        setting.validation.autocast = trainer.accelerator.autocast
+    return trainer
 
-# %% ../../nbs/56_training.trainer.ipynb #62d628b9
+# %% ../../nbs/56_training.trainer.ipynb #b5d43880
+def last_step(
+    run: RunDir,
+    config: RunConfig,
+) -> int:
+    "The step that the run ends with: an early stop's, if its checkpoint is there."
+    stop = early_stop(run.validations(max(run.checkpoints(), default=0)), config.schedule.early_stopping_patience)
+    return stop.step if stop and stop.step in run.checkpoints() else config.schedule.steps
+
+# %% ../../nbs/56_training.trainer.ipynb #1fa55467
 def train(
     config: RunConfig,
 ) -> RunDir:
@@ -251,10 +275,11 @@ def train(
     if config.method.name != "full":
         adapter_settings(config.method)
     check_optimizer(config)
-    run, steps = RunDir(config.experiment_folder / config.run), config.schedule.steps
+    run = RunDir(config.experiment_folder / config.run)
     prepared = first_then_others(lambda: prepared_suite(config.suite_path))
     inputs = Inputs(**from_first(lambda: asdict(inputs_of(config, prepared))))
     from_first(lambda: refuse_another(run, config, inputs))
+    steps = from_first(lambda: last_step(run, config))
     if from_first(lambda: steps in run.checkpoints() and run.status().state == "finished"):
         say(f"{run.experiment}/{run.name}: already trained")
         return run
@@ -262,7 +287,9 @@ def train(
         from_first(lambda: note_inputs(run, config, inputs))
         from_first(lambda: remove_leftovers(run))
         if steps in run.checkpoints():  # killed after the last checkpoint
-            status.progress = {"step": steps, "steps": steps}
+            status.progress = {"step": steps, "steps": config.schedule.steps}
+            if config.schedule.validate_every:
+                from_first(lambda: settle_best(run, steps, config.schedule))
             return run
         with noticing_loss():
             train_steps(run, config, prepared, status)
@@ -278,8 +305,9 @@ def train_steps(
     "Everything between holding the run's lock and its last checkpoint."
     location = base_location(config.model.base)
     encoder = load_encoder(location, config.preprocessing, config.schedule.supervise_newline, config.model.revision)
-    setting = Setting(run, config, encoder, load_image_processor(location, config.preprocessing, config.model.revision))
+    image_processor = load_image_processor(location, config.preprocessing, config.model.revision)
     start, data = last_checkpoint(run, encoder), TrainingOrder(prepared, encoder, config)
+    setting = Setting(run, config, encoder, image_processor, Tally(list(data.questions)), validation_of(prepared, config, encoder))
     if start:
         check_position(start, data.order, samples_per_step(config))
     seed_everything(config.schedule.seed)
@@ -287,4 +315,19 @@ def train_steps(
     trainer.remove_callback(PrinterCallback)
     if process_rank():  # its own dropout; the weights are the first process's
         seed_everything(int(fingerprint([config.schedule.seed, process_rank()]), 16) % 2**32)
-    trainer.train(resume_from_checkpoint=str(start) if start else None)
+    with setting.request.listening():
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+    report_end(trainer, status)
+
+
+def report_end(
+    trainer: LabelTrainer,
+    status: Status,
+) -> None:
+    "Say why a run ended before its last step, if it did. Raises `Interrupted` where the user, or the machine, ended it."
+    name, step, ending = f"{trainer.setting.run.experiment}/{trainer.setting.run.name}", trainer.state.global_step, trainer.watcher.ending
+    if ending == INTERRUPTED:
+        raise Interrupted(f"{name} stopped after step {step} and is saved; the same command continues from there")
+    if ending:
+        status.message = ending
+        say(f"{name}: {ending}")

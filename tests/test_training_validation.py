@@ -1,0 +1,186 @@
+"""Validation looks and touches nothing, chooses the best checkpoint, stops a run; a user who stops it loses nothing."""
+
+import io
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
+
+from qwen2vl_sft.config import RunConfig, load_recipe
+from qwen2vl_sft.core import InputError
+from qwen2vl_sft.data.prepare import Prepared
+from qwen2vl_sft.data.toy import write_toy_suite
+from qwen2vl_sft.model.load import base_location
+from qwen2vl_sft.rundir import RunDir
+from qwen2vl_sft.training import progress, validation
+from qwen2vl_sft.training.trainer import train
+
+
+def config(project, name: str, method: dict | None = None, **schedule) -> RunConfig:
+    if not (project / "toy").exists():
+        write_toy_suite(project / "toy", rows=12)
+    schedule = {"steps": 6, "micro_batch": 6, "learning_rate": 3e-3, "log_every": 1, "tensorboard": False, **schedule}
+    return RunConfig(suite=str(project / "toy" / "toy.yaml"), run=name, model={"device": "cpu"}, method=method or {"name": "lora", "dropout": 0.3}, schedule=schedule)
+
+
+def weights(run: RunDir, step: int) -> dict[str, torch.Tensor]:
+    folder = run.checkpoints()[step]
+    return load_file(next(path for name in ("adapter_model", "model") if (path := folder / f"{name}.safetensors").exists()))
+
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_validation_changes_no_bit_of_the_training(project, packing):
+    "Dropout is on, so a random number drawn too many would show; free answers and packed attention change the model's state."
+    plain = train(config(project, "plain", packing=packing))
+    seen = train(config(project, "seen", packing=packing, validate_every=2, keep_best="task"))
+    assert same(weights(plain, 6), weights(seen, 6))
+    table = seen.metrics()
+    assert table["loss"].tolist() == plain.metrics()["loss"].tolist()
+    assert seen.validations()["step"].tolist() == [2, 4, 6] and table["validation/word/accuracy"].notna().sum() == 3
+    assert {"loss/colour", "loss/word", "samples_per_second", "tokens_per_second", "memory_gb"} <= set(table)
+
+
+def stock_answer(model, picture: Image.Image, question: str, labels: list[str]) -> str:
+    "The label with the highest log P(label <|im_end|> | picture, question), by one stock forward pass a label."
+    images, tokenizer = (kind.from_pretrained(base_location("small"), **more) for kind, more in ((AutoImageProcessor, {"backend": "pil"}), (AutoTokenizer, {})))
+    inputs = images(images=picture, return_tensors="pt")
+    tokens = int(inputs["image_grid_thw"].prod()) // images.merge_size**2
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False).replace("<|image_pad|>", "<|image_pad|>" * tokens)
+    start, totals = len(tokenizer(prompt)["input_ids"]), []
+    for label in labels:
+        ids = tokenizer(prompt + label + "<|im_end|>", return_tensors="pt")["input_ids"]
+        kinds = (ids == model.config.image_token_id).int()
+        with torch.no_grad():
+            logs = model(input_ids=ids, mm_token_type_ids=kinds, **inputs).logits[0].log_softmax(-1)
+        totals.append(sum(float(logs[i - 1, ids[0, i]]) for i in range(start, ids.shape[1])))
+    return labels[max(range(len(labels)), key=totals.__getitem__)]
+
+
+def test_validation_finds_what_stock_forwards_find(project):
+    run = train(config(project, "checked", {"name": "lora"}, validate_every=6, validation_samples=8, vision_cache=False))
+    model = PeftModel.from_pretrained(Qwen2VLForConditionalGeneration.from_pretrained(base_location("small"), dtype=torch.float32), run.checkpoints()[6]).eval()
+    rows = Prepared(project / "prepared" / "toy").split("colour", "validation")
+    settings = config(project, "checked", validate_every=6, validation_samples=8)
+    chosen = next(data.chosen for data in validation.validation_sets(Prepared(project / "prepared" / "toy"), settings) if data.task.name == "colour")
+    answers = [stock_answer(model, Image.open(io.BytesIO(rows[i]["image"])), "Which colour is it?", ["red", "green", "blue"]) for i in chosen]
+    targets = [rows[i]["label"] for i in chosen]
+    found = run.validations().iloc[-1]
+    assert len(chosen) == 8 and found["accuracy/colour"] == pytest.approx(accuracy_score(targets, answers))
+    assert found["macro_f1/colour"] == pytest.approx(f1_score(targets, answers, labels=sorted(set(targets)), average="macro", zero_division=0))
+    assert found["mean"] == pytest.approx((found["accuracy/colour"] + found["accuracy/word"]) / 2)
+
+
+# --- the best checkpoint, and stopping early -------------------------------------------------------
+
+
+def planted(monkeypatch, means: dict[int, float]) -> None:
+    "Let the validations, one after the other, find these accuracies of the task `colour`."
+    left = sorted(means)
+
+    def found(*arguments):
+        mean = means[left.pop(0)]
+        return {"validation/colour/accuracy": mean, "validation/colour/macro_f1": mean, "validation/colour/collapsed": "red" if mean < 0.4 else "", "validation/mean": mean}
+
+    monkeypatch.setattr(progress, "validate", found)
+
+
+def test_the_best_checkpoint_is_kept_by_validation(project, monkeypatch, capsys):
+    planted(monkeypatch, {1: 0.3, 2: 0.6, 3: 0.8, 4: 0.7, 5: 0.5, 6: 0.4})
+    run = train(config(project, "best", validate_every=1, save_at=[5]))
+    assert list(run.checkpoints()) == [3, 5, 6], "named ones and the best; those that were the best once are gone"
+    assert run.best()["overall"] == {"step": 3, "mean_accuracy": 0.8} and run.best()["stopped"] is None
+    assert "step 1: colour has collapsed: nearly every answer is 'red'" in capsys.readouterr().out
+    assert run.validations()["collapsed/colour"].tolist() == ["red", "", "", "", "", ""]
+
+
+def test_a_run_stops_early_and_stays_stopped(project, monkeypatch, capsys):
+    planted(monkeypatch, {2: 0.6, 4: 0.8, 6: 0.8, 8: 0.7})
+    settings = config(project, "early", steps=20, validate_every=2, early_stopping_patience=2)
+    run = train(settings)
+    reason = "stopped early at step 8: the best validation mean, 80.0% at step 4, is 2 validations ago"
+    assert (run.status().state, run.status().message, run.best()["stopped"]["reason"]) == ("finished", reason, reason)
+    assert list(run.checkpoints()) == [4, 8] and run.best()["overall"]["step"] == 4
+    (run.path / "best.json").unlink()
+    before = run.metrics_path.read_bytes()
+    train(settings)
+    assert "already trained" in capsys.readouterr().out and run.metrics_path.read_bytes() == before
+
+
+def test_early_stopping_needs_validation(project):
+    with pytest.raises(ValueError, match="set validate_every"):
+        config(project, "never", early_stopping_patience=2)
+
+
+# --- a user who stops it --------------------------------------------------------------------------
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(project):
+    "A real process, SIGINT in the middle of a step; then the same command again."
+    schedule = {"steps": 14, "validate_every": 5, "micro_batch": 12}
+    whole = train(config(project, "whole", **schedule))
+    (project / "recipe.yaml").write_text(config(project, "stopped", **schedule).to_yaml())
+    run = RunDir(project / "runs" / "default" / "stopped")
+    command = [sys.executable, "-c", "import sys; from qwen2vl_sft.cli import main; sys.exit(main())", "train", str(project / "recipe.yaml")]
+    process = subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and (not len(table := run.metrics()) or table["step"].max() < 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command continues" in error, error
+    status = run.status()
+    assert status.state == "interrupted" and 2 <= status.progress["step"] < 14, "the step it was in is done and saved"
+    assert [path.name for path in (run.path / "checkpoints").iterdir()] == [f"resume-{status.progress['step']}"] or status.progress["step"] in run.checkpoints()
+    train(load_recipe(project / "recipe.yaml"))
+    assert same(weights(whole, 14), weights(run, 14))
+    assert not list((run.path / "checkpoints").glob("resume-*")) and run.status().spent.keys() == {"training"}
+    assert run.validations()["mean"].tolist() == whole.validations()["mean"].tolist()
+
+
+def test_stopping_during_a_validation_validates_after_continuing(project, monkeypatch):
+    settings = config(project, "during", steps=4, validate_every=2)
+    honest = progress.validate
+
+    def interrupted(validation, model, stop):
+        signal.raise_signal(signal.SIGTERM)
+        return honest(validation, model, stop)
+
+    monkeypatch.setattr(progress, "validate", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 2 and is saved"):
+        train(settings)
+    monkeypatch.undo()
+    monkeypatch.setenv("QWEN2VL_SFT_ROOT", str(project))
+    assert train(settings).validations()["step"].tolist() == [2, 4]
+
+
+# --- TensorBoard ----------------------------------------------------------------------------------
+
+
+def test_tensorboard_has_the_same_figures(project):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = train(config(project, "events", steps=4, validate_every=4, tensorboard=True))
+    events = accumulator.EventAccumulator(str(run.path / "tensorboard")).Reload()
+    table = run.metrics()
+    assert [event.step for event in events.Scalars("training/loss")] == [1, 2, 3, 4]
+    assert [event.value for event in events.Scalars("loss/colour")] == pytest.approx(table["loss/colour"].tolist())
+    assert events.Scalars("validation/mean")[0].value == pytest.approx(table["validation/mean"].iloc[-1])
+
+
+def test_without_tensorboard_there_is_a_line_and_an_error_only_where_asked(project, monkeypatch, capsys):
+    monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: None)
+    run = RunDir(project / "runs" / "default" / "none")
+    assert progress.event_writer(run, None, 0) is None and "pip install 'qwen2vl-sft[tensorboard]'" in capsys.readouterr().out
+    with pytest.raises(InputError, match="needs the package tensorboard"):
+        progress.event_writer(run, True, 0)
