@@ -138,7 +138,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(project):
     while process.poll() is None and (not len(table := run.metrics()) or table["step"].max() < 2):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command continues" in error, error
     status = run.status()
     assert status.state == "interrupted" and 2 <= status.progress["step"] < 14, "the step it was in is done and saved"
