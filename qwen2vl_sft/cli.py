@@ -236,12 +236,13 @@ def demo(
 
     run_demo(reduced=reduced)
 
-# %% ../nbs/90_cli.ipynb #d0946948
+# %% ../nbs/90_cli.ipynb #679dd3f9
 INTERRUPTED = 130
 
 
-def _say_error(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+def _say_error(error: BaseException | str) -> None:
+    if not getattr(error, "is_said_by_first", False):  # of several processes with one error, the first says it
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
 def main(
@@ -255,10 +256,10 @@ def main(
             raise KeyboardInterrupt
         return code
     except InputError as error:
-        _say_error(str(error))
+        _say_error(error)
         return 2
     except (RunFailure, OSError) as error:
-        _say_error(str(error))
+        _say_error(error)
         return 1
     except KeyboardInterrupt:
         _say_error("interrupted; the same command continues where it stopped")
@@ -268,3 +269,7 @@ def main(
             raise
         _say_error(error.format_message())
         return error.exit_code
+
+# %% ../nbs/90_cli.ipynb #a4391f33
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HEARTBEAT_SECONDS', 'DEAD_AFTER_SECONDS', 'Run', 'RULES', 'Status', 'RunDir', 'load', 'read_status', 'write_status',
            'running', 'write_config', 'log', 'metrics', 'validations', 'best', 'checkpoints', 'predictions_folder',
-           'prediction_parts', 'write_predictions', 'rules', 'predictions', 'predicted', 'decided_path', 'decided',
-           'note_decided']
+           'prediction_parts', 'next_part', 'write_predictions', 'rules', 'predictions', 'predicted', 'decided_path',
+           'decided', 'note_decided']
 
 # %% ../nbs/03_rundir.ipynb #b737d3b0
 import json
@@ -324,7 +324,19 @@ def prediction_parts(
     "The part files of one rule on one split, in order."
     return sorted(predictions_folder(run, checkpoint, task).glob(f"part-{split}-{rule}-*.parquet"))
 
-# %% ../nbs/03_rundir.ipynb #9ecdd8df
+# %% ../nbs/03_rundir.ipynb #6b2a8f9d
+def next_part(
+    run: RunDir,
+    checkpoint: str,
+    task: str,
+    rule: str,
+    split: str = "test",
+) -> int:
+    "The number after the last part file's."
+    parts = prediction_parts(run, checkpoint, task, rule, split)
+    return int(_PART.fullmatch(parts[-1].name)[3]) + 1 if parts else 0
+
+
 def write_predictions(
     run: RunDir,
     checkpoint: str,
@@ -337,8 +349,7 @@ def write_predictions(
     if len(rules) != 1 or len(splits) != 1:
         raise ValueError(f"a part file holds one rule and one split, not {list(rules)} and {list(splits)}")
     if part is None:
-        parts = prediction_parts(run, checkpoint, task, rules[0], splits[0])
-        part = int(_PART.fullmatch(parts[-1].name)[3]) + 1 if parts else 0
+        part = next_part(run, checkpoint, task, rules[0], splits[0])
     path = predictions_folder(run, checkpoint, task) / f"part-{splits[0]}-{rules[0]}-{part:05d}.parquet"
     return write_atomically(path, rows.to_parquet(index=False))
 
@@ -365,7 +376,7 @@ def predictions(
     parts = prediction_parts(run, checkpoint, task, rule, split)
     return pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True) if parts else None
 
-# %% ../nbs/03_rundir.ipynb #de771df1
+# %% ../nbs/03_rundir.ipynb #96570e40
 def predicted(
     run: RunDir,
     split: str = "test",
@@ -382,6 +393,7 @@ def predicted(
 
 RunDir.predictions_folder = predictions_folder
 RunDir.prediction_parts = prediction_parts
+RunDir.next_part = next_part
 RunDir.write_predictions = write_predictions
 RunDir.rules = rules
 RunDir.predictions = predictions

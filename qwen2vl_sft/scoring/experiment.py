@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['trained_runs', 'untuned_settings', 'shared_data', 'score_experiment']
 
-# %% ../../nbs/45_scoring.experiment.ipynb #b29a2c1a
+# %% ../../nbs/45_scoring.experiment.ipynb #ebc20f2e
 from pathlib import Path
 
 import yaml
@@ -13,6 +13,7 @@ import yaml
 from ..config import ModelConfig, PreprocessingConfig, RunConfig, ScoringConfig, validated
 from ..core import InputError
 from ..data.prepare import Prepared, prepare
+from ..processes import first_then_others, from_first, join_processes, running_together
 from ..rundir import RunDir
 from .baselines import score_baselines
 from .suite import score_run, score_untuned
@@ -53,7 +54,7 @@ def shared_data(
         raise InputError(f"{experiment}: {'no run has a checkpoint yet; train one first' if not suites else 'its runs use several suites: ' + ', '.join(suites)}")
     return prepare(load_suite(suites[0]))
 
-# %% ../../nbs/45_scoring.experiment.ipynb #a659a624
+# %% ../../nbs/45_scoring.experiment.ipynb #54606fc9
 def score_experiment(
     experiment: Path,  # runs/<experiment>
     settings: ScoringConfig | None = None,
@@ -62,13 +63,14 @@ def score_experiment(
 ) -> None:
     "Score the untuned model, every checkpoint of every run and the baselines; only what is missing. Raises `RunFailure` if a run is being worked on."
     settings, runs = settings or ScoringConfig(), trained_runs(experiment)
-    prepared = prepared or shared_data(experiment, runs)
+    join_processes(untuned_settings(runs)[0].device)
+    prepared = prepared or first_then_others(lambda: shared_data(experiment, runs))
     if baselines:
-        score_baselines(experiment, prepared, settings)
+        from_first(lambda: score_baselines(experiment, prepared, settings))
     base = RunDir(experiment / "base")
-    with base.running("scoring"):
+    with running_together(base, "scoring"):
         score_untuned(base, prepared, *untuned_settings(runs), settings)
     for name in runs:
         run = RunDir(experiment / name)
-        with run.running("scoring"):
+        with running_together(run, "scoring"):
             score_run(run, prepared, settings)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BATCH_TOKENS', 'BFLOAT16_MARGIN', 'TestSet', 'test_set', 'Scorer', 'closed_rows', 'free_rows', 'score_batch',
-           'Candidate', 'weights_hash', 'decided_by', 'scored_places', 'batches', 'score_task', 'self_test',
-           'candidates_of', 'checked_encoder', 'adapters_loaded', 'score_candidates', 'unfinished', 'scoring_model',
-           'score_run', 'score_untuned']
+           'Candidate', 'weights_hash', 'decided_by', 'scored_places', 'batches', 'start_scoring', 'score_task',
+           'self_test', 'candidates_of', 'checked_encoder', 'adapters_loaded', 'score_candidates', 'unfinished',
+           'scoring_model', 'score_run', 'score_untuned']
 
-# %% ../../nbs/43_scoring.suite.ipynb #5ccdbe15
+# %% ../../nbs/43_scoring.suite.ipynb #780e62e8
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -25,13 +25,14 @@ from torch import nn
 from tqdm import tqdm
 
 from ..config import ModelConfig, PreprocessingConfig, RunConfig, ScoringConfig, validated
-from ..core import InputError, RunFailure, fingerprint, project_root, say, sha256_of
+from ..core import InputError, RunFailure, fingerprint, process_count, process_rank, project_root, say, sha256_of
 from ..data.prepare import Prepared, Rows
 from ..encoding.batch import Sample
 from ..encoding.images import open_image
 from ..encoding.prompt import Encoder, check_contract, load_encoder, preprocessing_contract
 from ..model.load import base_location, changes_outputs, check_token_ids, checkpoint_kind, load_adapter, load_base, stored_contract
 from ..model.vision_cache import VisionCache
+from ..processes import first_then_others, from_first, wait_for_all
 from ..rundir import RunDir
 from .labels import LabelTree, label_tree, score_labels
 from .metrics import judge, parsed_label
@@ -225,7 +226,18 @@ def batches(
     if batch:
         yield batch
 
-# %% ../../nbs/43_scoring.suite.ipynb #8982f171
+# %% ../../nbs/43_scoring.suite.ipynb #b3442053
+def start_scoring(
+    candidate: Candidate,
+    data: TestSet,
+    decided: str,
+) -> tuple[set[int], int]:
+    "Places that have a valid prediction, and the number of the next part file. Removes predictions that followed from something else."
+    done, where = scored_places(candidate, data, decided), (candidate.checkpoint, data.task.name, data.rule)
+    candidate.run.note_decided(*where, decided, data.split)
+    return done, candidate.run.next_part(*where, data.split)
+
+
 def score_task(
     candidates: list[Candidate],
     activate: Callable[[Candidate], Any],  # context manager in which the candidate's model is active; yields it
@@ -233,24 +245,24 @@ def score_task(
     data: TestSet,
     base: str,
 ) -> None:
-    "Score all candidates on one test set, in one pass over its samples."
-    done = {}
-    for candidate in candidates:
-        decided = decided_by(candidate, data, scorer, base)
-        done[id(candidate)] = scored_places(candidate, data, decided)
-        candidate.run.note_decided(candidate.checkpoint, data.task.name, data.rule, decided, data.split)
-    todo = set(range(len(data))) - set.intersection(*done.values())
+    "Score all candidates on one test set, in one pass over its samples; of several processes each takes every so many batches."
+    started = from_first(lambda: [start_scoring(candidate, data, decided_by(candidate, data, scorer, base)) for candidate in candidates])
+    done = [places for places, _ in started]
+    todo = set(range(len(data))) - set.intersection(*done)
     tree = label_tree(scorer.encoder, data.task.wordings) if data.rule == "closed" else None
-    with tqdm(total=sum(len(data) - len(places) for places in done.values()), desc=f"score {data.task.name}", unit="answer", mininterval=1.0, ncols=100) as bar:
-        for places in batches(data, scorer, todo):
+    with tqdm(total=sum(len(data) - len(places) for places in done) // process_count(), desc=f"score {data.task.name}", unit="answer", mininterval=1.0, ncols=100) as bar:
+        for number, places in enumerate(batches(data, scorer, todo)):
+            if number % process_count() != process_rank():
+                continue
             samples = scorer.samples(data, places)
-            for candidate in candidates:
-                missing = [i for i, place in enumerate(places) if place not in done[id(candidate)]]
+            for candidate, (there, first_part) in zip(candidates, started, strict=True):
+                missing = [i for i, place in enumerate(places) if place not in there]
                 if missing:
                     with activate(candidate) as model:
                         rows = score_batch(model, scorer, data, [places[i] for i in missing], [samples[i] for i in missing], tree)
-                    candidate.run.write_predictions(candidate.checkpoint, data.task.name, None, rows)
+                    candidate.run.write_predictions(candidate.checkpoint, data.task.name, first_part + number, rows)
                     bar.update(len(missing))
+    wait_for_all()
 
 # %% ../../nbs/43_scoring.suite.ipynb #a07391e8
 BFLOAT16_MARGIN = 0.05  # probability; closer pairs of labels may swap with the batch
@@ -307,7 +319,7 @@ def adapters_loaded(
             raise RunFailure(f"{candidate.folder}: the adapter changes no output; it is untrained or inactive")
     return model.eval()
 
-# %% ../../nbs/43_scoring.suite.ipynb #e2587c6a
+# %% ../../nbs/43_scoring.suite.ipynb #47430002
 def score_candidates(
     model: nn.Module,
     candidates: list[Candidate],
@@ -319,7 +331,7 @@ def score_candidates(
     "Self-test, vision cache, then every task. `model` is one model, or one with an adapter for each candidate."
     check_token_ids(model, scorer.encoder)
     path = project_root() / "prepared" / "vision-cache.sqlite"
-    scorer.cache = VisionCache(path, model, scorer.encoder.images, cache_gb) if cache_gb else None
+    scorer.cache = first_then_others(lambda: VisionCache(path, model, scorer.encoder.images, cache_gb)) if cache_gb else None
 
     def activate(candidate: Candidate) -> Any:
         if hasattr(model, "peft_config"):
@@ -329,7 +341,8 @@ def score_candidates(
     for data in tests:
         if scorer.cache:
             images = dict(zip(data.column("sha256"), data.chosen, strict=True))
-            scorer.cache.fill(model, scorer.encoder.images, images, lambda image, data=data, images=images: scorer.pixels(data, images[image]))
+            pixels = lambda image, data=data, images=images: scorer.pixels(data, images[image])
+            from_first(lambda images=images, pixels=pixels: scorer.cache.fill(model, scorer.encoder.images, images, pixels))
         self_test(model, scorer, data)
         score_task(candidates, activate, scorer, data, base)
 
