@@ -1,0 +1,139 @@
+"""Two processes train, score, continue and fail as one would, under `accelerate launch` on the CPU (gloo)."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwen2vl_sft.config import RunConfig, ScoringConfig
+from qwen2vl_sft.core import InputError, RunFailure
+from qwen2vl_sft.data.toy import write_toy_suite
+from qwen2vl_sft.rundir import RunDir
+from qwen2vl_sft.scoring.experiment import score_experiment
+from qwen2vl_sft.training.checkpoints import resume_points
+from qwen2vl_sft.training.trainer import train
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN_AND_SCORE = """
+import sys
+from qwen2vl_sft.config import ScoringConfig, load_recipe
+from qwen2vl_sft.scoring.experiment import score_experiment
+from qwen2vl_sft.training.trainer import train
+for recipe in sys.argv[1:]:
+    run = train(load_recipe(recipe))
+score_experiment(run.path.parent, ScoringConfig(batch=4, max_new_tokens=4))
+"""
+
+
+def config(project, name: str, method: str = "lora", **schedule) -> RunConfig:
+    if not (project / "toy").exists():
+        write_toy_suite(project / "toy", rows=12)
+    schedule = {"steps": 4, "save_at": [2], "micro_batch": 3, "accumulation": 2, "packing": True, "learning_rate": 1e-3, "log_every": 1, "warmup_ratio": 0.0, **schedule}
+    frozen = {"freeze_tower": False, "freeze_merger": False} if method == "full" else {}
+    return RunConfig(
+        suite=str(project / "toy" / "toy.yaml"), experiment="two", run=name, model={"device": "cpu"},
+        method={"name": method, **frozen}, mixture={"name": "equal"}, schedule=schedule,
+    )  # fmt: skip
+
+
+def recipe(project, config: RunConfig) -> str:
+    path = project / f"{config.run}.yaml"
+    path.write_text(config.to_yaml())
+    return str(path)
+
+
+def launched(project, *command: str) -> subprocess.Popen:
+    "The command in two processes. `accelerate launch --cpu` would start one, whatever --num_processes says."
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    settings = {"ACCELERATE_USE_CPU": "true", "QWEN2VL_SFT_ROOT": str(project), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    output = (project / "output.txt").open("w")
+    return subprocess.Popen([*launch, *command], cwd=project, env={**os.environ, **settings}, stdout=output, stderr=subprocess.STDOUT)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(path for name in ("adapter_model", "model") if (path := folder / f"{name}.safetensors").exists()))
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_score_as_one_with_twice_the_accumulation(project):
+    (project / "both.py").write_text(TRAIN_AND_SCORE)
+    runs = {method: config(project, method, method, packing=method != "full") for method in ("lora", "qlora", "full")}
+    done = launched(project, "both.py", *[recipe(project, one) for one in runs.values()])
+    assert done.wait(300) == 0, (project / "output.txt").read_text()[-3000:]
+    two = {method: RunDir(project / "runs" / "two" / method) for method in runs}
+    shutil.move(project / "runs" / "two", project / "runs" / "by-two")
+
+    for method in runs:  # the loss of every step
+        one, there = train(config(project, method, method, accumulation=4, packing=method != "full")), RunDir(project / "runs" / "by-two" / method)
+        pd.testing.assert_series_equal(there.metrics().loss, one.metrics().loss, rtol=0, atol=1e-5)
+        assert len(there.metrics_path.read_text().splitlines()) == 4 and there.status().state == "finished"
+        held = json.loads((there.checkpoints()[4] / "position.json").read_text())
+        assert (held["processes"], held["samples"]) == (2, 4 * 12)
+        assert len(torch.load(there.checkpoints()[4] / "random.pt", weights_only=True)) == 2
+    said = (project / "output.txt").read_text()
+    assert said.count("million weights train") == 3 and said.count("scoring the untuned model") == 1
+
+    # predictions: scored again by this one process from the very same checkpoints
+    again = project / "runs" / "again"
+    shutil.copytree(project / "runs" / "by-two", again, ignore=shutil.ignore_patterns("predictions"))
+
+    score_experiment(again, ScoringConfig(batch=4, max_new_tokens=4))
+    for run in sorted(again.iterdir()):
+        for checkpoint, task in RunDir(run).predicted():
+            parts = sorted((project / "runs" / "by-two" / run.name / "predictions" / checkpoint / task).glob("part-*"))
+            assert len(parts) >= 3 or run.name in ("majority", "nearest_neighbour")
+            mine, theirs = (RunDir(place / run.name).predictions(checkpoint, task) for place in (again, project / "runs" / "by-two"))
+            pd.testing.assert_frame_equal(mine.drop(columns="seconds"), theirs.drop(columns="seconds"))
+
+    # one process goes on where two stopped, if a step keeps its samples
+    whole = weights(RunDir(project / "runs" / "two" / "lora").checkpoints()[4])
+    for folder in (project / "runs" / "by-two").iterdir():
+        shutil.rmtree(folder / "checkpoints" / "step-4", ignore_errors=True)
+    shutil.rmtree(project / "runs" / "two")
+    shutil.move(project / "runs" / "by-two", project / "runs" / "two")
+    with pytest.raises(InputError, match="samples in a step=12 on 2 processes, now 6 on 1 process"):
+        train(config(project, "lora"))
+    last = weights(train(config(project, "lora", accumulation=4)).checkpoints()[4])
+    assert all(torch.allclose(last[name], whole[name], atol=2e-5) for name in whole)
+    assert two["lora"].status().state == "finished"
+
+
+@pytest.mark.slow
+def test_when_one_of_two_is_killed_the_other_ends_and_says_so(project):
+    settings = config(project, "killed", steps=400, save_at=[], save_every=2)
+    group = launched(project, "-m", "qwen2vl_sft.cli", "train", recipe(project, settings))
+    run, until = RunDir(project / "runs" / "two" / "killed"), time.monotonic() + 120
+    while len(run.metrics()) < 4 and time.monotonic() < until and group.poll() is None:
+        time.sleep(0.1)
+    with pytest.raises(RunFailure, match="another process"):  # refused while it runs
+        train(config(project, "killed", steps=400, save_at=[], save_every=2, accumulation=4))
+    second = next(child for child in psutil.Process(group.pid).children(recursive=True) if child.environ().get("RANK") == "1")
+    second.send_signal(signal.SIGKILL)
+    assert group.wait(60) != 0
+    assert psutil.pid_exists(second.pid) is False
+    status, said = run.status(), (project / "output.txt").read_text()
+    assert status.state in ("failed", "interrupted"), status
+    assert "lost another one" in status.message or "another of its 2 processes ended" in status.message
+    assert "error: " in said
+
+    points = resume_points(run)
+    assert points and all((folder / "adapter_model.safetensors").exists() for folder in points.values())
+
+
+def test_a_mistake_is_said_once_and_ends_both(project):
+    settings = config(project, "tight", max_tokens=10)
+    group = launched(project, "-m", "qwen2vl_sft.cli", "train", recipe(project, settings))
+    assert group.wait(90) != 0
+    said = (project / "output.txt").read_text()
+    assert "max_tokens=10" in said and "Traceback (most recent call last):\n  File \"" + str(ROOT) not in said
+    assert RunDir(project / "runs" / "two" / "tight").status().state == "failed"
