@@ -5,22 +5,24 @@
 # %% auto #0
 __all__ = ['PACE', 'SENDABLE', 'ApiConfig', 'load_api_recipe', 'api_key', 'Price', 'price_of', 'image_tokens', 'text_tokens',
            'picture_url', 'Question', 'settings_sent', 'messages', 'Failed', 'retry_after', 'failure_of', 'without_key',
-           'Session', 'open_session', 'connect', 'wait_for_turn', 'send', 'known_arguments', 'tokens_of', 'cost_of',
-           'cost_at_most', 'attempt', 'waits', 'ask', 'ask_all', 'run_to_end', 'questions_of', 'forecast_requests',
-           'forecast_text', 'prediction_row', 'predictions_of', 'write_api_config', 'api_tests', 'ask_tests', 'summary',
-           'score_api']
+           'quiet_about', 'Session', 'open_session', 'connect', 'wait_for_turn', 'send', 'known_arguments', 'tokens_of',
+           'cost_of', 'cost_at_most', 'attempt', 'waits', 'ask', 'ask_all', 'run_to_end', 'questions_of',
+           'forecast_requests', 'forecast_text', 'prediction_row', 'predictions_of', 'write_api_config', 'api_tests',
+           'ask_tests', 'summary', 'score_api']
 
-# %% ../../nbs/47_scoring.remote.ipynb #2276b1d0
+# %% ../../nbs/47_scoring.remote.ipynb #91f627e5
 import asyncio
 import base64
 import io
 import json
+import logging
 import math
 import os
 import re
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -264,12 +266,29 @@ def failure_of(
         return Failed(reason, stops=True)
     return Failed(reason, again=status in (408, 409, 425, 429) or status >= 500, wait=retry_after(headers))
 
-# %% ../../nbs/47_scoring.remote.ipynb #3d30acae
+# %% ../../nbs/47_scoring.remote.ipynb #0a21e321
 def without_key(text: str, key: str) -> str:
     "The text with the key blotted out."
     return text.replace(key, "[key]") if len(key) > 4 else text
 
-# %% ../../nbs/47_scoring.remote.ipynb #d5fa7c88
+
+@contextmanager
+def quiet_about(key: str) -> Iterator[None]:
+    "Inside the block the loggers of the client and of what it sends through blot out the key."
+    def blotted(record: logging.LogRecord) -> bool:
+        record.msg, record.args, record.exc_info = without_key(record.getMessage(), key), (), None
+        return True
+
+    names = [name for name in logging.root.manager.loggerDict if name.split(".")[0] in ("openai", "httpx2", "httpcore2", "httpx", "httpcore", "h11", "h2", "hpack")]
+    for name in names:
+        logging.getLogger(name).addFilter(blotted)
+    try:
+        yield
+    finally:
+        for name in names:
+            logging.getLogger(name).removeFilter(blotted)
+
+# %% ../../nbs/47_scoring.remote.ipynb #ea510d58
 @dataclass
 class Session:
     "One command's connection to a service."
@@ -287,6 +306,11 @@ class Session:
     started: float = field(default_factory=time.monotonic)
     stopped: str = ""  # why no further request leaves
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("requests", "answered", "retried", "lost"), 0))
+
+    def must_wait(self, cost: float) -> bool:
+        "Whether the money would do if what is in flight turns out cheaper than it may."
+        budget = math.inf if self.config.budget is None else self.config.budget
+        return not self.stopped and self.spent + cost <= budget < self.spent + self.reserved + cost
 
     def may_start(self, cost: float) -> None:
         "Raises `Failed` if money or time are spent, or something else has ended the run."
@@ -396,7 +420,7 @@ def cost_at_most(question: Question, config: ApiConfig, price: Price | None) -> 
     "What a request will cost at most, as expected before it leaves."
     return price.of(question.tokens, config.max_tokens) if price else 0.0
 
-# %% ../../nbs/47_scoring.remote.ipynb #5f56ec56
+# %% ../../nbs/47_scoring.remote.ipynb #490239aa
 async def attempt(session: Session, question: Question) -> dict[str, Any]:
     "The stored response, asked for if it isn't there. Raises `Failed`."
     store, cost = session.store, cost_at_most(question, session.config, session.price)
@@ -404,6 +428,8 @@ async def attempt(session: Session, question: Question) -> dict[str, Any]:
     while True:
         if (stored := store.get(question.key)) is not None:
             return stored
+        while session.must_wait(cost):
+            await asyncio.sleep(0.05)
         session.may_start(cost)
         if (number := store.begin(question.key, session.run, session.config.timeout, cost)) is not None:
             break
@@ -460,7 +486,7 @@ async def ask(session: Session, question: Question) -> dict[str, Any]:
     session.counts["answered"] += 1
     return response
 
-# %% ../../nbs/47_scoring.remote.ipynb #5e88fedb
+# %% ../../nbs/47_scoring.remote.ipynb #1cc4ad45
 async def ask_all(
     session: Session,
     questions: Iterable[Question],  # keys differ
@@ -481,7 +507,8 @@ async def ask_all(
             progress()
 
     async with session.client:
-        await asyncio.gather(*(work() for _ in range(session.config.concurrency)))
+        with quiet_about(session.key):
+            await asyncio.gather(*(work() for _ in range(session.config.concurrency)))
     return reasons
 
 

@@ -1,0 +1,391 @@
+"""API models: faults of every kind, nothing asked twice, the key nowhere, money and time kept, kill -9."""
+
+import io
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+from faulty_server import behaviour_of
+from PIL import Image
+
+from qwen2vl_sft import cli
+from qwen2vl_sft.config import ScoringConfig
+from qwen2vl_sft.core import InputError, RunFailure
+from qwen2vl_sft.data.toy import write_toy_suite
+from qwen2vl_sft.rundir import RunDir
+from qwen2vl_sft.scoring.remote import (
+    ApiConfig,
+    Question,
+    ask_all,
+    load_api_recipe,
+    open_session,
+    picture_url,
+    prediction_row,
+    run_to_end,
+    score_api,
+)
+from qwen2vl_sft.scoring.responses import Key, ResponseStore
+from qwen2vl_sft.tasks import Task
+
+HERE = Path(__file__).parent
+CANARY = "sk-canary-5f7a1c9e2b"
+WEAPON = Task(name="weapon", question="Does the picture show a weapon?", labels=["yes", "no"])
+
+
+@contextmanager
+def served(script: str, *options: str):
+    "A server in a process of its own; yields its address."
+    command = [sys.executable, HERE / script, *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE)
+    try:
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def counts(address: str) -> dict:
+    with urllib.request.urlopen(f"{address}/counts") as response:
+        content = json.load(response)
+    return content | {name: {int(number): count for number, count in content[name].items()} for name in ("asked", "answered")}
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+def numbered(numbers) -> list[Question]:
+    content = png()
+    return [Question(Key(f"{number:064x}", "asked"), f"sample {number}", ("yes", "no"), lambda: content, 100) for number in numbers]
+
+
+def config_for(address: str, **changes) -> ApiConfig:
+    settings = {"concurrency": 200, "attempts": 3, "first_wait": 0.02, "timeout": 3.0, "key_variable": "CANARY_KEY"}
+    return ApiConfig(model="faulty", base_url=f"{address}/v1", **settings | changes)
+
+
+@pytest.fixture
+def key(monkeypatch):
+    monkeypatch.setenv("CANARY_KEY", CANARY)
+
+
+def asked(config: ApiConfig, path: Path, questions: list[Question], run: str = "faults/faulty"):
+    "Ask everything in a new session; session and reasons."
+    session = open_session(config, ResponseStore(path), run)
+    return session, run_to_end(partial(ask_all, session, questions), session)
+
+
+EXPECTED = {
+    "429": "correct", "500": "correct", "slow": "correct", "closed": "correct", "invalid": "correct", "refusal": "refused",
+    "content_filter": "refused", "400 policy": "refused", "400 azure": "refused", "sorry": "refused",
+    "cannot infer": "cannot_infer", "off list": "off_list", "empty": "unparseable", "always 500": "error",
+    "400 image": "error", "wrong": "wrong", "cut": "unparseable", "yes": "correct",
+}  # fmt: skip
+
+
+def test_the_key_is_nowhere(project, key, caplog, capfd):
+    "Every fault, by a service that repeats the key in bodies and headers, with every logger at its loudest."
+    caplog.set_level(logging.DEBUG)
+    questions = numbered(range(40))
+    with served("faulty_server.py", "--slow", "1") as address:
+        session, reasons = asked(config_for(address, timeout=0.5), project / "store.sqlite", questions)
+        assert counts(address)["bad_keys"] == 0
+    rows = [prediction_row(WEAPON, str(i), "yes", session.store.get(q.key), reasons.get(q.key, "not asked"), None) for i, q in enumerate(questions)]
+    shown = capfd.readouterr()
+    written = b"".join(file.read_bytes() for file in project.glob("store.sqlite*"))
+    assert "chat/completions" in caplog.text  # the client did log
+    for text in (caplog.text, shown.out, shown.err, str(rows), str(reasons), repr(session), written.decode("latin-1")):
+        assert CANARY not in text
+    assert b"your key is [key]" in written and "Invalid image, key [key]" in str(rows)
+
+
+@pytest.mark.slow
+def test_every_sample_has_one_outcome_and_no_answer_is_asked_for_twice(project, key):
+    "5,000 samples, 200 at a time, against every fault."
+    questions = numbered(range(5000))
+    path = project / "store.sqlite"
+    with served("faulty_server.py", "--gather", "200", "--slow", "60") as address:
+        session, reasons = asked(config_for(address, timeout=8.0), path, questions)
+        first = counts(address)
+        rows = [prediction_row(WEAPON, str(i), "yes", session.store.get(q.key), reasons.get(q.key, "not asked"), None) for i, q in enumerate(questions)]
+        again, repeated = asked(config_for(address, timeout=8.0), path, questions)
+        second = counts(address)
+    assert [row["outcome"] for row in rows] == [EXPECTED[behaviour_of(i)] for i in range(5000)]
+    assert Counter(first["answered"].values()) == {1: 4900} and first["most"] == 200 and first["bad_keys"] == 0
+
+    never = {"always 500", "400 image"}
+    assert repeated.keys() == reasons.keys() == {q.key for i, q in enumerate(questions) if behaviour_of(i) in never}
+    for number in range(5000):  # errors are asked again, answers and refusals are not
+        more = second["asked"][number] - first["asked"][number]
+        assert more == {"always 500": 3, "400 image": 1}.get(behaviour_of(number), 0)
+    assert first["asked"][13] == 3 and first["asked"][14] == 1
+
+    paid = again.store.usage("faults/faulty")
+    assert paid["requests"] == sum(second["asked"].values()) and paid["lost"] == 0 and paid["states"]["answered"] == 4800
+    guessed = {behaviour_of(i) for i, row in enumerate(rows) if row["reason"].startswith("guessed")}
+    assert guessed == {"sorry", "cannot infer"} and all(row["reason"] for row in rows if row["outcome"] not in ("correct", "wrong"))
+    assert rows[17]["model_answered"] == "faulty-1-2026-01-01" and rows[17]["system_fingerprint"] == "fp_7"
+    assert json.loads(rows[17]["settings"]) == {"model": "faulty", "max_tokens": 128, "temperature": 0.0, "base_url": f"{address}/v1"}
+
+
+CHILD = """
+import sys
+from functools import partial
+sys.path.insert(0, {tests!r})
+import test_scoring_remote as t
+config = t.config_for({address!r}, **{changes!r})
+session, reasons = t.asked(config, t.Path({path!r}), t.numbered(range({start}, {stop})), {run!r})
+print(session.counts, len(reasons))
+"""
+
+
+def child(address: str, path: Path, numbers: range, run: str, **changes) -> subprocess.Popen:
+    code = CHILD.format(tests=str(HERE), address=address, changes=changes, path=str(path), start=numbers.start, stop=numbers.stop, run=run)
+    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "CANARY_KEY": CANARY}, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_killed_and_shared(tmp_path, key):
+    "After kill -9 only what was in flight is asked again; two processes ask every question once between them."
+    path, numbers = tmp_path / "store.sqlite", range(400)
+    with served("faulty_server.py", "--delay", "0.1") as address:
+        process = child(address, path, numbers, "kill/one", concurrency=16)
+        while process.poll() is None and len(counts(address)["answered"]) < 60:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        store = ResponseStore(path)
+        flying = store.database.execute("SELECT image FROM requests WHERE ended IS NULL").fetchall()
+        kept = store.database.execute("SELECT count(*) FROM responses").fetchone()[0]
+        assert 1 <= len(flying) <= 16 and 40 <= kept < 380
+
+        process = child(address, path, numbers, "kill/one", concurrency=16)
+        while process.poll() is None and len(counts(address)["answered"]) < len(numbers) // 2:
+            time.sleep(0.01)
+        session, _ = asked(config_for(address, concurrency=16), path, list(reversed(numbered(numbers))), "kill/two")
+        said = process.communicate(timeout=120)[0]
+        assert process.returncode == 0
+        final = counts(address)
+    twice = {number for number, count in final["answered"].items() if count > 1 and behaviour_of(number) != "400 image"}
+    assert {f"{number:064x}" for number in twice} <= {image for (image,) in flying}
+    assert final["answered"].keys() == {n for n in numbers if behaviour_of(n) != "always 500"}
+    assert f"'lost': {len(flying)}" in said and session.counts["lost"] == 0
+    assert len(flying) == store.usage("kill/one")["lost"]
+    asked_by = {run: store.usage(run)["states"].get("answered", 0) for run in ("kill/one", "kill/two")}
+    assert sum(asked_by.values()) == 384 and min(asked_by.values()) > 0
+
+
+# --- money, time and pace ------------------------------------------------------------------------------
+
+
+def write_prices(project: Path) -> None:
+    (project / "prices.yaml").write_text("faulty: {input: 1000, output: 10000}\n")  # 0.1 + 0.02 a request as answered
+
+
+def test_the_budget_ends_the_run_and_more_money_continues_it(project, key):
+    write_prices(project)
+    questions = numbered([50 * i + 17 for i in range(40)])
+    with served("faulty_server.py") as address:
+        config = partial(config_for, address, concurrency=4, max_tokens=10)  # at most 0.1 + 0.1 a request
+        session, reasons = asked(config(budget=1.0), project / "store.sqlite", questions)
+        assert session.spent <= 1.0 and session.stopped == "the budget of 1 USD is spent"
+        assert 6 <= session.counts["answered"] <= 8 and len(reasons) == 40 - session.counts["answered"]
+        assert set(reasons.values()) == {"not asked: the budget of 1 USD is spent"}
+        session, reasons = asked(config(budget=2.0), project / "store.sqlite", questions)  # all commands together
+        assert 1.0 < session.spent <= 2.0 and session.store.usage("faults/faulty")["cost"] == pytest.approx(session.spent)
+        session, reasons = asked(config(budget=100), project / "store.sqlite", questions)
+        assert reasons == {} and session.spent == pytest.approx(40 * 0.12)
+        assert sum(counts(address)["asked"].values()) == 40
+
+
+def test_time_and_requests_a_minute_are_kept(project, key):
+    questions = numbered([50 * i + 17 for i in range(30)])
+    with served("faulty_server.py") as address:
+        started = time.monotonic()
+        config = config_for(address, requests_per_minute=300, max_minutes=3 / 60, concurrency=2)
+        config = config.model_copy(update={"requests_per_minute": 4.0})  # a burst of 4, then one every 15 s
+        import asyncio
+
+        async def first_seconds():
+            session = open_session(config, ResponseStore(project / "store.sqlite"), "faults/faulty")
+            task = asyncio.create_task(ask_all(session, questions))
+            await asyncio.wait([task], timeout=2)
+            task.cancel()
+            await asyncio.wait([task])
+            return session
+
+        session = asyncio.run(first_seconds())
+        assert session.counts["answered"] == 4 and time.monotonic() - started < 10
+        late = config_for(address, max_minutes=1e-6)
+        session, reasons = asked(late, project / "store.sqlite", questions)
+        assert len(reasons) == 26 and session.stopped.startswith("max_minutes=1e-06 are over")
+
+
+def test_a_budget_needs_a_price_and_a_key_must_be_there(project, key, monkeypatch):
+    store = ResponseStore(project / "store.sqlite")
+    with pytest.raises(InputError, match=r"no price is known for 'faulty'; add it to .*prices.yaml"):
+        open_session(config_for("http://127.0.0.1:9", budget=5), store, "r")
+    (project / "prices.yaml").write_text("faulty: {inptu: 3, output: 1}\n")
+    with pytest.raises(InputError, match=r"prices.yaml: faulty: unknown setting inptu. Did you mean 'input'"):
+        open_session(config_for("http://127.0.0.1:9", budget=5), store, "r")
+    write_prices(project)
+    monkeypatch.delenv("CANARY_KEY")
+    with pytest.raises(InputError, match="the environment variable CANARY_KEY holds no key"):
+        open_session(config_for("http://127.0.0.1:9", budget=5), store, "r")
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("model: m\nbase_url: https://u:p@host/v1\n", "base_url: leave names, keys and parameters out"),
+        ("model: m\nbase_url: https://host/v1?api-key=1\n", "base_url: leave names, keys and parameters out"),
+        ("model: m\napi_key: sk-1\n", "unknown setting api_key"),
+        ("model: m\ntemprature: 1\n", "Did you mean 'temperature'"),
+        ("concurrency: 2\n", "model: Field required"),
+    ],
+)
+def test_bad_recipes_name_the_setting(tmp_path, written, message):
+    (tmp_path / "api.yaml").write_text(written)
+    with pytest.raises(InputError, match=message):
+        load_api_recipe(tmp_path / "api.yaml")
+
+
+def test_the_picture_sent_is_the_picture_local_models_see():
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 4), "blue").save(file, "JPEG", exif=exif)
+    import base64
+
+    sent = Image.open(io.BytesIO(base64.b64decode(picture_url(file.getvalue()).partition(",")[2])))
+    assert sent.format == "PNG" and sent.size == (4, 8)
+    file = io.BytesIO()
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(file, "PNG")
+    sent = Image.open(io.BytesIO(base64.b64decode(picture_url(file.getvalue()).partition(",")[2])))
+    assert sent.mode == "RGB" and sent.getpixel((0, 0)) == (255, 255, 255)
+    assert picture_url(png()).startswith("data:image/png;base64,")
+    with pytest.raises(InputError, match="row 7: not a readable image"):
+        picture_url(b"no image", "row 7")
+
+
+# --- a whole run -----------------------------------------------------------------------------------------
+
+
+def start_toy(project: Path, address: str, **changes) -> list[str]:
+    write_toy_suite(project / "toy", rows=6)
+    content = {"model": "faulty", "base_url": f"{address}/v1", "suite": "toy/toy.yaml", "key_variable": "CANARY_KEY", "run": "service", **changes}
+    (project / "api.yaml").write_text("\n".join(f"{name}: {json.dumps(value)}" for name, value in content.items()))
+    suite = (project / "toy" / "toy.yaml").read_text()
+    (project / "toy" / "toy.yaml").write_text(suite.replace("Which colour is it?", "sample 17, which colour?").replace("Which word belongs to it?", "sample 37, which word?"))
+    return ["score-api", "toy", str(project / "api.yaml")]
+
+
+def test_a_run_from_the_command_line(project, key, capfd, monkeypatch):
+    with served("faulty_server.py") as address:
+        command = start_toy(project, address)
+        assert cli.main([*command, "--dry-run"]) == 0
+        shown = capfd.readouterr().out
+        assert "total       12       0        12" in shown and "no price for 'faulty'" in shown
+        assert counts(address)["asked"] == {} and not (project / "runs" / "toy").exists()
+
+        assert cli.main([*command, "--limit", "2"]) == 0 and sum(counts(address)["asked"].values()) == 4
+        assert cli.main(command) == 0
+        seen = counts(address)
+        assert sum(seen["asked"].values()) == 12
+        run = RunDir(project / "runs" / "toy" / "service")
+        for task in ("colour", "word"):
+            table = run.predictions("service", task)
+            assert len(table) == 6 and table["id"].is_unique and (table["rule"] == "free").all() and table["text"].eq("Yes.").all()
+        assert run.predictions("service", "colour")["outcome"].eq("off_list").all() and run.status().state == "finished"
+
+        (project / "api.yaml").write_text((project / "api.yaml").read_text() + "\nconcurrency: 3\ndetail: auto")
+        assert cli.main(command) == 0 and counts(address) == seen  # another pace asks nothing again
+        assert cli.main([*command, "detail=low"]) == 2
+        assert "the run exists with detail: 'auto', now 'low' is asked for" in capfd.readouterr().err
+        assert cli.main([*command, "detail=low", "run=low", "structured=true"]) == 0 and sum(counts(address)["asked"].values()) == 24
+        written = b"".join(file.read_bytes() for file in project.rglob("*") if file.is_file())
+        assert CANARY.encode() not in written and CANARY not in "".join(capfd.readouterr())
+
+
+def test_a_wrong_key_stops_the_run_and_the_denominator_stays(project, key, capfd, monkeypatch):
+    "A service that repeats the key in its refusal of it."
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    class Locked(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            body = json.dumps({"error": {"message": f"Incorrect API key provided: {self.headers['authorization'][7:]}", "code": "invalid_api_key"}}).encode()
+            self.send_response(401)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Locked)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        command = start_toy(project, f"http://127.0.0.1:{server.server_port}", concurrency=1)
+        assert cli.main(command) == 1
+        shown = capfd.readouterr()
+        assert "stopped: HTTP 401 invalid_api_key: Incorrect API key provided: [key]" in shown.err
+        table = RunDir(project / "runs/toy/service").predictions("service", "colour")
+        assert len(table) == 6 and table["outcome"].eq("error").all() and (table["reason"] == table["reason"].iloc[-1]).sum() == 5
+        with pytest.raises(RunFailure) as failure:
+            score_api(project / "runs" / "toy", load_api_recipe(project / "api.yaml"), ScoringConfig())
+        import traceback
+
+        trace = "".join(traceback.format_exception(failure.value))
+        assert CANARY not in trace + "".join(shown) + str(table.to_dict()) + (project / "runs/toy/service/status.json").read_text()
+    finally:
+        server.shutdown()
+
+
+def test_settings_that_the_model_refuses_are_left_out(project, key):
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    received = []
+
+    class Choosy(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            received.append(body)
+            wrong = next((name for name in ("temperature", "max_tokens") if name in body), None)
+            answer = {"error": {"message": f"Unsupported parameter: '{wrong}'", "param": wrong, "code": "unsupported_parameter"}}
+            content = json.dumps(answer if wrong else {"choices": [{"message": {"content": '{"label": "yes"}'}, "finish_reason": "stop"}]}).encode()
+            self.send_response(400 if wrong else 200)
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Choosy)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        config = config_for(f"http://127.0.0.1:{server.server_port}", concurrency=1, structured=True, extra={"reasoning_effort": "low"})
+        session, reasons = asked(config, project / "store.sqlite", numbered([17, 37]))
+    finally:
+        server.shutdown()
+    assert reasons == {} and len(received) == 4
+    assert [sorted(body.keys() & {"temperature", "max_tokens", "max_completion_tokens"}) for body in received[2:]] == [["max_completion_tokens"]] * 2
+    assert received[3]["reasoning_effort"] == "low" and received[3]["response_format"]["json_schema"]["schema"]["properties"]["label"]["enum"] == ["yes", "no"]
+    row = prediction_row(WEAPON, "1", "yes", session.store.get(numbered([17])[0].key), "", None)
+    assert row["outcome"] == "correct" and row["text"] == "yes"
+    assert "temperature" not in json.loads(row["settings"]) and json.loads(row["settings"])["max_completion_tokens"] == 128
