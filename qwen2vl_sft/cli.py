@@ -97,11 +97,11 @@ def train(
 
     print(train_run(config))
 
-# %% ../nbs/90_cli.ipynb #0a666141
+# %% ../nbs/90_cli.ipynb #08129e8f
 @app.command()
 def score(
     experiment: Experiment,
-    rule: Annotated[str, typer.Option(help="closed, free, or auto: closed for closed tasks.")] = "auto",
+    rule: Annotated[str, typer.Option(help="closed, free, both, or auto: closed for closed tasks.")] = "auto",
     split: Annotated[str, typer.Option(help="test or validation.")] = "test",
     batch: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 32,
     limit: Annotated[int | None, typer.Option(help="Score a random sample of this many rows a task.", show_default="all rows")] = None,

@@ -278,11 +278,11 @@ class ScheduleConfig(Settings):
             raise ValueError("early_stopping_patience needs validations; set validate_every")
         return self
 
-# %% ../nbs/01_config.ipynb #db112bda
+# %% ../nbs/01_config.ipynb #bab385e4
 class ScoringConfig(Settings):
     "How checkpoints are tested."
 
-    rule: Literal["auto", "closed", "free"] = Field("auto", description="auto: closed for closed tasks, free for open ones")
+    rule: Literal["auto", "closed", "free", "both"] = Field("auto", description="auto: closed for closed tasks, free for open ones; both: closed tasks by both rules")
     split: Literal["validation", "test"] = "test"
     batch: int = Field(32, ge=1, description="samples in one forward pass")
     limit: int | None = Field(None, ge=1, description="score only a random sample of this many rows a task")

@@ -7,7 +7,7 @@ import pytest
 
 from qwen2vl_sft.config import ScoringConfig, load_recipe
 from qwen2vl_sft.data.prepare import prepare
-from qwen2vl_sft.scoring.suite import score_run
+from qwen2vl_sft.scoring.experiment import score_run
 from qwen2vl_sft.tasks import load_suite
 from qwen2vl_sft.training.trainer import train
 

@@ -17,8 +17,8 @@ from qwen2vl_sft.core import InputError
 from qwen2vl_sft.data.prepare import prepare
 from qwen2vl_sft.data.toy import write_toy_suite
 from qwen2vl_sft.rundir import RunDir
-from qwen2vl_sft.scoring.experiment import score_experiment
-from qwen2vl_sft.scoring.suite import score_run, test_set
+from qwen2vl_sft.scoring.experiment import score_experiment, score_run
+from qwen2vl_sft.scoring.suite import test_set
 from qwen2vl_sft.tasks import load_suite
 from qwen2vl_sft.training.trainer import train
 
@@ -98,8 +98,9 @@ def test_a_killed_scoring_run_continues_where_it_was(project, prepared):
         path.unlink()
 
     code = (
-        "from pathlib import Path; from qwen2vl_sft.config import ScoringConfig; from qwen2vl_sft.scoring.experiment import score_experiment\n"
-        f"score_experiment(Path({str(run.path.parent)!r}), ScoringConfig(max_new_tokens=4, batch=1), baselines=False)"
+        "from pathlib import Path; from qwen2vl_sft.config import ScoringConfig; from qwen2vl_sft.scoring import experiment\n"
+        "experiment.PART_SECONDS = 0\n"
+        f"experiment.score_experiment(Path({str(run.path.parent)!r}), ScoringConfig(max_new_tokens=4, batch=1), baselines=False)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "QWEN2VL_SFT_ROOT": str(project)})
     deadline = time.time() + 120

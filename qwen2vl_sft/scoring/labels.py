@@ -151,7 +151,7 @@ def read_tree(
             _fill_in(reading, inner.lm_head(hidden[:, start : start + step]).float(), part[start : start + step], tree, encoder.end_id)
     return reading
 
-# %% ../../nbs/41_scoring.labels.ipynb #4dd0c62b
+# %% ../../nbs/41_scoring.labels.ipynb #8505baf4
 def path_sums(
     reading: TreeReading,
     tree: LabelTree,
@@ -163,7 +163,7 @@ def path_sums(
         sums[:, nodes] += sums[:, [tree.parents[node] for node in nodes]]
     index, nodes = (torch.tensor(column, device=sums.device) for column in zip(*tree.ends, strict=True))
     wordings = sums[:, nodes] + reading.stops[:, nodes]
-    best = torch.full((len(sums), len(tree.labels)), -torch.inf, device=sums.device).index_reduce_(1, index, wordings, "amax")
+    best = torch.full((len(sums), len(tree.labels)), -torch.inf, device=sums.device).scatter_reduce(1, index.expand_as(wordings), wordings, "amax")
     shares = torch.zeros_like(best).index_add_(1, index, (wordings - best[:, index]).exp())
     return best + shares.log()
 
