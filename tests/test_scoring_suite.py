@@ -1,4 +1,4 @@
-"""Scoring checkpoints: full and adapter, killed and continued, redone when what decides them changes."""
+"""Scoring checkpoints: all in one pass, by both rules, killed and continued, redone when what decides them changes."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from qwen2vl_sft.config import RunConfig, ScoringConfig
 from qwen2vl_sft.core import InputError
 from qwen2vl_sft.data.prepare import prepare
-from qwen2vl_sft.data.toy import write_toy_suite
+from qwen2vl_sft.data.toy import toy_picture, write_toy_suite
 from qwen2vl_sft.rundir import RunDir
+from qwen2vl_sft.scoring import experiment, suite
 from qwen2vl_sft.scoring.experiment import score_experiment, score_run
 from qwen2vl_sft.scoring.suite import test_set
 from qwen2vl_sft.tasks import load_suite
@@ -28,7 +30,7 @@ SETTINGS = ScoringConfig(max_new_tokens=4, batch=4)
 def trained(project, name: str, method: str, **changes) -> RunDir:
     config = RunConfig(
         suite=str(project / "toy" / "toy.yaml"), experiment="toy", run=name, model={"device": "cpu"},
-        method={"name": method, "freeze_tower": False, "freeze_merger": False},
+        method={"name": method, **({"freeze_tower": False, "freeze_merger": False} if method == "full" else {})},
         schedule={"steps": 4, "save_at": [2], "micro_batch": 6, "learning_rate": 1e-3, **changes},
     )  # fmt: skip
     return train(config)
@@ -43,18 +45,81 @@ def part_times(run: RunDir) -> dict[str, int]:
     return {str(path.relative_to(run.path)): path.stat().st_mtime_ns for path in run.path.glob("predictions/*/*/part-*.parquet")}
 
 
-def test_full_and_adapter_runs_are_scored_and_kept(project, prepared):
+def counted(monkeypatch, module, name: str) -> list:
+    calls, real = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **named: calls.append(args) or real(*args, **named))
+    return calls
+
+
+def test_all_runs_and_the_untuned_model_go_over_the_data_once(project, prepared, monkeypatch, capsys):
     runs = [trained(project, method, method) for method in ("full", "lora", "qlora")]
-    score_experiment(project / "runs" / "toy", SETTINGS)
+    capsys.readouterr()
+    decoded = counted(monkeypatch, suite, "open_image")
+    towers = counted(monkeypatch, suite, "tower_features")
+    score_experiment(project / "runs" / "toy", SETTINGS, baselines=False)
+    assert len(decoded) == 24 + 4 * 4  # each picture once for all models; the self-test takes 4 for each of the four
+    assert sum(len(args[2]) for args in towers) == 24
+    said = capsys.readouterr().out
+    assert "plain base (base, lora/step-2, lora/step-4)" in said and "nf4 base (qlora/step-2, qlora/step-4)" in said
     for run in runs:
         assert run.predicted() == [(f"step-{step}", task) for step in (2, 4) for task in ("colour", "word")]
-        assert run.status().state == "finished"
+        assert run.status().state == "finished" and run.status().progress["answers"] == run.status().progress["of"] == 7 * 24
         tables = [run.predictions(f"step-{step}", "colour") for step in (2, 4)]
         assert all(len(table) == 12 and table["id"].is_unique for table in tables)
         assert not tables[0]["probabilities"].equals(tables[1]["probabilities"])
     before = [part_times(run) for run in runs]
     score_experiment(project / "runs" / "toy", SETTINGS)
     assert [part_times(run) for run in runs] == before
+
+
+def test_models_that_do_not_fit_together_take_turns_with_the_same_answers(project, prepared):
+    runs = [trained(project, method, method) for method in ("full", "lora")]
+    experiment_folder = project / "runs" / "toy"
+    score_experiment(experiment_folder, SETTINGS, baselines=False)
+    tables = {}
+    for run in [*runs, RunDir(experiment_folder / "base")]:
+        for pair in run.predicted():
+            tables[run.name, *pair] = run.predictions(*pair)
+            for part in run.predictions_folder(*pair).iterdir():
+                part.unlink()
+    candidates = [one for run in runs for one in experiment.candidates_of(run, experiment.read_config(run))]
+    scorer = suite.Scorer(experiment.checked_encoder(experiment.read_config(runs[1]), []), SETTINGS)
+    tests = [test_set(prepared, task, SETTINGS) for task in prepared.suite.tasks]
+    experiment.score_candidates(candidates, scorer, tests, most=1)
+    for run in runs:
+        for pair in run.predicted():
+            first, again = tables[run.name, *pair].set_index("id"), run.predictions(*pair).set_index("id")
+            assert again["text"].to_dict() == first["text"].to_dict()
+    assert scorer.pixel_cache is not None and (project / "prepared" / "pixel-cache").exists()
+
+
+def test_both_rules_lie_side_by_side_and_their_disagreement_is_kept(project, prepared, capsys):
+    run = trained(project, "lora", "lora")
+    score_run(run, prepared, SETTINGS)
+    before = part_times(run)
+    score_experiment(run.path.parent, SETTINGS.model_copy(update={"rule": "both"}), baselines=False)
+    assert before.items() <= part_times(run).items()  # by the closed rule, and of open tasks, all was there
+    assert run.rules("step-4", "colour") == ["closed", "free"] and run.rules("step-4", "word") == ["free"]
+    closed, free = (run.predictions("step-4", "colour", rule).set_index("id") for rule in ("closed", "free"))
+    table = pd.read_csv(run.path.parent / "rules.csv").set_index(["run", "checkpoint", "task"])
+    line = table.loc["lora", "step-4", "colour"]
+    assert line["n"] == 12 and line["differ"] == pytest.approx((closed["prediction"] != free["prediction"].reindex(closed.index)).mean())
+    assert "rules.csv" in capsys.readouterr().out and list(table.index.unique("task")) == ["colour"]
+
+
+def test_a_changed_picture_or_label_is_scored_again_and_no_other_row(project, prepared):
+    run = trained(project, "lora", "lora")
+    score_run(run, prepared, SETTINGS, steps=[4])
+    before = run.predictions("step-4", "colour").set_index("id")
+    toy_picture("red", np.random.default_rng(77)).save(project / "toy" / "pictures" / "test-4.png")
+    table = (project / "toy" / "test.csv").read_text().replace("test-7.png,green", "test-7.png,blue")
+    (project / "toy" / "test.csv").write_text(table)
+    again = prepare(load_suite(project / "toy" / "toy.yaml"))
+    score_run(run, again, SETTINGS, steps=[4])
+    after = run.predictions("step-4", "colour").set_index("id")
+    assert len(after) == 12 and after.index.is_unique
+    same = [name for name in after.index if name in before.index and after.loc[name, "seconds"] == before.loc[name, "seconds"]]
+    assert len(same) == 10  # `seconds` is measured: rows that were scored again have another
 
 
 def test_a_checkpoints_scores_are_those_of_the_weights_in_its_folder(project, prepared):
@@ -81,10 +146,10 @@ def test_changed_weights_or_wording_are_scored_again_and_nothing_else(project, p
     changed = {name for name, when in part_times(run).items() if before.get(name) != when}
     assert changed and all("step-4" in name for name in changed)
 
-    suite = project / "toy" / "toy.yaml"
-    suite.write_text(suite.read_text().replace("Which colour is it?", "What colour is it?"))
+    file = project / "toy" / "toy.yaml"
+    file.write_text(file.read_text().replace("Which colour is it?", "What colour is it?"))
     before = part_times(run)
-    score_run(run, prepare(load_suite(suite)), SETTINGS)
+    score_run(run, prepare(load_suite(file)), SETTINGS)
     changed = {name for name, when in part_times(run).items() if before.get(name) != when}
     assert changed and all("colour" in name for name in changed)
 

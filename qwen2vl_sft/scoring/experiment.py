@@ -234,7 +234,7 @@ def work_for(
     missing = {(str(one), data.task.name, rule): missing_places(one, data, rule, scorer) for one in candidates for data in tests for rule in data.rules}
     return Work(scorer, tests, missing, report)
 
-# %% ../../nbs/45_scoring.experiment.ipynb #e0874afa
+# %% ../../nbs/45_scoring.experiment.ipynb #5ba7ce2c
 def score_places(
     work: Work,
     held: list[Loaded],
@@ -243,16 +243,16 @@ def score_places(
     bar: tqdm,
 ) -> None:
     "One batch through every model and adapter that lacks it."
-    scorer, shared = work.scorer, None
+    scorer, shared, own, decoded = work.scorer, None, None, {}
     tree = label_tree(scorer.encoder, data.task.wordings) if data.task.is_closed else None
     for loaded in sorted(held, key=lambda one: one.tower is None):
         if not any(work.lacks(one, data, place) for one in loaded.group.candidates for place in places):
             continue
         if loaded.tower is None:
-            samples = scorer.samples(data, places, cached=False)
+            samples = own = own or scorer.samples(data, places, False, decoded)
         else:
             if shared is None or shared[0] != loaded.tower:
-                shared = (loaded.tower, scorer.samples(data, places, cached=scorer.cache is not None and scorer.cache.key == loaded.tower))
+                shared = (loaded.tower, scorer.samples(data, places, scorer.cache is not None and scorer.cache.key == loaded.tower, decoded))
                 add_features(scorer, loaded.model, data, places, shared[1])
             samples = shared[1]
         for one in loaded.group.candidates:

@@ -94,7 +94,7 @@ def test_set(
 
 test_set.__test__ = False
 
-# %% ../../nbs/43_scoring.suite.ipynb #ba9e239b
+# %% ../../nbs/43_scoring.suite.ipynb #2aceb896
 BATCH_TOKENS = 32 * 1024  # padded, in one forward pass
 
 
@@ -109,14 +109,17 @@ class Scorer:
     tokens: int = BATCH_TOKENS  # in one forward pass
     room: float = 0.0  # bytes that the vision cache may still take
 
-    def samples(self, data: TestSet, places: list[int], cached: bool = True) -> list[Sample]:
-        "Encoded prompts with pixels, or with the tower's outputs where the cache has them."
+    def samples(self, data: TestSet, places: list[int], cached: bool = True, decoded: dict[int, np.ndarray] | None = None) -> list[Sample]:
+        "Encoded prompts with the tower's outputs where the cache has them (unless not `cached`), else with pixels; `decoded` keeps these by row for a next call."
+        decoded = {} if decoded is None else decoded
         questions, widths, heights, images = (data.rows.column(name) for name in ("question", "width", "height", "sha256"))
         made = []
         for row in (data.chosen[place] for place in places):
             encoded = self.encoder.encode(questions[row] or data.task.question, (widths[row], heights[row]))
             features = self.cache.get(images[row]) if self.cache and cached else None
-            made.append(Sample(encoded, None if features is not None else self.pixels(data, row), features))
+            if features is None and row not in decoded:
+                decoded[row] = self.pixels(data, row)
+            made.append(Sample(encoded, None if features is not None else decoded[row], features))
         return made
 
     def pixels(self, data: TestSet, row: int) -> np.ndarray:
