@@ -227,6 +227,42 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_correctness.py::test_5_13_label_probabilities_equal_one_stock_forward_a_label',),
     ),
     Mutation(
+        '5.13', 'an answer that leaves the label tree is taken for a label', 'qwen2vl_sft/scoring/labels.py',
+        'found.append(written if node is not None else None)',
+        'found.append(written)',
+        ('tests/test_correctness.py::test_5_13_what_is_read_off_the_tree_is_what_stock_generates',),
+    ),
+    Mutation(
+        '5.8', 'the adapter of the candidate before stays active', 'qwen2vl_sft/scoring/experiment.py',
+        'self.model.set_adapter(self.adapters[str(one)])',
+        'pass',
+        ('tests/test_scoring_suite.py::test_a_checkpoints_scores_are_those_of_the_weights_in_its_folder',),
+    ),
+    Mutation(
+        '5.8', 'the untuned row is scored with an adapter active', 'qwen2vl_sft/scoring/experiment.py',
+        'with self.model.disable_adapter() if self.adapters else nullcontext():',
+        'with nullcontext():',
+        ('tests/test_scoring_suite.py::test_all_runs_and_the_untuned_model_go_over_the_data_once',),
+    ),
+    Mutation(
+        '5.7', 'adapters of qlora are scored on the plain base', 'qwen2vl_sft/scoring/experiment.py',
+        'plain = one.folder is None or one.method.name != "qlora"',
+        'plain = True',
+        ('tests/test_scoring_suite.py::test_all_runs_and_the_untuned_model_go_over_the_data_once',),
+    ),
+    Mutation(
+        '8', 'a changed picture keeps its old prediction', 'qwen2vl_sft/scoring/suite.py',
+        'for name in ("sha256", "question", "label"))',
+        'for name in ("question", "label"))',
+        ('tests/test_scoring_suite.py::test_a_changed_picture_or_label_is_scored_again_and_no_other_row',),
+    ),
+    Mutation(
+        '8', 'one right telephone number among wrong ones is enough', 'qwen2vl_sft/scoring/metrics.py',
+        'said[kind] == true[kind] for kind',
+        'bool(said[kind] & true[kind]) for kind',
+        ('tests/test_scoring_metrics.py::test_contact_details_are_compared_field_by_field',),
+    ),
+    Mutation(
         '5.14', 'padding of a batch is attended to', 'qwen2vl_sft/model/prefill.py',
         'allowed = torch.cat([prompts.seen[:, None].expand(-1, count, -1)',
         'allowed = torch.cat([torch.ones_like(prompts.seen)[:, None].expand(-1, count, -1)',

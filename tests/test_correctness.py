@@ -28,8 +28,9 @@ from qwen2vl_sft.model.export import export_merged, merged
 from qwen2vl_sft.model.load import (
     base_location, changes_outputs, load_adapter, load_base, load_checkpoint, trainable, unwrapped,
 )
+from qwen2vl_sft.model.prefill import prefill
 from qwen2vl_sft.model.vision_cache import forward_inputs
-from qwen2vl_sft.scoring.labels import label_log_probabilities, label_tree, score_labels
+from qwen2vl_sft.scoring.labels import LabelTree, label_log_probabilities, label_tree, read_tree, score_labels, walks
 from qwen2vl_sft.scoring.suite import Scorer, self_test, test_set
 from qwen2vl_sft.scoring.text import write_answers
 from qwen2vl_sft.tasks import load_suite
@@ -445,6 +446,42 @@ def test_5_13_label_probabilities_equal_one_stock_forward_a_label(encoder, stock
             with torch.no_grad():
                 each = [stock_label_log_probability(stock, encoder, question, wording, picture(w, h, seed)) for wording in wordings]
             assert ours[seed, column].item() == pytest.approx(np.logaddexp.reduce(each), abs=1e-4)
+
+
+LONG = "a handgun lying on a wooden table beside two knives and a broken bottle of very old red wine"
+
+
+@pytest.mark.parametrize(
+    ("labels", "checked"),
+    [
+        (["a", "a gun", "a gun and", "a gun and a knife", "an"], range(5)),
+        (["a", LONG], range(2)),
+        (["是", "不是", "违规信息", "刀具和枪支"], range(4)),
+        ([f"article {i:03d}" for i in range(1000)], (0, 9, 500, 999)),
+    ],
+    ids=["beginnings of others", "1 and 30 tokens", "Chinese", "a thousand"],
+)
+def test_5_13_label_sets_of_every_kind_equal_stock_forwards(encoder, stock, labels, checked):
+    assert labels[1] != LONG or (len(encoder.text_ids("a")), len(encoder.text_ids(LONG)) >= 30) == (1, True)
+    ours = label_log_probabilities(stock, encoder, [sample_of(encoder, "What is it?", None, 48, 32)], label_tree(encoder, {label: [label] for label in labels}))
+    for column in checked:
+        with torch.no_grad():
+            theirs = stock_label_log_probability(stock, encoder, "What is it?", labels[column], picture(48, 32))
+        assert ours[0, column].item() == pytest.approx(theirs, abs=1e-4)
+
+
+def test_5_13_what_is_read_off_the_tree_is_what_stock_generates(encoder, stock):
+    rows = [("Is there a weapon?", 96, 64), ("Which number is written here, from left to right?", 40, 120), ("Digit?", 32, 32)]
+    tree, written, ends = LabelTree(["other", "some"]), [], {encoder.end_id, encoder.pad_id}
+    for seed, (question, w, h) in enumerate(rows):
+        inputs, _ = stock_inputs(encoder, question, None, picture(w, h, seed))
+        ids = stock.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+        written.append(ids)
+        tree.add(1, [token for token in ids if token not in ends] if seed else [encoder.text_ids("zebra")[0]])  # the first is left out
+    reading = read_tree(stock, encoder, prefill(stock, encoder, three_samples(encoder, answers=False)), tree)
+    ours = walks(reading, tree, ends)
+    expected = [ids if ids[-1] in ends else None for ids in written]
+    assert ours[0] is None and ours[1:] == expected[1:] and any(expected[1:])
 
 
 def test_5_13_probabilities_are_a_softmax_over_the_set(encoder, stock):

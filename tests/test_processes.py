@@ -81,7 +81,7 @@ def test_two_processes_train_and_score_as_one_with_twice_the_accumulation(projec
         assert (held["processes"], held["samples"]) == (2, 4 * 12)
         assert len(torch.load(there.checkpoints()[4] / "random.pt", weights_only=True)) == 2
     said = (project / "output.txt").read_text()
-    assert said.count("million weights train") == 3 and said.count("scoring the untuned model") == 1
+    assert said.count("million weights train") == 3 and said.count("scoring plain base (base, ") == 1
 
     # predictions: scored again by this one process from the very same checkpoints
     again = project / "runs" / "again"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen2vl_sft.config import RunConfig, ScoringConfig
+from qwen2vl_sft.config import PreprocessingConfig, RunConfig, ScoringConfig
 from qwen2vl_sft.core import InputError
 from qwen2vl_sft.data.prepare import prepare
 from qwen2vl_sft.data.toy import toy_picture, write_toy_suite
@@ -67,6 +67,11 @@ def test_all_runs_and_the_untuned_model_go_over_the_data_once(project, prepared,
         tables = [run.predictions(f"step-{step}", "colour") for step in (2, 4)]
         assert all(len(table) == 12 and table["id"].is_unique for table in tables)
         assert not tables[0]["probabilities"].equals(tables[1]["probabilities"])
+    alone = RunDir(project / "runs" / "alone" / "base")
+    experiment.score_untuned(alone, prepared, experiment.read_config(runs[1]).model, PreprocessingConfig(), SETTINGS)
+    for task in ("colour", "word"):  # the untuned row is the plain base, with no adapter active
+        there = RunDir(project / "runs" / "toy" / "base").predictions("base", task)
+        assert there.drop(columns="seconds").equals(alone.predictions("base", task).drop(columns="seconds"))
     before = [part_times(run) for run in runs]
     score_experiment(project / "runs" / "toy", SETTINGS)
     assert [part_times(run) for run in runs] == before
@@ -164,7 +169,6 @@ def test_a_killed_scoring_run_continues_where_it_was(project, prepared):
 
     code = (
         "from pathlib import Path; from qwen2vl_sft.config import ScoringConfig; from qwen2vl_sft.scoring import experiment\n"
-        "experiment.PART_SECONDS = 0\n"
         f"experiment.score_experiment(Path({str(run.path.parent)!r}), ScoringConfig(max_new_tokens=4, batch=1), baselines=False)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "QWEN2VL_SFT_ROOT": str(project)})
