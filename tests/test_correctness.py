@@ -427,7 +427,7 @@ LABELS = {
     "no": ["no"],
     "no weapon": ["no weapon"],  # begins like the one before
     "违规信息": ["违规信息", "违规"],  # two wordings, one a beginning of the other
-    "7": ["7"],
+    "7": ["7", "8", "1"],  # wordings that are about as likely as each other
     "long": ["a very long label of many words and numbers such as 1234567890 and more of them"],
 }
 
