@@ -37,7 +37,7 @@ def in_words(names: list[str], limit: int = 4) -> str:
     shown = [*names[:limit], *([f"{len(names) - limit} more"] if len(names) > limit else [])]
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}" if shown else "none"
 
-# %% ../../nbs/63_comparison.findings.ipynb #dd1477e7
+# %% ../../nbs/63_comparison.findings.ipynb #bacdebe3
 def best_findings(board: Board) -> list[Finding]:
     "Who leads, by how much over the untuned model and over the next recipe, and how sure."
     best, base, tasks = best_row(board), row_of_kind(board, "base"), len(board.tasks)
@@ -45,7 +45,8 @@ def best_findings(board: Board) -> list[Finding]:
         return [Finding("best", "No tuned row has been scored on every task yet, so there is no best row.")]
     mean = board.means.loc[best]
     interval = "" if pd.isna(mean["low"]) else f" (95 % interval {number(mean['low'])} to {number(mean['high'])})"
-    found = [Finding("best", f"{best} has the highest strict mean of the tuned rows: {number(mean['strict'])} %{interval} over {tasks} {'tasks' if tasks > 1 else 'task'}.")]
+    among = "the tuned rows" if not board.chosen and not board.seed_groups else "the rows to choose from (steps chosen on validation, seeds by their mean)"
+    found = [Finding("best", f"{best} has the highest strict mean of {among}: {number(mean['strict'])} %{interval} over {tasks} {'tasks' if tasks > 1 else 'task'}.")]
     if base is None or pd.isna(board.means.loc[base, "strict"]):
         return [*found, *runner_up_findings(board, best)]
     ahead = lead(board.samples, best, base)
