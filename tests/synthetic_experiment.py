@@ -49,7 +49,7 @@ class Plan:
     validation: bool = False  # predictions on the validation split
     leaked: dict[str, int] = field(default_factory=dict)  # task -> how many test pictures are trained on too
     noise: dict[str, int] = field(default_factory=dict)  # task -> how many test labels are wrong
-    pictures: bool = False
+    pictures: int = 0  # their side in pixels; 0: none
     baselines: bool = True
     seed: int = 0
 
@@ -118,13 +118,13 @@ def predictions(plan: Plan, row: str, task: str, truth: list[str], difficulty: n
     })
 
 
-def picture(seed: int) -> bytes:
-    """A small PNG of its own colours."""
+def picture(seed: int, side: int) -> bytes:
+    """A picture about as detailed as a photograph."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    block = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
-    Image.fromarray(block).resize((48, 48), Image.Resampling.NEAREST).save(buffer, "PNG")
+    block = np.random.default_rng(seed).integers(0, 255, (max(6, side // 6), max(6, side // 6), 3), dtype=np.uint8)
+    Image.fromarray(block).resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
 
 
@@ -141,7 +141,7 @@ def write_prepared(folder: Path, plan: Plan, truth: dict[str, list[str]]) -> Non
         group = [f"{task}-g{i - (i % 3 == 2)}" for i in range(plan.samples)]
         table = pd.DataFrame({"id": [f"{task}-test-{i:04d}" for i in range(plan.samples)], "label": truth[task], "group": group, "sha256": [f"{task}{i}" for i in range(plan.samples)]})
         if plan.pictures:
-            table["image"] = [{"bytes": picture(i), "path": None} for i in range(plan.samples)]
+            table["image"] = [{"bytes": picture(i, plan.pictures), "path": None} for i in range(plan.samples)]
         table.to_parquet(folder / task / "test-00000.parquet", index=False)
         train = [f"{task}{i}" if i < plan.leaked.get(task, 0) else f"train-{i}" for i in range(plan.samples)]
         pd.DataFrame({"group": [f"t{i}" for i in range(plan.samples)], "sha256": train, "label": truth[task]}).to_parquet(folder / task / "train-00000.parquet", index=False)

@@ -11,6 +11,8 @@ import pytest
 from synthetic_experiment import Plan, build_experiment
 
 from qwen2vl_sft.comparison import plots
+from qwen2vl_sft.comparison.board import against
+from qwen2vl_sft.comparison.deployment import confidence_table, cost_table
 from qwen2vl_sft.comparison.scoreboard import Scoreboard
 from qwen2vl_sft.rundir import RunDir
 
@@ -146,3 +148,78 @@ def test_drawing_leaves_the_readers_settings_and_pyplot_alone(board):
 def test_importing_needs_no_matplotlib():
     code = "import sys; sys.modules['matplotlib'] = None; import qwen2vl_sft.comparison.plots"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -------------------------------------------------------------------------- the plots beside the scoreboard's
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory):
+    plan = Plan(samples=60, api=True, free=True, validation=True, positive={"weapon": "weapon"}, labels={"weapon": ["weapon", "none"], "违规": ["违规", "正常", "可疑"], "number": None})
+    folder = build_experiment(tmp_path_factory.mktemp("rich"), plan)
+    return Scoreboard.from_experiment(folder), folder
+
+
+def test_task_differences_are_sorted_and_hollow_where_unsure(rich):
+    board, _ = rich
+    table = against(board.samples, "mix(300)", "gpt-4o")
+    figure = plots.task_differences(table, "mix(300)", "gpt-4o")
+    texts = drawn(figure)
+    assert [f"{d:+.1f}" for d in sorted(table["difference"])] == [t for t in texts if t[0] in "+-" and t[1:2].isdigit()]
+    markers = [line for line in figure.axes[0].lines if line.get_marker() not in ("None", None, "")]
+    hollow = sum(line.get_markerfacecolor() == "white" for line in markers)
+    assert hollow == (table["verdict"] == "no evidence").sum() and len(markers) == len(table)
+
+
+def test_confusion_matrices_hold_every_sample(rich):
+    board, _ = rich
+    own = board.samples[(board.samples["row"] == "mix(300)") & (board.samples["task"] != "number")]
+    figure = plots.confusion_matrices(own, {"weapon": ["weapon", "none"]})
+    drawn(figure)
+    for axes, (_, part) in zip(figure.axes, own.groupby("task", sort=False), strict=False):
+        assert sum(int(text.get_text()) for text in axes.texts) == len(part)
+    many = own.assign(target=[f"label {i % 40}" for i in range(len(own))])
+    assert any(text.startswith("(other") for text in drawn(plots.confusion_matrices(many)))
+
+
+def test_reliability_bins_are_the_shares_of_right_answers(rich):
+    _, folder = rich
+    table = confidence_table(folder, rows=["base", "mix(300)"])
+    assert set(table["split"]) == {"validation", "test"} and table["calibrated"].all()
+    test = table[table["split"] == "test"]
+    points = plots.binned(test)
+    assert points["n"].sum() == len(test) and np.average(points["accuracy"], weights=points["n"]) == pytest.approx(test["right"].mean())
+    assert any("mean gap" in text for text in drawn(plots.reliability_diagram(test)))
+    texts = drawn(plots.precision_recall(test, {"weapon": "weapon"}))
+    assert "recall of weapon" in texts and "share decided" in texts
+
+
+def test_precision_curve_is_scikit_learns():
+    from sklearn.metrics import precision_recall_curve
+
+    rng = np.random.default_rng(0)
+    hit, score = rng.random(80) < 0.4, rng.random(80).round(1)
+    _, recall, precision = plots.precision_curve(hit, score)
+    expected = precision_recall_curve(hit, score)
+    assert np.allclose(precision[::-1], expected[0][:-1]) and np.allclose(recall[::-1], expected[1][:-1])
+
+
+def test_mixture_and_cost_plots_name_their_points(rich):
+    board, _ = rich
+    shares = pd.DataFrame({"model": "mix", "task": ["weapon", "违规", "number"], "share": [30.0, 30, 40], "gain": [40.0, 40, -5]})
+    assert {"weapon", "number"} <= set(drawn(plots.mixture_gain(shares)))
+    costs = cost_table(board)
+    assert "seconds an image, as measured while scoring" in drawn(plots.cost_accuracy(costs)) and "gpt-4o" in drawn(plots.cost_accuracy(costs))
+    assert "cost of 1,000 images" in drawn(plots.cost_accuracy(cost_table(board, price_an_hour=2.0)))
+
+
+def test_every_plot_names_its_rule(rich):
+    board, _ = rich
+    for figure in (plots.heat_map(board.cells), plots.accuracy_by_step(board.cells), plots.mean_by_step(board.means)):
+        assert any("rule: free" in text for text in drawn(figure))
+
+
+@pytest.mark.parametrize("plot", ["task_differences", "confusion_matrices", "reliability_diagram", "precision_recall", "mixture_gain", "cost_accuracy"])
+def test_empty_tables_are_drawn_empty(plot):
+    columns = ["task", "difference", "low", "high", "verdict", "row", "target", "prediction", "outcome", "confidence", "right", "score", "model", "share", "gain", "kind", "accuracy", "images_per_second", "cost_per_1000"]
+    drawn(getattr(plots, plot)(pd.DataFrame({name: pd.Series(dtype=float) for name in columns})))

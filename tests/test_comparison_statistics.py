@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 
 from qwen2vl_sft.comparison.statistics import (
+    bootstrap_both,
     bootstrap_mean,
+    choice_by_halves,
     cluster_kinds,
     collapse,
     holm,
     mcnemar,
+    mcnemar_p,
+    power,
     repeated_scores,
     smallest_difference,
     wilson,
@@ -170,6 +174,71 @@ def test_smallest_difference_is_exactly_where_significance_begins(tests):
     significant = lambda k: tests * mcnemar([1] * k + [0] * (n - k), [0] * n).p_value <= 0.05
     assert significant(k) and not significant(k - 1)
     assert smallest_difference(0) == 1.0 and smallest_difference(3) == 1.0
+
+
+def test_many_comparisons_at_once_are_statsmodels():
+    from statsmodels.stats.contingency_tables import mcnemar as reference
+
+    pairs = [(a, b) for a in (0, 1, 5, 12) for b in (0, 3, 12)]
+    expected = [min(1.0, reference([[0, a], [b, 0]], exact=True).pvalue) if a + b else 1.0 for a, b in pairs]
+    assert mcnemar_p(*np.array(pairs).T) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("n", "first", "second"), [(120, 0.14, 0.05), (300, 0.12, 0.05), (500, 0.05, 0.05)])
+def test_a_planted_difference_is_found_at_the_stated_power(n, first, second):
+    rng = np.random.default_rng(n)
+    draws = rng.multinomial(n, [first, second, 1 - first - second], size=20_000)
+    found = (mcnemar_p(draws[:, 0], draws[:, 1]) < 0.05) & (draws[:, 0] > draws[:, 1])
+    assert found.mean() == pytest.approx(power(n, first, second), abs=0.012)
+    assert power(0, 0.1, 0.1) == power(10, 0.0, 0.0) == 0.0
+
+
+def test_a_planted_null_over_a_whole_table_is_found_no_more_often_than_stated():
+    """Ten rows against one on eight tasks: 80 tests that share the reference. Any false claim in at most 5 % of tables."""
+    rng, tables = np.random.default_rng(4), 400
+    claims = 0
+    for _ in range(tables):
+        easy = rng.random((8, 1, 150)) < 0.7
+        right = easy ^ (rng.random((8, 11, 150)) < 0.12)
+        first, second = (right[:, 1:] & ~right[:, :1]).sum(axis=2), (right[:, :1] & ~right[:, 1:]).sum(axis=2)
+        claims += min(holm(mcnemar_p(first, second).ravel())) < 0.05
+    assert claims / tables <= 0.05
+
+
+@pytest.mark.parametrize("discordant", [0, 7, 20, 63])
+def test_the_smallest_difference_given_the_disagreements_is_where_significance_begins(discordant):
+    n, tests = 400, 10
+    lead_needed = round(smallest_difference(n, tests=tests, discordant=discordant) * n)
+    m = max(discordant, math.ceil(math.log2(2 * tests / 0.05)))
+    p = lambda lead: tests * float(mcnemar_p((m + lead) // 2, (m - lead) // 2))
+    assert p(lead_needed) <= 0.05 < p(lead_needed - 2)
+
+
+def test_micro_weighs_by_samples():
+    macro, micro = bootstrap_both([[1] * 10, [0] * 80 + [1] * 10])
+    assert 0.5 < macro.low < macro.high < 0.65 and 0.1 < micro.low < 20 / 100 < micro.high < 0.35
+
+
+def test_the_bootstrap_of_the_micro_mean_covers_the_truth():
+    rng, hits, truths, sizes = np.random.default_rng(8), 0, (0.3, 0.6, 0.9), (60, 120, 240)
+    truth = np.average(truths, weights=sizes)
+    for _ in range(400):
+        hits += truth in bootstrap_both([rng.random(n) < p for n, p in zip(sizes, truths, strict=True)])[1]
+    assert 0.925 <= hits / 400 <= 0.975
+
+
+def test_the_optimism_of_a_choice_is_estimated():
+    """Eight equally good rows: what the luckiest claims above the truth, and what random halves say it is."""
+    rng = np.random.default_rng(9)
+    claimed, estimated = [], []
+    for i in range(60):
+        rows = [rng.random((8, 120)) < 0.7 for _ in range(3)]
+        claimed.append(np.mean([task.mean(axis=1) for task in rows], axis=0).max() - 0.7)
+        estimated.append(choice_by_halves(rows, repeats=100, seed=i))
+    assert np.mean(estimated) == pytest.approx(np.mean(claimed), abs=0.01)
+    sure = np.zeros((2, 100))
+    sure[0] = 1
+    assert choice_by_halves([sure]) == 0 and math.isnan(choice_by_halves([]))
 
 
 # ---------------------------------------------------------------------------------------------- collapse

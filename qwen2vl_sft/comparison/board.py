@@ -6,8 +6,8 @@
 __all__ = ['RULES', 'MEAN_COLUMNS', 'ALPHA', 'VERDICTS', 'HARMLESS', 'common_samples', 'mean_of', 'means_from_samples',
            'means_from_cells', 'mean_table', 'right_matrix', 'paired_counts', 'paired_tests', 'verdict_text',
            'paired_values', 'against', 'lead', 'flat_settings', 'differing', 'is_seed', 'seed_groups', 'common_start',
-           'seed_lines', 'seed_table', 'Board', 'row_of_kind', 'below_untuned', 'accuracy_table', 'ranking', 'best_row',
-           'choice_table', 'optimism']
+           'seed_lines', 'seed_table', 'Board', 'row_of_kind', 'with_probabilities', 'below_untuned', 'accuracy_table',
+           'ranking', 'best_row', 'choice_table', 'optimism']
 
 # %% ../../nbs/62_comparison.board.ipynb #471d4f57
 from collections.abc import Mapping, Sequence
@@ -97,7 +97,7 @@ def means_from_cells(
         }
     return found
 
-# %% ../../nbs/62_comparison.board.ipynb #1d6c8a2b
+# %% ../../nbs/62_comparison.board.ipynb #ef570725
 MEAN_COLUMNS = [f"{rule}{end}" for rule in ("strict", "answered_only", "common") for end in ("", "_low", "_high", "_micro", "_micro_low", "_micro_high")]
 
 
@@ -113,7 +113,7 @@ def mean_table(
         one = {
             "row": name, "model": own["model"].iloc[0], "step": own["step"].iloc[0], "kind": own["kind"].iloc[0],
             **dict.fromkeys([*MEAN_COLUMNS, "coverage_micro"], np.nan), **known[name], "coverage": own["coverage"].mean(),
-            "tasks": len(own), "complete": len(own) == tasks and not own["partial"].any(),
+            "tasks": len(own), "complete": len(own) == tasks and not own["partial"].any(), "rule": ", ".join(own["rule"].unique()),
         }
         if len(own) < tasks:
             one |= {column: np.nan for column in one if column.startswith("strict")}
@@ -305,7 +305,7 @@ def seed_table(
     columns = ["row", "model", "step", "task", "seeds", "accuracy", "low", "high", "sd", "lowest", "highest"]
     return pd.DataFrame(lines, columns=columns)
 
-# %% ../../nbs/62_comparison.board.ipynb #f9fd5296
+# %% ../../nbs/62_comparison.board.ipynb #5026c8e9
 @dataclass(eq=False)
 class Board:
     "Rows (model at a step) x tasks. `cells` has one line a (row, task), `samples` one a prediction (empty if imported)."
@@ -319,6 +319,7 @@ class Board:
     configs: dict[str, dict] = field(default_factory=dict)  # model -> configuration, of training runs
     described: dict[str, Mapping] = field(default_factory=dict)  # task -> its lines in the suite file
     reference: str | None = None  # row that paired tests are against; None: the untuned model
+    beside: pd.DataFrame = field(default_factory=pd.DataFrame)  # predictions by the rule that is not the headline's
 
     def __post_init__(self):
         self.cells = self.cells.reset_index(drop=True).assign(chosen_on_test=False, below_untuned=False)
@@ -367,11 +368,20 @@ class Board:
             known[reference] = paired_tests(self.samples, reference) if reference else pd.DataFrame()
         return known[reference]
 
-# %% ../../nbs/62_comparison.board.ipynb #978fc341
+# %% ../../nbs/62_comparison.board.ipynb #7319af55
 def row_of_kind(board: Board, kind: str) -> str | None:
     "The first row of a kind, such as the untuned model (`base`)."
     names = board.cells.loc[board.cells["kind"] == kind, "row"]
     return names.iloc[0] if len(names) else None
+
+
+def with_probabilities(board: Board, task: str) -> pd.DataFrame:
+    "A task's predictions, of each row those by the closed rule where there are any: only they carry probabilities."
+    own = board.samples[board.samples["task"] == task]
+    closed = board.beside[(board.beside["task"] == task) & (board.beside["rule"] == "closed")] if len(board.beside) else board.beside
+    if not len(closed):
+        return own
+    return pd.concat([own[~own["row"].isin(set(closed["row"]))], closed], ignore_index=True).sort_values("position", kind="stable", ignore_index=True)
 
 
 def below_untuned(board: Board) -> list[bool]:

@@ -7,7 +7,7 @@ __all__ = ['NO_ANSWER', 'OTHER', 'TRAJECTORIES', 'answers_of', 'confusion', 'tra
            'trajectory_table', 'voters', 'confident_thresholds', 'votes_of', 'label_noise', 'noise_lines',
            'disagreements', 'training_sizes', 'mixture_table']
 
-# %% ../../nbs/65_comparison.mistakes.ipynb #36d6341d
+# %% ../../nbs/65_comparison.mistakes.ipynb #367729a3
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .board import Board, accuracy_table, best_row, right_matrix, row_of_kind
+from .board import Board, accuracy_table, best_row, right_matrix, row_of_kind, with_probabilities
 from .samples import probability_table
 from ..config import MixtureConfig
 from ..core import InputError
@@ -106,7 +106,7 @@ def confident_thresholds(
     own = np.bincount(truth, weights=scores[np.arange(len(truth)), truth], minlength=scores.shape[1])
     return np.where(counts > 0, own / np.maximum(1, counts), 2.0)
 
-# %% ../../nbs/65_comparison.mistakes.ipynb #f5d5e2c6
+# %% ../../nbs/65_comparison.mistakes.ipynb #d6336c08
 def votes_of(
     predictions: pd.DataFrame,  # of one row on one task
     labels: Sequence[str] | None,  # None: open text
@@ -131,7 +131,9 @@ def label_noise(
     "The queue of labels to look at again."
     lines, rows = [], voters(board)
     collapsed = {(one.row, one.task) for one in board.cells[board.cells["collapsed"] != ""].itertuples()}
-    for task, part in board.samples[board.samples["row"].isin(rows)].groupby("task", sort=False) if rows else ():
+    for task in board.tasks if rows else ():
+        part = with_probabilities(board, task)
+        part = part[part["row"].isin(rows)]
         labels = board.described.get(task, {}).get("labels") or (sorted(part["target"].unique()) if (part["rule"] == "closed").any() else None)
         votes = {row: votes_of(own, labels) for row, own in part.groupby("row", sort=False) if (row, task) not in collapsed}
         if len(votes) >= least:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'REFERENCES', 'CJK', 'VERDICT_COLOURS', 'fonts', 'look', 'can_draw', 'drawable', 'add_note',
-           'wrapped', 'blank_figure', 'heat_map', 'shade', 'ink_on', 'draw_box', 'draw_matrix', 'draw_means',
-           'label_heat_map', 'label_group', 'draw_lines', 'legend_handles', 'colours_of', 'accuracy_by_step',
-           'tidy_steps', 'mean_by_step', 'task_differences', 'confusion_matrices', 'draw_confusion', 'binned',
-           'reliability_diagram', 'precision_curve', 'precision_recall', 'mixture_gain', 'label_points',
+           'wrapped', 'blank_figure', 'heat_map', 'rules_note', 'shade', 'ink_on', 'draw_box', 'draw_matrix',
+           'draw_means', 'label_heat_map', 'label_group', 'draw_lines', 'legend_handles', 'colours_of',
+           'accuracy_by_step', 'tidy_steps', 'mean_by_step', 'task_differences', 'confusion_matrices', 'draw_confusion',
+           'binned', 'reliability_diagram', 'precision_curve', 'precision_recall', 'mixture_gain', 'label_points',
            'cost_accuracy', 'loss_curves', 'loss_note']
 
 # %% ../../nbs/67_comparison.plots.ipynb #a5ed1e9f
@@ -122,7 +122,7 @@ def blank_figure(width: float, height: float) -> "Figure":  # inches
     plt.close(figure)
     return figure
 
-# %% ../../nbs/67_comparison.plots.ipynb #50e323d9
+# %% ../../nbs/67_comparison.plots.ipynb #66c363a0
 def heat_map(
     cells: pd.DataFrame,  # Scoreboard.cells
     means: pd.DataFrame | None = None,  # Scoreboard.means; adds the strict mean as a last line
@@ -141,8 +141,16 @@ def heat_map(
         label_heat_map(axes, cells, names, means is not None)
         used = {badge for badges in cells["badges"] for badge in badges if badge != "chosen on test"}
         marks = "   ".join(f"{letter}: {badge}" for badge, (letter, _) in BADGES.items() if badge in used)
-        add_note(figure, list(table.index), marks)
+        add_note(figure, list(table.index), "   ".join(filter(None, [rules_note(cells), marks])))
     return figure
+
+
+def rules_note(cells: pd.DataFrame) -> str:
+    "By which rule the figures were obtained, in a few words."
+    rules = cells.loc[~cells["kind"].isin(["majority", "nearest_neighbour"])].drop_duplicates(["task", "rule"]).groupby("rule", sort=False)["task"].agg(list)
+    if len(rules) < 2:
+        return f"rule: {', '.join(rules.index)}"
+    return "rule: " + "; ".join(f"{rule} on {len(tasks)} tasks" if len(tasks) > 2 else f"{rule} on {' and '.join(drawable(tasks))}" for rule, tasks in rules.items())
 
 # %% ../../nbs/67_comparison.plots.ipynb #3aaa63ad
 def shade(value: float) -> tuple:  # RGBA
@@ -257,7 +265,7 @@ def colours_of(rows: pd.DataFrame) -> dict[str, int]:
     "Number the runs that have steps."
     return {model: i for i, model in enumerate(dict.fromkeys(rows.loc[rows["step"].notna(), "model"]))}
 
-# %% ../../nbs/67_comparison.plots.ipynb #9a2e524e
+# %% ../../nbs/67_comparison.plots.ipynb #48bf078e
 def accuracy_by_step(
     cells: pd.DataFrame,  # Scoreboard.cells
     columns: int | None = None,  # panels in a line; None: 4, or 5 for more than twelve tasks
@@ -282,7 +290,7 @@ def accuracy_by_step(
         figure.legend(handles=legend_handles(rows, colours), loc="outside upper left", ncols=4)
         band = "bands: 95 % intervals" if rows["low"].notna().any() else "no intervals: n is not known"
         hollow = "hollow: collapsed" if (rows["collapsed"] != "").any() else ""
-        add_note(figure, tasks, "   ".join(filter(None, ["x: optimiser step", band, hollow])))
+        add_note(figure, tasks, "   ".join(filter(None, ["x: optimiser step", rules_note(cells), band, hollow])))
     return figure
 
 # %% ../../nbs/67_comparison.plots.ipynb #898bd91a
@@ -297,7 +305,7 @@ def tidy_steps(axes: "Axes", rows: pd.DataFrame) -> None:
         margin = max(1, (steps[-1] - steps[0]) * 0.06)
         axes.set_xlim(steps[0] - margin, steps[-1] + margin)
 
-# %% ../../nbs/67_comparison.plots.ipynb #3dfbd3cc
+# %% ../../nbs/67_comparison.plots.ipynb #a739fc6d
 def mean_by_step(
     means: pd.DataFrame,  # Scoreboard.means
     column: str = "strict",  # which of the three means
@@ -323,10 +331,10 @@ def mean_by_step(
                           bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8})
         figure.legend(handles=legend_handles(rows, colours), loc="outside upper left", ncols=3)
         band = "bands: 95 % bootstrap intervals" if rows["low"].notna().any() else ""
-        add_note(figure, list(rows["model"]), "   ".join(filter(None, [f"mean is {names[column]}", band])))
+        add_note(figure, list(rows["model"]), "   ".join(filter(None, [f"mean is {names[column]}", "rule: " + "; ".join(rows["rule"].unique()) if "rule" in rows else "", band])))
     return figure
 
-# %% ../../nbs/67_comparison.plots.ipynb #7d9b8433
+# %% ../../nbs/67_comparison.plots.ipynb #37ad5f2c
 VERDICT_COLOURS = {"better": "#0072B2", "worse": "#D55E00", "no evidence": "#777777"}
 
 
@@ -336,7 +344,8 @@ def task_differences(
     other: str = "other",
 ) -> "Figure":
     "Accuracy of a row minus that of another, a line a task, in points."
-    table = differences.sort_values("difference", kind="stable").reset_index(drop=True)
+    table = differences.reindex(columns=differences.columns.union(["task", "difference", "low", "high", "verdict"], sort=False))
+    table = table.sort_values("difference", kind="stable").reset_index(drop=True)
     with look():
         names = drawable([shortened(task, 40) for task in table["task"]])
         side = max([display_width(name) for name in names] or [4]) * 0.075

@@ -466,7 +466,7 @@ class Scoreboard(Board):
         "The scoreboard of published accuracies (long or wide; without a path, the original's). Raises `InputError`."
         return cls(**read_published(Path(path)))
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #ebe03748
+# %% ../../nbs/64_comparison.scoreboard.ipynb #fa2f9d81
 def read_experiment(
     folder: Path,  # runs/<experiment>
     prepared: Path | None = None,  # prepared/<suite>, for near-duplicate groups, leaks and the tasks' order; None: beside runs/
@@ -486,7 +486,7 @@ def read_experiment(
         raise InputError(f"{folder}: no row is named '{reference}'; rows are {in_words(cells['row'].unique().tolist(), 12)}")
     return dict(
         cells=cells, samples=samples, title=folder.resolve().name, chosen=dict(stated if chosen is None else chosen), choices=choices,
-        configs={run.name: config for run in trained if flat_settings(config := read_config(run))}, described=described, reference=reference,
+        configs={run.name: config for run in trained if flat_settings(config := read_config(run))}, described=described, reference=reference, beside=rest,
     )  # fmt: skip
 
 
