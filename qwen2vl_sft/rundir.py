@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['HEARTBEAT_SECONDS', 'DEAD_AFTER_SECONDS', 'Run', 'RULES', 'Status', 'RunDir', 'load', 'read_status', 'write_status',
            'running', 'write_config', 'log', 'metrics', 'validations', 'best', 'checkpoints', 'predictions_folder',
-           'prediction_parts', 'next_part', 'write_predictions', 'rules', 'predictions', 'predicted', 'decided_path',
-           'decided', 'note_decided']
+           'prediction_parts', 'next_part', 'write_predictions', 'rules', 'predictions', 'Predictions', 'run_html',
+           'predicted', 'decided_path', 'decided', 'note_decided']
 
-# %% ../nbs/03_rundir.ipynb #b737d3b0
+# %% ../nbs/03_rundir.ipynb #ff93cb97
 import json
 import os
 import re
@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -324,7 +325,7 @@ def prediction_parts(
     "The part files of one rule on one split, in order."
     return sorted(predictions_folder(run, checkpoint, task).glob(f"part-{split}-{rule}-*.parquet"))
 
-# %% ../nbs/03_rundir.ipynb #6b2a8f9d
+# %% ../nbs/03_rundir.ipynb #485959d0
 def next_part(
     run: RunDir,
     checkpoint: str,
@@ -374,9 +375,41 @@ def predictions(
     "The predictions of one checkpoint on one task by one rule, all parts in order."
     rule = rule or next(iter(rules(run, checkpoint, task, split)), RULES[0])
     parts = prediction_parts(run, checkpoint, task, rule, split)
-    return pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True) if parts else None
+    return Predictions(pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True)) if parts else None
 
-# %% ../nbs/03_rundir.ipynb #96570e40
+# %% ../nbs/03_rundir.ipynb #303609bf
+class Predictions(pd.DataFrame):
+    "A table of predictions that a notebook shows with its counts. Whatever is made from it is a plain DataFrame."
+
+    @property
+    def _constructor(self) -> type[pd.DataFrame]:
+        return pd.DataFrame
+
+    def _repr_html_(self) -> str:
+        shown = [name for name in ("id", "target", "prediction", "outcome", "text", "reason", "in_set_mass", "seconds") if name in self]
+        if not len(self) or "outcome" not in self:
+            return pd.DataFrame(self)._repr_html_()
+        counts = ", ".join(f"{count} {outcome.replace('_', ' ')}" for outcome, count in self["outcome"].value_counts().items())
+        rules = ", ".join(map(str, self["rule"].unique())) if "rule" in self else ""
+        accuracy = (self["outcome"] == "correct").mean()
+        head = f"<p><b>{len(self)} predictions</b>{f', rule {escape(rules)}' if rules else ''}: {100 * accuracy:.1f} % correct ({escape(counts)})</p>"
+        return head + pd.DataFrame(self[shown]).head(10).to_html(index=False, escape=True, na_rep="–", border=0)
+
+# %% ../nbs/03_rundir.ipynb #3b2377ae
+def run_html(run: RunDir) -> str:
+    "A run as a notebook shows it: state, checkpoints, and percent correct by checkpoint and task on the test sets."
+    status = run.status()
+    lines = []
+    for checkpoint, task in predicted(run):
+        for rule in rules(run, checkpoint, task):
+            outcomes = pd.concat([pd.read_parquet(part, columns=["outcome"]) for part in prediction_parts(run, checkpoint, task, rule)])["outcome"]
+            lines.append({"checkpoint": checkpoint, "task": task, "rule": rule, "n": len(outcomes), "correct, %": round(100 * float((outcomes == "correct").mean()), 1)})
+    steps = ", ".join(map(str, run.checkpoints())) or "none"
+    doing = " ".join(filter(None, [status.state, f"({status.stage})" if status.stage else "", status.message]))
+    head = f"<p><b>{escape(run.experiment)}/{escape(run.name)}</b>: {escape(doing)}; checkpoints: {steps}</p>"
+    return head + (pd.DataFrame(lines).to_html(index=False, escape=True, border=0) if lines else "<p>no predictions yet</p>")
+
+# %% ../nbs/03_rundir.ipynb #ae44f235
 def predicted(
     run: RunDir,
     split: str = "test",
@@ -397,6 +430,7 @@ RunDir.next_part = next_part
 RunDir.write_predictions = write_predictions
 RunDir.rules = rules
 RunDir.predictions = predictions
+RunDir._repr_html_ = run_html
 RunDir.predicted = predicted
 
 # %% ../nbs/03_rundir.ipynb #9a7ccc76

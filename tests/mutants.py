@@ -274,6 +274,54 @@ MUTATIONS: list[Mutation] = [
         'alone = score_labels(model, scorer.encoder, samples[i:] + samples[:i], tree)',
         ('tests/test_correctness.py::test_5_14_the_self_test_stops_a_model_that_depends_on_the_batch',),
     ),
+    Mutation(
+        'comparison', 'a picture that was trained on under another name is no leak', 'qwen2vl_sft/comparison/samples.py',
+        'for column in {"group", "sha256"} & set(test) & set(train):',
+        'for column in {"group"} & set(test) & set(train):',
+        ('tests/test_comparison_scoreboard.py::test_leaked_pictures_are_badged_with_the_accuracy_without_them',),
+    ),
+    Mutation(
+        'comparison', "a local model's closed figures stand against an API model's free ones", 'qwen2vl_sft/comparison/samples.py',
+        'return "free"',
+        'return "closed"',
+        ('tests/test_comparison_scoreboard.py::test_against_an_api_model_the_headline_is_free_on_both_sides_with_the_closed_figure_beside',),
+    ),
+    Mutation(
+        'comparison', 'paired tests without a correction for their number', 'qwen2vl_sft/comparison/board.py',
+        'adjusted = np.array(holm(p))',
+        'adjusted = np.array(p)',
+        ('tests/test_comparison_scoreboard.py::test_holm_runs_over_all_cells_of_the_table',),
+    ),
+    Mutation(
+        'comparison', 'common support is what any row answered', 'qwen2vl_sft/comparison/board.py',
+        'return pd.Series(counts == rows, index=samples.index)',
+        'return pd.Series(counts >= 1, index=samples.index)',
+        ('tests/test_comparison_scoreboard.py::test_common_support_leaves_out_for_everybody_what_one_did_not_answer',),
+    ),
+    Mutation(
+        'comparison', "McNemar's test is one-sided", 'qwen2vl_sft/comparison/statistics.py',
+        'return np.minimum(1.0, 2 * binom.cdf(np.minimum(a, b), a + b, 0.5))',
+        'return np.minimum(1.0, binom.cdf(np.minimum(a, b), a + b, 0.5))',
+        ('tests/test_comparison_statistics.py::test_many_comparisons_at_once_are_statsmodels', 'tests/test_comparison_statistics.py::test_a_planted_null_over_a_whole_table_is_found_no_more_often_than_stated'),
+    ),
+    Mutation(
+        'comparison', 'what was learned counts as forgotten', 'qwen2vl_sft/comparison/mistakes.py',
+        'np.where(right[:, -1], "learned", "forgotten")',
+        'np.where(right[:, 0], "learned", "forgotten")',
+        ('tests/test_comparison_mistakes.py::test_trajectories_agree_with_the_accuracies',),
+    ),
+    Mutation(
+        'comparison', 'a threshold is chosen on the test set though there is validation', 'qwen2vl_sft/comparison/deployment.py',
+        'basis = validation if len(validation) else test',
+        'basis = test',
+        ('tests/test_comparison_mistakes.py::test_thresholds_are_chosen_on_validation_and_judged_on_test',),
+    ),
+    Mutation(
+        'comparison', "the page's data can end its script", 'qwen2vl_sft/comparison/report.py',
+        'separators=(",", ":")).replace("<", "' + chr(92) * 2 + 'u003c")',
+        'separators=(",", ":"))',
+        ('tests/test_comparison_report.py::test_what_comes_from_data_is_escaped',),
+    ),
 ]
 
 

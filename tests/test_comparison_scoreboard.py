@@ -523,6 +523,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_recipe(tmp_path):
     assert best_row(board) == "mix-0(100)"  # the recipe wins; its first run stands for it, not the luckiest
     assert "mix(100) x 3 seeds" in topics(board)["seeds"] and "mix(100) x 3 seeds" in board.to_text()
     assert board.to_html().count('class="seeds"') == 1
+    assert sum(f.topic == "several settings" for f in findings(board)) == 1
     assert topics(board)["several settings"].startswith("mix-0 and slow differ in 2 settings (schedule.learning_rate and schedule.seed)")
 
 

@@ -65,7 +65,7 @@ def runner_up_findings(board: Board, best: str) -> list[Finding]:
     sure = "so the order of the two is settled on these tasks" if ahead[1] > 0 else "so the two may be equally good"
     return [Finding("runner-up", f"The next recipe, {others[0]}, is {number(ahead[0])} points behind {best} (paired 95 % interval {number(ahead[1], True)} to {number(ahead[2], True)}), {sure}.")]
 
-# %% ../../nbs/63_comparison.findings.ipynb #063538d9
+# %% ../../nbs/63_comparison.findings.ipynb #05fe2c71
 def seed_findings(board: Board) -> list[Finding]:
     "The spread over seeds beside the sampling interval, at the last step of each recipe run several times."
     found = []
@@ -83,19 +83,21 @@ def setting_findings(board: Board) -> list[Finding]:
     first = board.means.loc[best, "model"] if best else None
     same = {model: group for group, models in board.seed_groups.items() for model in models}
     for other in board.configs if first in board.configs else []:
-        if other == first or other not in set(board.cells["model"]) or same.get(other, other) == same.get(first, first):
+        group = same.get(other)
+        if other == first or other not in set(board.cells["model"]) or (group and (group == same.get(first) or board.seed_groups[group][0] != other)):
             continue
         names = differing(board.configs[first], board.configs[other])
         if len(names) > 1:
             found.append(Finding("several settings", f"{first} and {other} differ in {len(names)} settings ({in_words(names, 5)}), so a difference between them can't be put down to one of these."))
     return found
 
-# %% ../../nbs/63_comparison.findings.ipynb #e090140c
+# %% ../../nbs/63_comparison.findings.ipynb #ca606904
 def step_findings(board: Board) -> list[Finding]:
     "How the step was chosen and what that is worth, whether training went on too long, and whether one step suits all."
-    found, accuracy = [], accuracy_table(board)
+    found, accuracy, winner = [], accuracy_table(board), best_row(board)
+    winner = board.means.loc[winner, "model"] if winner else None
     for one in choice_table(board).to_dict("records"):
-        found += choice_findings(board, one)
+        found += choice_findings(board, one) if one["what"] == "overall" or one["model"] == winner else []
     for model, steps in board.means[board.means["kind"] == "trained"].dropna(subset="strict").groupby("model", sort=False):
         best = board.chosen.get(model, steps["strict"].idxmax())
         if len(steps) < 2 or best not in steps.index:
@@ -105,7 +107,7 @@ def step_findings(board: Board) -> list[Finding]:
             drop = steps.loc[best, "strict"] - steps.loc[last, "strict"]
             found.append(Finding("last step", f"The last step of {model}, {last}, is {number(drop)} points below {best}."))
         better = [f"{task} (step {steps.loc[tasks[task].idxmax(), 'step']})" for task in tasks if tasks[task].max() > tasks.loc[best, task] + 0.05]
-        if better:
+        if better and model == winner:
             found.append(Finding("step by task", f"On {len(better)} of {len(tasks.columns)} tasks another step of {model} scores higher than {best}: {in_words(better)}."))
     return found
 
@@ -244,9 +246,9 @@ def bookkeeping_findings(board: Board) -> list[Finding]:
             found.append(Finding("reported mean", f"{row} is printed with a mean of {number(printed)}, which no rule gives ({values})."))
     return found
 
-# %% ../../nbs/63_comparison.findings.ipynb #91827ba5
+# %% ../../nbs/63_comparison.findings.ipynb #f82e9f32
 FINDINGS = (
-    best_findings, seed_findings, step_findings, api_findings, regression_findings, collapse_findings, leak_findings,
+    best_findings, api_findings, seed_findings, step_findings, regression_findings, collapse_findings, leak_findings,
     outcome_findings, other_regressions, setting_findings, bookkeeping_findings,
 )
 

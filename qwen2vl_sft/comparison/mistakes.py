@@ -106,7 +106,7 @@ def confident_thresholds(
     own = np.bincount(truth, weights=scores[np.arange(len(truth)), truth], minlength=scores.shape[1])
     return np.where(counts > 0, own / np.maximum(1, counts), 2.0)
 
-# %% ../../nbs/65_comparison.mistakes.ipynb #d6336c08
+# %% ../../nbs/65_comparison.mistakes.ipynb #d47c08de
 def votes_of(
     predictions: pd.DataFrame,  # of one row on one task
     labels: Sequence[str] | None,  # None: open text
@@ -135,9 +135,11 @@ def label_noise(
         part = with_probabilities(board, task)
         part = part[part["row"].isin(rows)]
         labels = board.described.get(task, {}).get("labels") or (sorted(part["target"].unique()) if (part["rule"] == "closed").any() else None)
-        votes = {row: votes_of(own, labels) for row, own in part.groupby("row", sort=False) if (row, task) not in collapsed}
+        targets = part.drop_duplicates("id").set_index("id")["target"]
+        able = part["outcome"].eq("correct").groupby(part["row"]).mean() > targets.value_counts(normalize=True).iloc[0]
+        votes = {row: votes_of(own, labels) for row, own in part.groupby("row", sort=False) if (row, task) not in collapsed and able[row]}
         if len(votes) >= least:
-            lines += noise_lines(task, part.drop_duplicates("id").set_index("id")["target"], votes, least)
+            lines += noise_lines(task, targets, votes, max(least, -(-len(votes) // 2)))
     columns = ["task", "id", "target", "suggested", "agree", "asked", "doubt", "models"]
     return pd.DataFrame(lines, columns=columns).sort_values(["agree", "doubt"], ascending=False, kind="stable", ignore_index=True)
 
