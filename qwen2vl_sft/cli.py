@@ -169,15 +169,19 @@ def calibrate(
     table = calibrate_experiment(folder, wanted=Wanted(precision, recall), names=task)
     print(table.to_string(index=False, float_format="{:.3f}".format, na_rep=""))
 
-# %% ../nbs/90_cli.ipynb #0aae9d9d
+# %% ../nbs/90_cli.ipynb #eaf23d3a
 @app.command()
 def compare(
     experiment: Experiment,
+    against: Annotated[str | None, typer.Option(help="Row that the others are tested against, such as gpt-4o.", show_default="the untuned model")] = None,
+    before: Annotated[str | None, typer.Option(help="Also print what changed since another experiment, or since a scoreboard.csv.", show_default=False)] = None,
     notebook: AsNotebook = False,
 ) -> None:
     """Write the scoreboard, plots and report of an experiment.
 
     Example: qwen2vl-sft compare demo
+
+    Example: qwen2vl-sft compare demo --against gpt-4o --before last-week.csv
     """
     if notebook:
         print(run_notebook("compare", {"experiment": experiment}))
@@ -187,7 +191,13 @@ def compare(
     folder = experiment_folder(experiment)
     from qwen2vl_sft.comparison.report import write_report
 
-    print(write_report(folder))
+    print(write_report(folder, reference=against))
+    if before:
+        from qwen2vl_sft.comparison.scoreboard import Scoreboard
+
+        path = Path(before)
+        earlier = Scoreboard.from_csv(path) if path.suffix == ".csv" else Scoreboard.from_experiment(experiment_folder(before))
+        print(earlier.difference(Scoreboard.from_experiment(folder)).to_markdown())
 
 # %% ../nbs/90_cli.ipynb #3ff774d9
 @app.command()

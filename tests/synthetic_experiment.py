@@ -9,6 +9,7 @@ import io
 import json
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,7 @@ def predictions(plan: Plan, row: str, task: str, truth: list[str], difficulty: n
     })
 
 
+@cache
 def picture(seed: int, side: int) -> bytes:
     """A picture about as detailed as a photograph."""
     from PIL import Image
@@ -204,5 +206,5 @@ def write_row(plan: Plan, run: RunDir, row: str, checkpoint: str, skill: float, 
             half = len(table) // 2
             for part, rows_of_part in enumerate((table[:half], table[half:])):
                 run.write_predictions(checkpoint, task, part, rows_of_part)
-        if plan.validation and row not in (*BASELINES, "gpt-4o", "base"):
+        if plan.validation and row not in (*BASELINES, "gpt-4o"):
             run.write_predictions(checkpoint, task, 0, predictions(plan, row, task, truth[task], difficulty[task], skill, rng, rules_of(plan, row, task)[0], "validation"))

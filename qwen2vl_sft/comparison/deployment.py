@@ -6,7 +6,7 @@
 __all__ = ['TASK_FIELDS', 'closed_task', 'confidence_of', 'confidence_table', 'row_confidences', 'automatic_line',
            'detection_line', 'thresholds', 'cost_table', 'deployment']
 
-# %% ../../nbs/66_comparison.deployment.ipynb #d30e49fa
+# %% ../../nbs/66_comparison.deployment.ipynb #fdfa73d5
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,17 +18,19 @@ import pandas as pd
 from .board import Board
 from .samples import described_tasks, prepared_folder, probability_table, rows_of, scored_runs
 from .statistics import wilson
+from ..core import InputError
 from ..rundir import RunDir
 from ..scoring.calibration import Wanted, fit_temperature, probabilities_of, scaled, threshold_for
 from ..tasks import Task
 
-# %% ../../nbs/66_comparison.deployment.ipynb #bad16fa1
+# %% ../../nbs/66_comparison.deployment.ipynb #b68118e6
 TASK_FIELDS = ("name", "question", "labels", "aliases", "positive", "answer")
 
 
 def closed_task(described: Mapping[str, Any]) -> Task | None:
     "A task of the suite file; None for open or undescribed ones."
-    return Task(**{"question": "?"} | {k: described[k] for k in TASK_FIELDS if described.get(k)}) if described.get("labels") else None
+    stated = {k: described[k] for k in TASK_FIELDS if described.get(k)}
+    return Task.model_construct(**{"question": "?"} | stated) if described.get("labels") else None  # checked when it was prepared
 
 
 def confidence_of(
@@ -41,7 +43,7 @@ def confidence_of(
     score = split.values[:, split.labels.index(task.positive)] if task.positive else np.full(len(split), np.nan)
     return pd.DataFrame({"id": predictions["id"].to_numpy(), "target": predictions["target"].to_numpy(), "confidence": split.confidence, "right": split.correct, "score": score})
 
-# %% ../../nbs/66_comparison.deployment.ipynb #e66293f9
+# %% ../../nbs/66_comparison.deployment.ipynb #77c5d65b
 def confidence_table(
     folder: Path,  # runs/<experiment>
     prepared: Path | None = None,
@@ -67,8 +69,11 @@ def row_confidences(run: RunDir, checkpoint: str, task: Task) -> list[pd.DataFra
     known = "validation" in splits
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # scikit-learn: a frozen estimator takes no weights
-        temperature = fit_temperature(probabilities_of(splits["validation"], task))[0] if known else 1.0
-    return [confidence_of(table, task, temperature).assign(task=task.name, split=split, temperature=temperature, calibrated=known) for split, table in splits.items()]
+        try:
+            temperature = fit_temperature(probabilities_of(splits["validation"], task))[0] if known else 1.0
+            return [confidence_of(table, task, temperature).assign(task=task.name, split=split, temperature=temperature, calibrated=known) for split, table in splits.items()]
+        except (InputError, KeyError):  # predictions over another label set
+            return []
 
 # %% ../../nbs/66_comparison.deployment.ipynb #f3919567
 def automatic_line(
