@@ -6,7 +6,7 @@
 __all__ = ['TASK_FIELDS', 'closed_task', 'confidence_of', 'confidence_table', 'row_confidences', 'automatic_line',
            'detection_line', 'thresholds', 'cost_table', 'deployment']
 
-# %% ../../nbs/66_comparison.deployment.ipynb #fdfa73d5
+# %% ../../nbs/66_comparison.deployment.ipynb #8129871c
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,10 +20,9 @@ from .samples import described_tasks, prepared_folder, probability_table, rows_o
 from .statistics import wilson
 from ..core import InputError
 from ..rundir import RunDir
-from ..scoring.calibration import Wanted, fit_temperature, probabilities_of, scaled, threshold_for
 from ..tasks import Task
 
-# %% ../../nbs/66_comparison.deployment.ipynb #b68118e6
+# %% ../../nbs/66_comparison.deployment.ipynb #a360c0cf
 TASK_FIELDS = ("name", "question", "labels", "aliases", "positive", "answer")
 
 
@@ -39,11 +38,13 @@ def confidence_of(
     temperature: float = 1.0,
 ) -> pd.DataFrame:  # id, confidence (of the answer), right, target, score (of the positive label; nan without one)
     "Calibrated confidence of every answer."
+    from qwen2vl_sft.scoring.calibration import probabilities_of, scaled
+
     split = scaled(probabilities_of(predictions, task), temperature)
     score = split.values[:, split.labels.index(task.positive)] if task.positive else np.full(len(split), np.nan)
     return pd.DataFrame({"id": predictions["id"].to_numpy(), "target": predictions["target"].to_numpy(), "confidence": split.confidence, "right": split.correct, "score": score})
 
-# %% ../../nbs/66_comparison.deployment.ipynb #77c5d65b
+# %% ../../nbs/66_comparison.deployment.ipynb #080bbb5b
 def confidence_table(
     folder: Path,  # runs/<experiment>
     prepared: Path | None = None,
@@ -64,6 +65,8 @@ def confidence_table(
 
 def row_confidences(run: RunDir, checkpoint: str, task: Task) -> list[pd.DataFrame]:
     "One row's confidences on one task: test, and validation where it was scored."
+    from qwen2vl_sft.scoring.calibration import fit_temperature, probabilities_of
+
     splits = {split: run.predictions(checkpoint, task.name, "closed", split) for split in ("validation", "test")}
     splits = {split: table.drop_duplicates("id", keep="last") for split, table in splits.items() if table is not None and table["probabilities"].notna().all()}
     known = "validation" in splits
@@ -75,13 +78,15 @@ def row_confidences(run: RunDir, checkpoint: str, task: Task) -> list[pd.DataFra
         except (InputError, KeyError):  # predictions over another label set
             return []
 
-# %% ../../nbs/66_comparison.deployment.ipynb #f3919567
+# %% ../../nbs/66_comparison.deployment.ipynb #36f619ed
 def automatic_line(
     chosen_on: pd.DataFrame,  # confidence, right: what the threshold is chosen on
     judged_on: pd.DataFrame,  # what it is judged on
     precision: float,  # wanted, a fraction
 ) -> dict[str, float]:  # threshold, automatic (percent decided), precision with its interval, people (percent)
     "The threshold for a wanted precision of automatic decisions, and the share of images that it decides."
+    from qwen2vl_sft.scoring.calibration import Wanted, threshold_for
+
     threshold = threshold_for(chosen_on["right"].to_numpy(dtype=bool), chosen_on["confidence"].to_numpy(), Wanted(precision=precision))
     taken = judged_on["confidence"] >= (np.inf if threshold is None else threshold)
     right, n = int(judged_on.loc[taken, "right"].sum()), int(taken.sum())
@@ -99,6 +104,8 @@ def detection_line(
     recall: float,  # wanted, a fraction
 ) -> dict[str, float]:  # in percent, but for the threshold
     "The threshold on the positive label's score for a wanted recall, and what it costs in precision."
+    from qwen2vl_sft.scoring.calibration import Wanted, threshold_for
+
     threshold = threshold_for(chosen_on["target"].eq(positive).to_numpy(), chosen_on["score"].to_numpy(), Wanted(recall=recall))
     flagged = judged_on["score"].to_numpy() >= (np.inf if threshold is None else threshold)
     hit = judged_on["target"].eq(positive).to_numpy()

@@ -8,7 +8,7 @@ __all__ = ['SMALLEST', 'BINS', 'Probabilities', 'probabilities_of', 'LogProbabil
            'operating_point', 'calibrate_predictions', 'calibration_path', 'read_calibration', 'calibrate_run',
            'calibrate_experiment', 'calibration_table']
 
-# %% ../../nbs/48_scoring.calibration.ipynb #dc00fdf7
+# %% ../../nbs/48_scoring.calibration.ipynb #6a113c7b
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,7 +24,6 @@ from sklearn.metrics import brier_score_loss, log_loss, precision_recall_curve, 
 
 from ..core import InputError, fingerprint, write_atomically
 from ..rundir import RunDir
-from .experiment import trained_runs
 from .metrics import parsed_label
 from ..tasks import Task, load_suite
 
@@ -261,7 +260,7 @@ def read_calibration(
 def _rows_hash(rows: pd.DataFrame) -> str:
     return fingerprint(rows.sort_values("id")[["id", "target", "probabilities"]].to_numpy().tolist())
 
-# %% ../../nbs/48_scoring.calibration.ipynb #2477dc75
+# %% ../../nbs/48_scoring.calibration.ipynb #2482e1b3
 def calibrate_run(
     run: RunDir,
     tasks: Iterable[Task],
@@ -287,6 +286,8 @@ def calibrate_experiment(
     wanted: Wanted | None = None,
 ) -> pd.DataFrame:  # a line a (run, checkpoint, task)
     "Calibrate all runs of an experiment. Raises `InputError` if nothing was scored on validation."
+    from qwen2vl_sft.scoring.experiment import trained_runs  # needs torch; reading a calibration does not
+
     trained = trained_runs(experiment)
     suites = {str(config.suite_path): load_suite(config.suite_path) for config in trained.values()}
     if len(suites) != 1:
