@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from statsmodels.stats.multitest import multipletests
 
 from qwen2vl_sft.comparison.statistics import (
     bootstrap_both,
@@ -165,6 +166,8 @@ def test_holm_is_monotone_bounded_and_keeps_the_order():
     p = [0.9, 0.001, 0.02, 0.02]
     adjusted = holm(p)
     assert adjusted == pytest.approx([0.9, 0.004, 0.06, 0.06])
+    many = np.random.default_rng(0).random(50) ** 3
+    assert holm(many) == pytest.approx(multipletests(many, method="holm")[1])
 
 
 @pytest.mark.parametrize("tests", [1, 7, 20])

@@ -521,7 +521,7 @@ def label_points(axes: "Axes", xs: Sequence[float], ys: Sequence[float], names: 
         line = {"arrowstyle": "-", "color": "#BBBBBB", "linewidth": 0.6} if at[i][1] - y > 6 else None
         axes.annotate(names[i], (xs[i], ys[i]), xytext=(7, y - at[i][1]), textcoords="offset points", va="center", fontsize=8, color="#333333", arrowprops=line)
 
-# %% ../../nbs/67_comparison.plots.ipynb #b79a0f30
+# %% ../../nbs/67_comparison.plots.ipynb #65a2e207
 def cost_accuracy(
     costs: pd.DataFrame,  # from `cost_table`: row, kind, accuracy, low, high, images_per_second, cost_per_1000
 ) -> "Figure":
@@ -541,8 +541,8 @@ def cost_accuracy(
             axes.errorbar(x[mine], rows.loc[mine, "accuracy"], yerr=bars, fmt=MARKERS[i], color=COLOURS[i], markersize=6, linewidth=0, elinewidth=1.2, label=kind.replace("_", " "))
         axes.set(ylim=(0, 103))
         if len(rows):
-            axes.set_xscale("log")
             axes.set_xlim(x.min() / 2, x.max() * 4)
+            axes.set_xscale("log")
             figure.legend(loc="outside upper left", ncols=4)
             named = rows.loc[rows.groupby("model" if "model" in rows else "row", sort=False)["accuracy"].idxmax()]
             label_points(axes, x[named.index].tolist(), named["accuracy"].tolist(), [drawable([shortened(row, 24)])[0] for row in named["row"]])

@@ -76,14 +76,15 @@ def mcnemar(
     only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
     return PairedTest(only_a, only_b, a.size, float(mcnemar_p(only_a, only_b)))
 
-# %% ../../nbs/60_comparison.statistics.ipynb #4a481fef
+# %% ../../nbs/60_comparison.statistics.ipynb #5b2dfac6
 def holm(p_values: Sequence[float]) -> list[float]:
     "Holm's adjusted p-values, in the order given (Holm 1979, Scand. J. Stat. 6:65)."
-    from statsmodels.stats.multitest import multipletests
-
-    if len(p_values) == 0:
-        return []
-    return [float(p) for p in multipletests(list(p_values), method="holm")[1]]
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1.0, stepped)
+    return adjusted.tolist()
 
 # %% ../../nbs/60_comparison.statistics.ipynb #d186462e
 def smallest_difference(
