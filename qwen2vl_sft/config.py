@@ -202,7 +202,7 @@ def _check_scheduler(schedule: "ScheduleConfig") -> None:
     if "min_lr" in known and not {"min_lr", "min_lr_rate"} & set(schedule.scheduler_options):
         raise ValueError(f"scheduler_options: {schedule.scheduler} needs min_lr or min_lr_rate")
 
-# %% ../nbs/01_config.ipynb #d48eaf4e
+# %% ../nbs/01_config.ipynb #6b117c30
 class ScheduleConfig(Settings):
     "Steps, batches and the optimiser."
 
@@ -225,7 +225,7 @@ class ScheduleConfig(Settings):
     optimizer: str = Field("adamw_torch", description="a name in config.OPTIMIZERS: adamw_torch, adamw_bnb_8bit, paged_adamw_8bit, ...")
     loss_average: Literal["token", "sample"] = Field("token", description="over all supervised tokens of the effective batch, or per sample first")
     supervise_newline: bool = Field(False, description="also train the newline after <|im_end|>; for parity runs only")
-    packing: bool = Field(False, description="lay samples end to end instead of padding them")
+    packing: bool | Literal["auto"] = Field("auto", description="lay samples end to end instead of padding them; auto: where the attention knows borders (sdpa, flash_attention_2)")
     max_tokens: int = Field(4096, ge=1, description="longest sample; a longer one is reported before training starts, never cut")
     vision_cache: bool | Literal["auto"] = Field("auto", description="keep a frozen tower's outputs on disk; auto: where it is frozen")
     vision_cache_gb: float = Field(20.0, ge=0, description="size limit of the vision cache; pictures beyond it are computed each time")
@@ -304,7 +304,7 @@ class ExportConfig(Settings):
     least_agreement: float = Field(0.98, ge=0, le=1, description="share of the answers that must stay")
     most_shift: float = Field(0.05, ge=0, le=1, description="mean change of the label probabilities (total variation distance) that is allowed")
 
-# %% ../nbs/01_config.ipynb #7af6e629
+# %% ../nbs/01_config.ipynb #bc30669a
 NOT_WHAT_IS_TRAINED = (  # settings that change speed and memory; of the batch, only its effective size counts
     "workers", "log_every", "vision_cache", "vision_cache_gb", "pixel_cache_gb", "tensorboard", "keep_best", "save_every", "keep_last",
     "micro_batch", "accumulation", "activation_checkpointing",
@@ -346,6 +346,11 @@ class RunConfig(Settings):
     @property
     def experiment_folder(self) -> Path:
         return project_root() / "runs" / self.experiment
+
+    @property
+    def packs(self) -> bool:
+        "Whether samples are packed: as stated, or else where that is faster than padding."
+        return self.model.attention != "eager" if self.schedule.packing == "auto" else self.schedule.packing
 
     def to_yaml(self) -> str:
         "The whole configuration, defaults written out, in the order of its fields."

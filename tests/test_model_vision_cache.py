@@ -1,11 +1,17 @@
 """The vision cache: exact, bounded, shared, and the same training with it, without it and with half of it."""
 
+import sqlite3
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from qwen2vl_sft.config import ModelConfig, RunConfig
+from qwen2vl_sft.core import InputError
 from qwen2vl_sft.data.toy import write_toy_suite
 from qwen2vl_sft.encoding.prompt import load_encoder
 from qwen2vl_sft.model.load import base_location, load_base
@@ -55,6 +61,92 @@ def test_the_limit_stops_the_fill_and_keeps_what_is_there(tmp_path):
     assert cache.fill(model, images, some, some.get, batch=2) == 0
 
 
+KILLED = """
+import sys
+import numpy as np
+from qwen2vl_sft.config import ModelConfig
+from qwen2vl_sft.encoding.prompt import load_encoder
+from qwen2vl_sft.model.load import base_location, load_base
+from qwen2vl_sft.model.vision_cache import VisionCache
+
+rng = np.random.default_rng(0)
+pictures = {f"picture-{i}": rng.integers(0, 256, (32, 64, 3), dtype=np.uint8) for i in range(400)}
+model, images = load_base(ModelConfig(device="cpu")), load_encoder(base_location("small")).images
+cache, put = VisionCache(sys.argv[1], model, images), VisionCache.put
+
+
+def told(self, *values):
+    put(self, *values)
+    print("stored", flush=True)
+
+
+VisionCache.put = told
+cache.fill(model, images, pictures, pictures.get, batch=2)
+"""
+
+
+def test_a_killed_fill_leaves_whole_entries_and_is_gone_on_with(tmp_path):
+    path = tmp_path / "cache.sqlite"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True)
+    for _ in range(3):
+        assert process.stdout.readline() == "stored\n"
+    process.kill()
+    process.communicate()
+    model, images = load_base(ModelConfig(device="cpu")), load_encoder(LOCATION).images
+    some = pictures(400)
+    cache = VisionCache(path, model, images)
+    there = [name for name in some if name not in set(cache.missing(some))]
+    assert 6 <= len(there) < 400 and there == list(some)[: len(there)]
+    wanted = list(some)[: len(there) + 4]
+    assert cache.fill(model, images, wanted, some.get, batch=2) == 4
+    for pair in range(0, len(wanted), 2):  # as the fill had them: two at a time
+        fresh = tower_features(model, *images.patches([some[name] for name in wanted[pair : pair + 2]]))
+        assert all(torch.equal(cache.get(name), value) for name, value in zip(wanted[pair : pair + 2], fresh, strict=True))
+
+
+def test_a_damaged_file_is_begun_anew(tmp_path, capsys):
+    model, images = load_base(ModelConfig(device="cpu")), load_encoder(LOCATION).images
+    some, path = pictures(4), tmp_path / "cache.sqlite"
+    path.write_bytes(b"no database" * 1000)
+    cache = VisionCache(path, model, images)
+    assert "damaged" in capsys.readouterr().out and cache.fill(model, images, some, some.get) == 4
+    path.write_bytes(path.read_bytes()[:4096] + b"\xff" * 20000)  # while it is open
+    again = VisionCache.__new__(VisionCache)
+    again.__dict__ |= {**vars(cache), "_owner": 0}
+    assert again.get("picture-0") is None or torch.equal(again.get("picture-0"), cache.get("picture-0"))
+
+
+def test_a_trained_tower_has_no_cache(project):
+    write_toy_suite(project / "toy", rows=6)
+    method = {"name": "full", "freeze_tower": False, "freeze_merger": False}
+    config = RunConfig(suite=str(project / "toy" / "toy.yaml"), model={"device": "cpu"}, method=method, schedule={"steps": 1, "micro_batch": 4})
+    train(config)
+    assert not (project / "prepared" / "vision-cache.sqlite").exists()
+    with pytest.raises((InputError, ValidationError), match="cache"):
+        RunConfig(**{**config.model_dump(), "schedule": {"steps": 1, "vision_cache": True}})
+
+
+def test_the_run_reports_what_the_cache_gave(project, capsys):
+    write_toy_suite(project / "toy", rows=12)
+
+    def last(name: str, **schedule) -> dict:
+        schedule = {"steps": 6, "micro_batch": 8, "save_at": [3], **schedule}
+        config = RunConfig(suite=str(project / "toy" / "toy.yaml"), run=name, model={"device": "cpu"}, method={"name": "lora"}, schedule=schedule)
+        return train(config).metrics().iloc[-1].to_dict()
+
+    cold, warm = last("cold"), last("warm")  # 24 pictures, each used twice
+    size = sum(len(row[0]) for row in sqlite3.connect(project / "prepared" / "vision-cache.sqlite").execute("SELECT value FROM features"))
+    for row in (cold, warm):
+        assert (row["vision_cache/hits"], row["vision_cache/misses"], row["vision_cache/bytes"]) == (48, 0, size)
+    assert warm["vision_cache/fill_seconds"] == 0 < cold["vision_cache/fill_seconds"]
+    assert warm["vision_cache/seconds_saved"] > cold["vision_cache/seconds_saved"] > 0  # two uses for one computation
+    assert warm["vision_cache/seconds_saved"] == pytest.approx(2 * cold["vision_cache/fill_seconds"], rel=1e-3)
+    assert "vision cache: used for 48 of 48 samples" in capsys.readouterr().out
+    (project / "prepared" / "vision-cache.sqlite").unlink()
+    some = last("some", vision_cache_gb=1e-5)
+    assert 0 < some["vision_cache/hits"] < 48 and some["vision_cache/hits"] + some["vision_cache/misses"] == 48
+
+
 def test_training_is_the_same_with_any_share_of_the_cache(project):
     write_toy_suite(project / "toy", rows=12)
 
@@ -67,9 +159,9 @@ def test_training_is_the_same_with_any_share_of_the_cache(project):
     assert not (project / "prepared" / "vision-cache.sqlite").exists()
     some = weights("some", vision_cache_gb=1e-5)
     every = weights("every")
-    packed = weights("packed", packing=True)
+    padded = weights("padded", packing=False)
     for name, weight in without.items():
-        for other in (some, every, packed):
+        for other in (some, every, padded):
             torch.testing.assert_close(other[name], weight, rtol=0, atol=2e-5)
 
 

@@ -6,9 +6,10 @@
 __all__ = ['BATCH_BYTES', 'tower_features', 'forward_inputs', 'tower_key', 'VisionCache', 'get', 'put', 'missing', 'by_size',
            'fill']
 
-# %% ../../nbs/31_model.vision_cache.ipynb #9e4f45e9
+# %% ../../nbs/31_model.vision_cache.ipynb #85b8bd24
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def tower_key(
     weights = [sha256_of(value.contiguous().view(torch.uint8).cpu().numpy().tobytes()) for value in tower.state_dict().values()]
     return fingerprint([weights, vars(images), str(tower.dtype)])
 
-# %% ../../nbs/31_model.vision_cache.ipynb #d0267e1a
+# %% ../../nbs/31_model.vision_cache.ipynb #ee8ab841
 class VisionCache:
     "Tower outputs on disk, for one tower and one way of resizing."
 
@@ -83,10 +84,24 @@ class VisionCache:
         self.path, self.key = Path(path), tower_key(model, images)
         self.dtype, self.width = unwrapped(model).model.visual.dtype, unwrapped(model).config.text_config.hidden_size
         self.hits = self.misses = 0
+        self.fill_seconds = 0.0
         self._database: sqlite3.Connection | None = None
         self._owner = 0  # pid; a connection must not be used across a fork
+        try:
+            self._create()
+        except sqlite3.DatabaseError as error:
+            if error.sqlite_errorname not in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
+                raise
+            say(f"vision cache {self.path} is damaged ({error}); starting a new one")
+            self._owner = 0
+            for ending in ("", "-wal", "-shm"):
+                Path(f"{self.path}{ending}").unlink(missing_ok=True)
+            self._create()
+
+    def _create(self) -> None:
         with self._connect() as database:
             database.execute("CREATE TABLE IF NOT EXISTS features (tower TEXT, image TEXT, value BLOB, PRIMARY KEY (tower, image)) WITHOUT ROWID")
+            database.execute("CREATE TABLE IF NOT EXISTS cost (tower TEXT PRIMARY KEY, tokens INTEGER, seconds REAL)")
 
     def _connect(self) -> sqlite3.Connection:
         if self._owner != os.getpid():
@@ -107,25 +122,38 @@ class VisionCache:
         with self._connect() as database:
             return database.execute("SELECT coalesce(sum(length(value)), 0) FROM features WHERE tower = ?", [self.key]).fetchone()[0]
 
-# %% ../../nbs/31_model.vision_cache.ipynb #0bf2a250
+    @property
+    def seconds_a_token(self) -> float:
+        "What computing and storing an output took, whichever runs filled the cache."
+        with self._connect() as database:
+            row = database.execute("SELECT seconds / tokens FROM cost WHERE tower = ?", [self.key]).fetchone()
+        return row[0] if row else 0.0
+
+# %% ../../nbs/31_model.vision_cache.ipynb #481bf5e3
 def get(
     cache: VisionCache,
     image: str,  # sha256 of the picture's bytes
 ) -> torch.Tensor | None:  # [tokens, hidden]
-    "The stored output, or None."
-    with cache._connect() as database:
-        row = database.execute("SELECT value FROM features WHERE tower = ? AND image = ?", [cache.key, image]).fetchone()
+    "The stored output, or None; also where the file has become unreadable: then the picture is computed."
+    try:
+        with cache._connect() as database:
+            row = database.execute("SELECT value FROM features WHERE tower = ? AND image = ?", [cache.key, image]).fetchone()
+    except sqlite3.DatabaseError:
+        return None
     return None if row is None else torch.frombuffer(bytearray(row[0]), dtype=cache.dtype).view(-1, cache.width)
 
 
 def put(
     cache: VisionCache,
     features: dict[str, torch.Tensor],  # sha256 -> [tokens, hidden]
+    seconds: float = 0.0,  # that computing them took
 ) -> None:
-    "Store outputs in one transaction."
+    "Store outputs in one transaction: a kill leaves all of them or none."
+    tokens = sum(map(len, features.values()))
     rows = [(cache.key, image, value.cpu().contiguous().view(torch.uint8).numpy().tobytes()) for image, value in features.items()]
     with cache._connect() as database:
         database.executemany("INSERT OR REPLACE INTO features VALUES (?, ?, ?)", rows)
+        database.execute("INSERT INTO cost VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET tokens = tokens + excluded.tokens, seconds = seconds + excluded.seconds", [cache.key, tokens, seconds])
 
 
 def missing(
@@ -159,7 +187,7 @@ def by_size(
     if batch:
         yield batch
 
-# %% ../../nbs/31_model.vision_cache.ipynb #06997ce4
+# %% ../../nbs/31_model.vision_cache.ipynb #d73ce8ff
 def fill(
     cache: VisionCache,
     model: nn.Module,
@@ -174,19 +202,22 @@ def fill(
     cache.hits, cache.misses = cache.hits + len(set(wanted)) - len(absent), cache.misses + len(absent)
     if absent:
         cache.make_room()
-    size, stored = cache.bytes, 0
+    size, stored, began = cache.bytes, 0, time.perf_counter()
     with tqdm(total=len(absent), desc="vision cache", unit="picture", leave=False, delay=2.0) as bar:
         for pictures in by_size(absent, pixels, batch):
             if size >= cache.limit_bytes:
                 break
             values = tower_features(model, *encoder.patches(list(pictures.values())))
+            ends = np.cumsum([value.numel() * value.element_size() for value in values])
+            kept = {name: value for name, value, end in zip(pictures, values, ends, strict=True) if size + end <= cache.limit_bytes}
             try:
-                cache.put(dict(zip(pictures, values, strict=True)))
+                took = time.perf_counter() - began
+                cache.put(kept, took)
+                cache.fill_seconds, began = cache.fill_seconds + took, began + took
             except sqlite3.OperationalError as error:
                 say(f"vision cache {cache.path}: {error}; going on without storing more")
                 break
-            size += sum(value.numel() * value.element_size() for value in values)
-            stored += len(pictures)
+            size, stored = size + ends[-1], stored + len(kept)
             bar.update(len(pictures))
     return stored
 

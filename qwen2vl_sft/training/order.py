@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Key', 'samples_per_step', 'TrainingOrder', 'encoded', 'pixels', 'sample_lengths', 'sorted_within', 'shuffle_labels',
-           'collator', 'filled_cache']
+           'collator', 'filled_cache', 'report_cache']
 
-# %% ../../nbs/52_training.order.ipynb #f6427326
+# %% ../../nbs/52_training.order.ipynb #fc73bb31
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..encoding.batch import Sample, pack, pad
 from ..encoding.images import open_image
 from ..encoding.prompt import Encoded, Encoder
 from ..model.vision_cache import VisionCache
+from ..rundir import RunDir
 
 # %% ../../nbs/52_training.order.ipynb #4424ec26
 Key = tuple[str, int]  # task, row of its train split
@@ -145,3 +146,22 @@ def filled_cache(
     full = f"; the limit of {limit_gb} GB leaves {beyond} to be computed each time" if beyond else ""
     say(f"vision cache: {len(wanted) - fresh - beyond} of {len(wanted)} pictures found, {fresh} computed, {cache.bytes / 1e6:.0f} MB{full}")
     return cache
+
+# %% ../../nbs/52_training.order.ipynb #87100073
+def report_cache(
+    run: RunDir,
+    data: TrainingOrder,
+    first: int,  # steps before these
+    last: int,
+    batch: int,  # samples in a step
+) -> dict[str, float]:  # also in the run's metrics
+    "Hits, misses, bytes and seconds saved by the vision cache over steps `first` to `last`."
+    cache, used = data.cache, data.order[first * batch : last * batch]
+    absent = set(cache.missing(data.value(key, "sha256") for key in used))
+    hits = [key for key in used if data.value(key, "sha256") not in absent]
+    tokens = sum(data.encoder.images.tokens(data.value(key, "width"), data.value(key, "height")) for key in hits)
+    saved = tokens * cache.seconds_a_token - cache.fill_seconds
+    values = {"hits": len(hits), "misses": len(used) - len(hits), "bytes": cache.bytes, "fill_seconds": cache.fill_seconds, "seconds_saved": saved}
+    run.log(last, **{f"vision_cache/{name}": value for name, value in values.items()})
+    say(f"vision cache: used for {len(hits)} of {len(used)} samples, {cache.bytes / 1e6:.0f} MB, {cache.fill_seconds:.0f} s to fill, {saved:.0f} s of the tower's time saved")
+    return values

@@ -10,7 +10,7 @@ __all__ = ['Setting', 'LabelTrainer', 'joined_shards', 'write_checkpoint', 'Betw
 # %% ../../nbs/56_training.trainer.ipynb #515f0072
 from ..core import InputError, Interrupted, fingerprint, pick_device, process_count, process_rank, project_root, say, seed_everything  # first: it quietens what follows
 
-# %% ../../nbs/56_training.trainer.ipynb #e47ee591
+# %% ../../nbs/56_training.trainer.ipynb #4d48ee26
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -25,6 +25,8 @@ from ..config import RunConfig
 from ..data.prepare import Prepared, prepare
 from ..encoding.images import load_image_processor
 from ..encoding.prompt import Encoder, load_encoder
+from ..model.attention import use_packed_attention
+from ..model.fused import fuse_lora, fuse_tower
 from ..model.load import adapter_settings, base_location, check_token_ids, checkpoint_kind, compute_dtype, load_base, parameter_groups, trainable, unwrapped
 from ..processes import LONGEST_STEP, first_then_others, from_first, gathered, join_processes, noticing_loss, running_together
 from ..rundir import RunDir, Status
@@ -45,7 +47,7 @@ from qwen2vl_sft.training.checkpoints import (
     versions,
 )
 from .loss import averaged, token_losses
-from .order import TrainingOrder, collator, filled_cache, samples_per_step
+from .order import TrainingOrder, collator, filled_cache, report_cache, samples_per_step
 from .progress import INTERRUPTED, RunCallback, StopRequest, Tally, check_finite, with_tasks
 from .validation import Validation, early_stop, settle_best, validation_of
 
@@ -224,7 +226,7 @@ def recompute_activations(
     for part in [inner.language_model] if config.method.tower_is_frozen else [inner.language_model, inner.visual]:
         part.gradient_checkpointing_enable({"use_reentrant": False})
 
-# %% ../../nbs/56_training.trainer.ipynb #887d6acb
+# %% ../../nbs/56_training.trainer.ipynb #c2ac544a
 def build_trainer(
     setting: Setting,
     data: TrainingOrder,
@@ -236,11 +238,14 @@ def build_trainer(
     continued = str(start) if start and config.method.name == "full" else None
     model = load_base(config.model, config.method, location=continued)
     check_token_ids(model, setting.encoder)
+    fuse_tower(model)
     if config.method.tower_is_frozen:  # needs no float32 master weights, and runs outside the Trainer's autocast
         model.model.visual.to(compute_dtype(config.model))
     if config.method.tower_is_frozen and config.schedule.vision_cache:
         data.cache = first_then_others(lambda: filled_cache(model, data, config.schedule.vision_cache_gb))
     model = trainable(model, config.method)
+    use_packed_attention(model)
+    fuse_lora(model)
     if config.schedule.activation_checkpointing:
         recompute_activations(model, config)
     learning = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
@@ -250,7 +255,7 @@ def build_trainer(
     watcher = RunCallback(setting.run, config, status, setting.tally, setting.validation, setting.request)
     trainer = LabelTrainer(
         setting, watcher, model=model, args=training_arguments(config, setting.run.path), train_dataset=data,
-        data_collator=with_tasks(collator(setting.encoder, config.schedule.packing)),
+        data_collator=with_tasks(collator(setting.encoder, config.packs)),
     )  # fmt: skip
     if setting.validation:
         setting.validation.autocast = trainer.accelerator.autocast
@@ -265,7 +270,7 @@ def last_step(
     stop = early_stop(run.validations(max(run.checkpoints(), default=0)), config.schedule.early_stopping_patience)
     return stop.step if stop and stop.step in run.checkpoints() else config.schedule.steps
 
-# %% ../../nbs/56_training.trainer.ipynb #1fa55467
+# %% ../../nbs/56_training.trainer.ipynb #c34b5be1
 def train(
     config: RunConfig,
 ) -> RunDir:
@@ -317,6 +322,9 @@ def train_steps(
         seed_everything(int(fingerprint([config.schedule.seed, process_rank()]), 16) % 2**32)
     with setting.request.listening():
         trainer.train(resume_from_checkpoint=str(start) if start else None)
+    if data.cache:
+        first = int(start.name.removeprefix("step-")) if start else 0
+        from_first(lambda: report_cache(run, data, first, trainer.state.global_step, samples_per_step(config)))
     report_end(trainer, status)
 
 
