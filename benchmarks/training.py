@@ -199,17 +199,14 @@ class Turns:
     def end(self, what: str, samples: int) -> None:
         if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
             sys.modules["torch"].cuda.synchronize()
-        self.send(kind=what, seconds=time.perf_counter() - self.began, samples=samples)
+        self.send(kind=what, seconds=time.perf_counter() - self.began, samples=samples, **memory())
 
 
 def in_turns(turns: Turns, batch: int) -> Any:  # TrainerCallback
-    "A callback that makes each optimiser step a turn, data loading included, and reports losses and memory at the end."
+    "A callback that makes each optimiser step a turn, data loading included, and reports the losses."
     from transformers import TrainerCallback
 
     class InTurns(TrainerCallback):
-        def __init__(self):
-            self.losses: list[float] = []
-
         def on_train_begin(self, args, state, control, **_):
             turns.begin()
 
@@ -220,10 +217,10 @@ def in_turns(turns: Turns, batch: int) -> Any:  # TrainerCallback
 
         def on_log(self, args, state, control, logs=None, **_):
             if "loss" in (logs or {}):
-                self.losses.append(float(logs["loss"]))
+                turns.send(kind="loss", loss=float(logs["loss"]))
 
         def on_train_end(self, args, state, control, **_):
-            turns.send(kind="done", losses=self.losses, **memory())
+            turns.send(kind="done")
 
     return InTurns()
 
@@ -370,7 +367,7 @@ class Arm:
     "The parent's side: an arm's process and what it reported."
 
     def __init__(self, name: str, folder: Path, threads: int):
-        self.name, self.seconds, self.samples, self.fill, self.result = name, [], [], [0.0, 0], {}
+        self.name, self.seconds, self.samples, self.losses, self.fill, self.memory, self.is_done = name, [], [], [], [0.0, 0], {}, False
         read, write = os.pipe()
         python = str(PEER) if name in LLAMAFACTORY else sys.executable
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false",
@@ -397,19 +394,24 @@ class Arm:
         "One turn; whether another will follow."
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
-        report = self.hear()
+        while (report := self.hear())["kind"] not in ("ready", "done"):
+            self.note(report)
+        if report["kind"] == "done":
+            self.is_done = True
+            self.process.stdin.close()
+            self.process.wait()
+        return not self.is_done
+
+    def note(self, report: dict) -> None:
+        if report["kind"] == "loss":
+            self.losses.append(report["loss"])
+            return
+        self.memory = {name: value for name, value in report.items() if name.endswith("_mb")}
         if report["kind"] == "fill":
             self.fill = [self.fill[0] + report["seconds"], self.fill[1] + report["samples"]]
         else:
             self.seconds.append(report["seconds"])
             self.samples.append(report["samples"])
-        while report["kind"] not in ("ready", "done"):
-            report = self.hear()
-        if report["kind"] == "done":
-            self.result = report
-            self.process.stdin.close()
-            self.process.wait()
-        return report["kind"] == "ready"
 
 
 @contextmanager
@@ -427,16 +429,19 @@ def started(names: list[str], folder: Path, threads: int) -> Iterator[list[Arm]]
                 arm.process.wait()
 
 
-def all_turns(arms: list[Arm]) -> None:
-    "A turn each, in another order each round, until all are done."
-    order = random.Random(0)
+def all_turns(arms: list[Arm], limit: float) -> None:
+    "A turn each, in another order each round, until all are done or the time is up."
+    order, began = random.Random(0), time.perf_counter()
     for arm in [arm for arm in arms if arm.name == "ours, cold cache"]:
         while not arm.seconds:  # the fill, and the first step
             arm.take_turn()
-    waiting = [arm for arm in arms if not arm.result]
-    while waiting:
+    for arm in [arm for arm in arms if not arm.seconds]:
+        arm.take_turn()
+    waiting = [arm for arm in arms if not arm.is_done]
+    while waiting and time.perf_counter() - began < limit:
         order.shuffle(waiting)
         waiting = [arm for arm in waiting if arm.take_turn()]
+        print("  ".join(f"{arm.seconds[-1]:.2f}" for arm in arms), flush=True)
 
 
 def measured(names: list[str], folder: Path, settings: dict) -> list[Arm]:
@@ -446,7 +451,7 @@ def measured(names: list[str], folder: Path, settings: dict) -> list[Arm]:
     done: list[Arm] = []
     for group in groups:
         with started(group, folder, settings["threads"]) as arms:
-            all_turns(arms)
+            all_turns(arms, settings["seconds"])
             done += arms
     return done
 
@@ -465,14 +470,14 @@ def quartiles(values: list[float]) -> list[float]:
 
 def ratio(one: list[float], other: list[float]) -> dict:
     "How many times as fast `one` is: the median of the steps' ratios, with quartiles."
-    low, middle, high = quartiles([b / a for a, b in zip(one, other, strict=True)])
+    low, middle, high = quartiles([b / a for a, b in zip(one, other, strict=False)])
     return {"times": round(middle, 2), "quartiles": [round(low, 2), round(high, 2)]}
 
 
 def speed_report(arms: list[Arm], settings: dict, work: dict[str, float]) -> dict:
     "Samples a second, ratios, and how far the losses are apart."
     times = {arm.name: seconds_a_sample(arm, settings["warm_up"]) for arm in arms}
-    losses = {arm.name: arm.result["losses"] for arm in arms}
+    losses = {arm.name: arm.losses for arm in arms}
     reference = losses.get("stock") or next(iter(losses.values()))
     count = min(20, *(len(values) for values in losses.values()))
     table = {}
@@ -481,7 +486,7 @@ def speed_report(arms: list[Arm], settings: dict, work: dict[str, float]) -> dic
         table[arm.name] = {
             "what": ARMS[arm.name], "samples_per_second": round(1 / middle, 2), "spread": [round(1 / high, 2), round(1 / low, 2)],
             "largest_loss_difference": round(max(abs(a - b) for a, b in zip(losses[arm.name][:count], reference, strict=False)), 6),
-            **{name: round(value, 1) for name, value in arm.result.items() if name.endswith("_mb")}, **mfu(arm, 1 / middle, settings, work),
+            **{name: round(value, 1) for name, value in arm.memory.items()}, "steps": len(times[arm.name]), **mfu(arm, 1 / middle, settings, work),
         }  # fmt: skip
     stock = [name for name in STOCK if name in times]
     best = min(stock, key=lambda name: statistics.median(times[name])) if stock else None
@@ -516,8 +521,8 @@ def mfu(arm: Arm, samples_per_second: float, settings: dict, work: dict[str, flo
 
 def memory_report(arms: list[Arm]) -> dict:
     "Peak memory of each arm, and ours in terms of stock's."
-    key = "cuda_reserved_mb" if any("cuda_reserved_mb" in arm.result for arm in arms) else "peak_mb"
-    peaks = {arm.name: {name: round(value) for name, value in arm.result.items() if name.endswith("_mb")} for arm in arms}
+    key = "cuda_reserved_mb" if any("cuda_reserved_mb" in arm.memory for arm in arms) else "peak_mb"
+    peaks = {arm.name: {name: round(value) for name, value in arm.memory.items()} for arm in arms}
     stock = min(peaks[name][key] for name in STOCK if name in peaks)
     share = peaks["ours, warm cache"][key] / stock
     return {"peaks": peaks, "ours_of_leanest_stock": round(share, 3), "ours_of_stock": round(peaks["ours, warm cache"][key] / peaks["stock"][key], 3),
@@ -569,6 +574,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--seconds", type=float, default=240.0, help="of taking turns, after which the steps made so far count")
     parser.add_argument("--only", nargs="+", choices=list(ARMS), help="some of the arms")
     parser.add_argument("--no-memory", action="store_true", help="leave out the case with the full vocabulary")
     parser.add_argument("--keep", action="store_true", help="keep the temporary folder")
@@ -596,7 +602,7 @@ def report_all(options: argparse.Namespace) -> None:
     names = [name for name in options.only or ARMS if name not in LLAMAFACTORY or PEER.exists()]
     columns, rows = max(shape["sizes"], key=lambda size: size[0] * size[1])
     settings = {"steps": options.steps + options.warm_up, "warm_up": options.warm_up, "batch": options.batch, "device": options.device, "method": options.method,
-                "dtype": "float32" if options.device == "cpu" else "bfloat16", "threads": options.threads, "max_pixels": columns * rows * 28 * 28}  # fmt: skip
+                "dtype": "float32" if options.device == "cpu" else "bfloat16", "threads": options.threads, "seconds": options.seconds, "max_pixels": columns * rows * 28 * 28}  # fmt: skip
 
     def speed(arms: list[Arm], sizes: dict) -> dict:
         work = operations(shape, sizes["patches"], sizes["tokens"])
