@@ -382,6 +382,7 @@ class Arm:
     def hear(self) -> dict:
         "The next report. Raises RuntimeError with the end of the arm's output if it ended without one."
         watch = threading.Timer(900, self.process.kill)
+        watch.daemon = True
         watch.start()
         line = self.reports.readline()
         watch.cancel()
@@ -447,7 +448,7 @@ def all_turns(arms: list[Arm], limit: float) -> None:
 def measured(names: list[str], folder: Path, settings: dict) -> list[Arm]:
     "All arms, with their times and results."
     (folder / "settings.json").write_text(json.dumps(settings))
-    groups = [names] if settings["device"] == "cpu" else [[name] for name in names]
+    groups = [names] if settings["in_turns"] else [[name] for name in names]
     done: list[Arm] = []
     for group in groups:
         with started(group, folder, settings["threads"]) as arms:
@@ -577,6 +578,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240.0, help="of taking turns, after which the steps made so far count")
     parser.add_argument("--only", nargs="+", choices=list(ARMS), help="some of the arms")
     parser.add_argument("--no-memory", action="store_true", help="leave out the case with the full vocabulary")
+    parser.add_argument("--memory-only", action="store_true", help="only that case, into a result that is there")
     parser.add_argument("--keep", action="store_true", help="keep the temporary folder")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "training.json")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
@@ -602,7 +604,7 @@ def report_all(options: argparse.Namespace) -> None:
     names = [name for name in options.only or ARMS if name not in LLAMAFACTORY or PEER.exists()]
     columns, rows = max(shape["sizes"], key=lambda size: size[0] * size[1])
     settings = {"steps": options.steps + options.warm_up, "warm_up": options.warm_up, "batch": options.batch, "device": options.device, "method": options.method,
-                "dtype": "float32" if options.device == "cpu" else "bfloat16", "threads": options.threads, "seconds": options.seconds, "max_pixels": columns * rows * 28 * 28}  # fmt: skip
+                "dtype": "float32" if options.device == "cpu" else "bfloat16", "threads": options.threads, "seconds": options.seconds, "in_turns": options.device == "cpu", "max_pixels": columns * rows * 28 * 28}  # fmt: skip
 
     def speed(arms: list[Arm], sizes: dict) -> dict:
         work = operations(shape, sizes["patches"], sizes["tokens"])
@@ -612,10 +614,13 @@ def report_all(options: argparse.Namespace) -> None:
                  "machine": machine(any(arm.name in LLAMAFACTORY for arm in arms)), "load_average": round(os.getloadavg()[0], 2)}  # fmt: skip
         return {"setup": setup, **speed_report(arms, settings, work)}
 
-    result = with_folder(shape, settings, names, speed, options.keep)
+    if options.memory_only:
+        result = json.loads(options.out.read_text())
+    else:
+        result = with_folder(shape, settings, names, speed, options.keep)
     if not options.no_memory and options.shape in ("ratio", "tiny"):
         whole = {**shape, "vocab": 151936}
-        few = {**settings, "steps": 3, "warm_up": 1, "batch": 2 * options.batch}
+        few = {**settings, "steps": 2, "warm_up": 0, "in_turns": False}
         lean = [name for name in ("ours, warm cache", "ours, cold cache", *STOCK, *LLAMAFACTORY) if name in names]
         result["full_vocabulary"] = {"batch": few["batch"], "vocabulary": 151936, **with_folder(whole, few, lean, lambda arms, _: memory_report(arms), False)}
     options.out.parent.mkdir(parents=True, exist_ok=True)

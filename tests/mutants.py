@@ -107,6 +107,30 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_correctness.py::test_5_4_packed_loss_and_gradients_equal_separate_stock_forwards',),
     ),
     Mutation(
+        '5.8', 'the fused adapter forgets its scaling on the way back', 'qwen2vl_sft/model/fused.py',
+        'low_gradient = (gradient @ b).mul_(ctx.scaling)',
+        'low_gradient = gradient @ b',
+        ('tests/test_model_fused.py::test_logits_and_gradients_are_pefts',),
+    ),
+    Mutation(
+        '5.8', 'the fused adapter leaves out dropout', 'qwen2vl_sft/model/fused.py',
+        'and not isinstance(layer.lora_dropout[one], nn.Identity)',
+        'and False',
+        ('tests/test_model_fused.py::test_logits_and_gradients_are_pefts',),
+    ),
+    Mutation(
+        '6', 'the fused activation also runs where gradients are wanted', 'qwen2vl_sft/model/fused.py',
+        'if torch.is_grad_enabled():',
+        'if False:',
+        ('tests/test_model_fused.py::test_the_towers_output_and_gradients_are_the_stock_ones',),
+    ),
+    Mutation(
+        '6', 'a full vision cache goes on storing', 'qwen2vl_sft/model/vision_cache.py',
+        'if size + end <= cache.limit_bytes}',
+        'if size + end}',
+        ('tests/test_model_vision_cache.py::test_the_run_reports_what_the_cache_gave',),
+    ),
+    Mutation(
         '5.6', 'bytes are normalised with the mean left out', 'qwen2vl_sft/encoding/images.py',
         'torch.stack([1 / (255 * std), -mean / std])',
         'torch.stack([1 / (255 * std), -mean])',
