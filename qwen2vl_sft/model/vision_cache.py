@@ -187,17 +187,17 @@ def by_size(
     if batch:
         yield batch
 
-# %% ../../nbs/31_model.vision_cache.ipynb #d73ce8ff
+# %% ../../nbs/31_model.vision_cache.ipynb #6e7f4b74
 def fill(
     cache: VisionCache,
     model: nn.Module,
     encoder: ImageEncoder,
     images: Iterable[str],  # sha256 of every picture that will be needed
     pixels: Callable[[str], np.ndarray],  # sha256 -> uint8 [height, width, 3]
-    batch: int = 64,  # pictures in one pass, fewer where they are large
+    batch: int | None = None,  # pictures in one pass, fewer where they are large; None: 64, and 8 on a CPU, whose caches hold no more
 ) -> int:  # pictures that were computed
     "Compute and store what is missing, up to the size limit. A full disk ends the fill with a line, not the run."
-    wanted = list(images)
+    wanted, batch = list(images), batch or (8 if unwrapped(model).device.type == "cpu" else 64)
     absent = cache.missing(wanted)
     cache.hits, cache.misses = cache.hits + len(set(wanted)) - len(absent), cache.misses + len(absent)
     if absent:
