@@ -15,8 +15,8 @@ LOCATION = base_location("small")
 def adapted(dtype: torch.dtype = torch.float32, **settings):
     model = Qwen2VLForConditionalGeneration.from_pretrained(LOCATION, dtype=dtype).requires_grad_(False)
     options = {"r": 8, "lora_alpha": 24, "target_modules": r".*language_model\..*_proj", "lora_dropout": 0.0, **settings}
-    model = get_peft_model(model, LoraConfig(**options))
     torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(**options))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
