@@ -260,7 +260,7 @@ def check_position(
         differ = ", ".join(f"{name} {old.get(name)}, now {new[name]}" for name in new if old.get(name) != new[name]) or "the same versions"
         raise InputError(f"{folder}: was trained on other samples than would be drawn now ({differ}); choose another run name")
 
-# %% ../../nbs/51_training.checkpoints.ipynb #b5eb2c65
+# %% ../../nbs/51_training.checkpoints.ipynb #17a480bd
 def resume_points(
     run: RunDir,
 ) -> dict[int, Path]:  # step -> folder, ascending
@@ -289,14 +289,16 @@ def rotate(
 
 def remove_leftovers(
     run: RunDir,
+    keep_last: int,
 ) -> None:
-    "Remove what a killed process left half written or half removed. The caller holds the run's lock."
+    "Remove what a killed process left half written or half removed, or had no time to remove. The caller holds the run's lock."
     for kind in ("staging", "old"):
         for folder in (run.path / "checkpoints").glob(f".*.{kind}"):
             if kind == "old" and folder.name.startswith(".step-") and not folder.with_name(folder.name[1:-4]).exists():
                 folder.rename(folder.with_name(folder.name[1:-4]))  # killed between the two renames of a replacement
             else:
                 shutil.rmtree(folder, ignore_errors=True)
+    rotate(run, keep_last)
 
 # %% ../../nbs/51_training.checkpoints.ipynb #a7ec8c4d
 def last_checkpoint(

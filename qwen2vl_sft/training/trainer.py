@@ -270,7 +270,7 @@ def last_step(
     stop = early_stop(run.validations(max(run.checkpoints(), default=0)), config.schedule.early_stopping_patience)
     return stop.step if stop and stop.step in run.checkpoints() else config.schedule.steps
 
-# %% ../../nbs/56_training.trainer.ipynb #c34b5be1
+# %% ../../nbs/56_training.trainer.ipynb #85363cf5
 def train(
     config: RunConfig,
 ) -> RunDir:
@@ -290,7 +290,7 @@ def train(
         return run
     with running_together(run, "training") as status:
         from_first(lambda: note_inputs(run, config, inputs))
-        from_first(lambda: remove_leftovers(run))
+        from_first(lambda: remove_leftovers(run, config.schedule.keep_last))
         if steps in run.checkpoints():  # killed after the last checkpoint
             status.progress = {"step": steps, "steps": config.schedule.steps}
             if config.schedule.validate_every:
