@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'AsNotebook', 'Experiment', 'INTERRUPTED', 'options', 'prepare', 'train', 'score', 'score_api', 'calibrate',
-           'compare', 'sweep', 'runs', 'demo', 'main']
+           'compare', 'sweep', 'runs', 'export', 'demo', 'main']
 
 # %% ../nbs/90_cli.ipynb #befce71e
 import sys
@@ -232,6 +232,21 @@ def runs(
     from qwen2vl_sft.workflow.runs import list_runs, runs_text
 
     print(runs_text(list_runs(experiment)))
+
+# %% ../nbs/90_cli.ipynb #235ffc32
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="experiment/run/step-N, or the checkpoint's folder.")],
+    merged: Annotated[bool, typer.Option("--merged", help="Add the adapter to the original weights (bfloat16), and check that the answers stay.")] = False,
+    out: Annotated[str | None, typer.Option(help="The folder to write.", show_default="exports/ in the run directory")] = None,
+) -> None:
+    """Write a checkpoint as a folder that stock transformers and PEFT load, with a model card.
+
+    Example: qwen2vl-sft export demo/mix/step-337 --merged
+    """
+    from qwen2vl_sft.training.export import checkpoint_named, export_run
+
+    print(export_run(*checkpoint_named(checkpoint), merged, Path(out) if out else None))
 
 # %% ../nbs/90_cli.ipynb #d20320f7
 @app.command()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['merged', 'Gate', 'compared', 'export_merged']
 
-# %% ../../nbs/32_model.export.ipynb #a827d0ad
+# %% ../../nbs/32_model.export.ipynb #533efd42
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,20 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from ..config import MethodConfig, ModelConfig
 from ..core import InputError, RunFailure, published_folder
 from .load import checkpoint_kind, load_adapter, load_base, load_checkpoint
 
-# %% ../../nbs/32_model.export.ipynb #a88a34e0
+# %% ../../nbs/32_model.export.ipynb #e12508ec
 def merged(
     config: ModelConfig,
     folder: Path,  # an adapter checkpoint
-) -> nn.Module:  # a stock model, float32 or bfloat16
-    "The original weights with the adapter added. Raises `InputError` if there is no adapter."
+) -> nn.Module:  # a stock model, float32
+    "The original weights with the adapter added, in float32. Raises `InputError` if there is no adapter."
     if checkpoint_kind(folder) != "adapter":
         raise InputError(f"{folder}: holds full weights, there is nothing to merge")
+    config = config.model_copy(update={"dtype": "float32", "attention": "sdpa"})
     plain = load_base(config, MethodConfig(name="lora"))
     return load_adapter(plain, folder, "merged").merge_and_unload(safe_merge=True)
 
@@ -52,7 +54,7 @@ def compared(
     same = before.argmax(axis=1) == after.argmax(axis=1)
     return Gate(len(before), float(same.mean()), float(shift.mean()), float(shift.max()))
 
-# %% ../../nbs/32_model.export.ipynb #0410b64b
+# %% ../../nbs/32_model.export.ipynb #67c9eaea
 def export_merged(
     config: ModelConfig,
     method: MethodConfig,
@@ -62,19 +64,22 @@ def export_merged(
     save_beside: Callable[[Path], Any] = lambda staging: None,  # tokenizer, image processor and contract
     least_agreement: float = 0.98,
     most_shift: float = 0.05,
+    dtype: torch.dtype = torch.bfloat16,  # of the exported weights
 ) -> Gate:
-    "Merge, check against the trained function, publish `out`. Raises `RunFailure` if labels agree less than asked or probabilities move more; nothing is written then."
+    "Merge (or take full weights as they are), round to `dtype`, check against the trained function, publish `out`. Raises `RunFailure` if labels agree less than asked or probabilities move more; nothing is written then."
+    is_adapter = checkpoint_kind(folder) == "adapter"
     before = probabilities(load_checkpoint(config, method, folder))
-    model = merged(config, folder)
+    model = (merged(config, folder) if is_adapter else load_base(config, location=str(folder))).to(dtype)
     gate = compared(before, probabilities(model.eval()))
     if gate.agreement < least_agreement:
         raise RunFailure(f"{folder}: merged, {gate.agreement:.1%} of {gate.samples} labels stay, below the {least_agreement:.1%} asked for; serve the adapter on its {method.name} base instead")
     if gate.mean_shift > most_shift:
         raise RunFailure(f"{folder}: merged, label probabilities move by {gate.mean_shift:.3f} on average, above the {most_shift} allowed; serve the adapter on its {method.name} base instead")
     trained_on = "NF4 weights" if method.name == "qlora" else "the original weights"
-    report = {"base": config.base, "trained_on": trained_on, "merged_into": f"the original weights, {model.dtype}", **asdict(gate)}
+    made = "merged into the original weights in float32" if is_adapter else "full weights"
+    report = {"base": config.base, "trained_on": trained_on, "made": f"{made}, stored as {str(dtype).removeprefix('torch.')}", **asdict(gate)}
     with published_folder(out) as staging:
         model.save_pretrained(staging)
-        save_beside(staging)
         (staging / "export.json").write_text(json.dumps(report, indent=1))
+        save_beside(staging)
     return gate

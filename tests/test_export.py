@@ -1,0 +1,163 @@
+"""What leaves the workbench loads with stock transformers and PEFT, answers the same, and says what it is; what others made comes in."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2VLForConditionalGeneration
+
+from qwen2vl_sft.cli import main
+from qwen2vl_sft.config import MethodConfig, ModelConfig, RunConfig, ScoringConfig
+from qwen2vl_sft.core import ASSETS, RunFailure
+from qwen2vl_sft.data.prepare import prepare
+from qwen2vl_sft.data.toy import write_toy_suite
+from qwen2vl_sft.encoding.images import load_image_processor
+from qwen2vl_sft.encoding.prompt import load_encoder
+from qwen2vl_sft.model.load import add_adapters, load_adapter, load_base
+from qwen2vl_sft.rundir import RunDir
+from qwen2vl_sft.scoring.suite import score_run
+from qwen2vl_sft.tasks import load_suite
+from qwen2vl_sft.training.checkpoints import save_model
+from qwen2vl_sft.training.export import export_run
+from qwen2vl_sft.training.trainer import train
+
+CPU = ModelConfig(device="cpu")
+IDS = torch.arange(30)[None]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> RunDir:
+    "A QLoRA run whose base model is a plain folder, with predictions by both rules."
+    project = tmp_path_factory.mktemp("export")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QWEN2VL_SFT_ROOT", str(project))
+        shutil.copytree(ASSETS / "small", project / "base")
+        suite = write_toy_suite(project / "toy", rows=9)
+        config = RunConfig(
+            suite=str(suite), experiment="toy", run="mix", model={"base": str(project / "base"), "device": "cpu"}, method={"name": "qlora"},
+            mixture={"name": "equal"}, schedule={"steps": 40, "micro_batch": 8, "learning_rate": 5e-3, "log_every": 10}, export={"samples": 9},
+        )  # fmt: skip
+        run = train(config)
+        for rule in ("closed", "free"):
+            score_run(run, prepare(load_suite(suite)), ScoringConfig(rule="auto" if rule == "closed" else "free", max_new_tokens=8))
+        yield run
+
+
+def stock_environment(folder: Path) -> Path:
+    "A Python that sees the libraries of this one, but not this package: an empty venv with a path to the libraries."
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    site = next((folder / "lib").glob("python3*")) / "site-packages"
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin" / "python"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_the_cards_own_code_answers_as_the_checkpoint_did_without_this_package(trained, tmp_path, kind):
+    out = tmp_path / "exported"
+    assert main(["export", "toy/mix/step-40", "--out", str(out), *(["--merged"] if kind == "merged" else [])]) == 0
+    card = (out / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", card, re.S)[1]
+    folder, table = trained.path.parents[2] / "toy", (trained.path.parents[2] / "toy" / "test.csv").read_text().splitlines()[1:]
+    asked = [(str(folder / line.split(",")[0]), "Which colour is it?") for line in table]
+    script = f"import importlib.util, json\nassert importlib.util.find_spec('qwen2vl_sft') is None\n{code}\nprint(json.dumps([answer(*pair) for pair in {asked!r}]))"
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "QWEN2VL_SFT_ROOT")}
+    done = subprocess.run([stock_environment(tmp_path / "venv"), "-c", script], cwd=out, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert len(said) == 9 and len(set(said)) > 1
+    assert sorted(said) == sorted(trained.predictions("step-40", "colour", "free")["text"])
+    assert all(name in card for name in ("| colour | test | closed | 9 |", "| colour | test | free | 9 |", "Mixture `equal`", json.loads((out / "preprocessing.json").read_text())["hash"]))
+    if kind == "adapter":
+        keys = load_file(out / "adapter_model.safetensors")
+        assert all(key.startswith("base_model.model.model.language_model.layers.") for key in keys)
+        model, notes = Qwen2VLForConditionalGeneration.from_pretrained(trained.path.parents[2] / "base", output_loading_info=True)
+        assert not notes["missing_keys"]
+        assert any(weight.abs().sum() > 0 for name, weight in PeftModel.from_pretrained(model, out).named_parameters() if "lora_B" in name)
+    else:
+        _, notes = Qwen2VLForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+        assert not notes["missing_keys"] and not notes["unexpected_keys"]
+        report = json.loads((out / "export.json").read_text())
+        assert report["trained_on"] == "NF4 weights" and report["samples"] == 18 and "bfloat16" in report["made"] and report["agreement"] >= 0.98
+        assert {value.dtype for value in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_merge_that_moves_more_than_the_recipe_allows_is_refused(trained, tmp_path):
+    text = trained.config_path.read_text()
+    content = yaml.safe_load(text)
+    content["export"] |= {"most_shift": 0.0}
+    trained.config_path.write_text(yaml.safe_dump(content))
+    try:
+        with pytest.raises(RunFailure, match=r"label probabilities move by .* above the 0.0 allowed"):
+            export_run(trained, 40, True, tmp_path / "out")
+    finally:
+        trained.config_path.write_text(text)
+    assert not (tmp_path / "out").exists()
+    assert main(["export", "toy/mix/step-4"]) == 2
+
+
+# --- what others wrote ---------------------------------------------------------------------------
+def original_files(folder: Path, tied: bool) -> dict[str, torch.Tensor]:
+    "A checkpoint with the names of the original Qwen2-VL releases: `visual.*`, `model.*`, and `lm_head.weight` where it is untied."
+    shutil.copytree(ASSETS / "small", folder)
+    settings = json.loads((folder / "config.json").read_text())
+    for part in (settings, settings.get("text_config", {})):
+        part["tie_word_embeddings"] = tied
+    (folder / "config.json").write_text(json.dumps(settings))
+    state = Qwen2VLForConditionalGeneration.from_pretrained(ASSETS / "small").state_dict()
+    written = {}
+    for name, value in state.items():
+        name = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+        written[name] = value.clone()
+    written["lm_head.weight"] = torch.randn_like(written["lm_head.weight"])
+    if tied:
+        del written["lm_head.weight"]
+    save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
+    return written
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied as 2B", "untied as 7B"])
+def test_original_names_come_in_and_go_out(tmp_path, tied):
+    written = original_files(tmp_path / "original", tied)
+    assert {name.split(".")[0] for name in written} == ({"visual", "model"} if tied else {"visual", "model", "lm_head"})
+    location = str(tmp_path / "original")
+    model = load_base(ModelConfig(base=location, device="cpu"), MethodConfig(name="full"))
+    assert torch.equal(model.model.visual.blocks[0].attn.qkv.weight, written["visual.blocks.0.attn.qkv.weight"])
+    assert torch.equal(model.model.language_model.layers[0].mlp.up_proj.weight, written["model.layers.0.mlp.up_proj.weight"])
+    head = written["model.embed_tokens.weight"] if tied else written["lm_head.weight"]
+    assert torch.equal(model.lm_head.weight, head)
+    save_model(tmp_path, model, load_encoder(location), load_image_processor(location))
+    again = load_file(tmp_path / "model.safetensors")
+    assert again.keys() == written.keys() and all(torch.equal(again[name], written[name]) for name in written)
+
+
+@pytest.mark.parametrize("older", [True, False], ids=["layers", "language_model.layers"])
+def test_an_adapter_of_llama_factory_lands_and_acts(tmp_path, older):
+    torch.manual_seed(0)
+    tuned = add_adapters(load_base(CPU), MethodConfig(name="lora", rank=4))
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    tuned.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    settings["target_modules"] = "^(?!.*(?:visual)).*(?:down_proj|gate_proj|k_proj|o_proj|q_proj|up_proj|v_proj).*"  # as it writes with a frozen tower
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    if older:
+        stored = load_file(tmp_path / "adapter_model.safetensors")
+        renamed = {name.replace("model.model.language_model.layers.", "model.model.layers."): value for name, value in stored.items()}
+        assert renamed.keys() != stored.keys()
+        save_file(renamed, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    loaded = load_adapter(load_base(CPU), tmp_path, "theirs")
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=IDS).logits, tuned(input_ids=IDS).logits)
+        assert not torch.equal(loaded(input_ids=IDS).logits, load_base(CPU)(input_ids=IDS).logits)
