@@ -346,6 +346,42 @@ MUTATIONS: list[Mutation] = [
         'separators=(",", ":"))',
         ('tests/test_comparison_report.py::test_what_comes_from_data_is_escaped',),
     ),
+    Mutation(
+        '5.8', "older names of an adapter's weights are not translated", 'qwen2vl_sft/model/load.py',
+        'return next((new + key.removeprefix(old) for old, new in OLDER_NAMES if key.startswith(old)), key)',
+        'return key',
+        ('tests/test_export.py::test_an_adapter_of_llama_factory_lands_and_acts[layers]',),
+    ),
+    Mutation(
+        '5.12', 'probabilities may move as they like', 'qwen2vl_sft/model/export.py',
+        'if gate.mean_shift > most_shift:',
+        'if gate.mean_shift > 2:',
+        ('tests/test_export.py::test_a_merge_that_moves_more_than_the_recipe_allows_is_refused',),
+    ),
+    Mutation(
+        '7', 'rotation takes the named steps too', 'qwen2vl_sft/training/checkpoints.py',
+        'between = [step for step, folder in points.items() if folder.name.startswith("resume-")]',
+        'between = list(points)',
+        ('tests/test_training_checkpoints.py::test_rotation_keeps_the_named_steps',),
+    ),
+    Mutation(
+        '7', 'a changed base model is not noticed', 'qwen2vl_sft/training/checkpoints.py',
+        'if kept.base != inputs.base:',
+        'if kept.base == "":',
+        ('tests/test_training_checkpoints.py::test_another_base_model_under_the_same_name_is_refused',),
+    ),
+    Mutation(
+        '7', "a continued run's dice are new", 'qwen2vl_sft/training/trainer.py',
+        'set_random_states(kept[process_rank()])',
+        'seed_everything(1)',
+        ('tests/test_training_kills.py::test_killed_at_random_times_a_run_ends_as_if_never_stopped[lora]',),
+    ),
+    Mutation(
+        '7', 'gradients of several processes are averaged once too often', 'qwen2vl_sft/training/trainer.py',
+        'return averaged(losses, inputs, average, total) * world',
+        'return averaged(losses, inputs, average, total)',
+        ('tests/test_processes.py::test_two_processes_train_and_score_as_one_with_twice_the_accumulation',),
+    ),
 ]
 
 

@@ -137,3 +137,34 @@ def test_a_mistake_is_said_once_and_ends_both(project):
     said = (project / "output.txt").read_text()
     assert "max_tokens=10" in said and "Traceback (most recent call last):\n  File \"" + str(ROOT) not in said
     assert RunDir(project / "runs" / "two" / "tight").status().state == "failed"
+
+
+def test_the_sharding_configuration_is_one_that_accelerate_reads():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    content = load_config_from_file(str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"))
+    assert (content.distributed_type, content.num_processes, content.fsdp_config["fsdp_version"]) == ("FSDP", 8, 2)
+    from transformers.models.qwen2_vl import modeling_qwen2_vl
+
+    assert hasattr(modeling_qwen2_vl, content.fsdp_config["fsdp_transformer_layer_cls_to_wrap"])
+
+
+@pytest.mark.gpu
+def test_sharded_full_training_is_that_of_one_gpu_and_continues(project):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("lacks two CUDA devices")
+    settings = config(project, "sharded", "full")
+    settings.method.freeze_tower = settings.method.freeze_merger = True
+    settings.model.device, settings.schedule.save_every = "cuda", 1
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"), "--num_processes=2"]
+    command = [*launch, "-m", "qwen2vl_sft.cli", "train", recipe(project, settings)]
+    environment = {**os.environ, "QWEN2VL_SFT_ROOT": str(project), "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=project, env=environment, check=True)
+    run = RunDir(project / "runs" / "two" / "sharded")
+    whole, losses = weights(run.checkpoints()[4]), run.metrics().loss
+    shutil.rmtree(run.checkpoints()[4])
+    subprocess.run(command, cwd=project, env=environment, check=True)
+    again = weights(run.checkpoints()[4])
+    assert all(torch.allclose(again[name], whole[name], atol=1e-4) for name in whole)
+    settings.run, settings.schedule.accumulation = "one", 4
+    pd.testing.assert_series_equal(losses, train(settings).metrics().loss, rtol=0, atol=1e-2)
