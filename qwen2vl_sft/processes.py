@@ -38,7 +38,7 @@ def join_processes(
     except (RuntimeError, ValueError) as error:
         raise RunFailure(f"process {process_rank()} of {process_count()} can't reach the others: {str(error).splitlines()[0]}") from error
 
-# %% ../nbs/04_processes.ipynb #f26989e9
+# %% ../nbs/04_processes.ipynb #256b3521
 SIGNS_OF_LOSS = ("closed by peer", "Connection reset", "Broken pipe", "NCCL", "Timed out", "timed out", "Gloo", "gloo", "collective")
 
 
@@ -63,9 +63,10 @@ def wait_for_all() -> None:
     import torch.distributed as dist
 
     with noticing_loss():
-        arrived = dist.barrier(group=_waiting_room, async_op=True)
+        arrived, pause = dist.barrier(group=_waiting_room, async_op=True), 0.0001
         while not arrived.is_completed():
-            time.sleep(0.01)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
         arrived.wait()
 
 # %% ../nbs/04_processes.ipynb #881c567a
