@@ -192,14 +192,13 @@ def model_card(
     ]  # fmt: skip
     return "\n".join(lines)
 
-# %% ../../nbs/59_training.export.ipynb #440f3994
+# %% ../../nbs/59_training.export.ipynb #104c46c0
 def checkpoint_named(
     name: str,  # such as "demo/mix/step-337", or a folder
 ) -> tuple[RunDir, int]:
     "The run and the step. Raises `InputError` with what there is."
-    path = next((place for place in (Path(name), project_root() / "runs" / name) if (place.parent / "config.yaml").exists()), project_root() / "runs" / name)
-    if path.parent.name == "checkpoints":
-        path = path.parent.parent / path.name
+    given = [place.parent.parent / place.name if place.parent.name == "checkpoints" else place for place in (Path(name).absolute(), project_root() / "runs" / name)]
+    path = next((place for place in given if (place.parent / "config.yaml").exists()), given[1])
     run, steps = RunDir(path.parent), [f"step-{step}" for step in RunDir(path.parent).checkpoints()]
     if path.name not in steps:
         known = ", ".join(steps) or "none"
