@@ -17,7 +17,7 @@ from qwen2vl_sft.rundir import RunDir
 from qwen2vl_sft.training.checkpoints import resume_points
 
 KILLS = {"qlora": 18, "lora": 16, "full": 16}  # 50 together
-STEPS, NAMED = 6, 3
+STEPS, NAMED = 4, 2
 
 
 def recipe(project: Path, name: str, method: str) -> tuple[Path, RunDir]:
