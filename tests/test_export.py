@@ -25,7 +25,7 @@ from qwen2vl_sft.encoding.images import load_image_processor
 from qwen2vl_sft.encoding.prompt import load_encoder
 from qwen2vl_sft.model.load import add_adapters, load_adapter, load_base
 from qwen2vl_sft.rundir import RunDir
-from qwen2vl_sft.scoring.suite import score_run
+from qwen2vl_sft.scoring.experiment import score_run
 from qwen2vl_sft.tasks import load_suite
 from qwen2vl_sft.training.checkpoints import save_model
 from qwen2vl_sft.training.export import export_run

@@ -6,7 +6,7 @@
 __all__ = ['USE', 'probes', 'answers', 'comparable', 'score_lines', 'task_lines', 'usage', 'model_card', 'checkpoint_named',
            'export_adapter', 'export_run']
 
-# %% ../../nbs/59_training.export.ipynb #54e2dc71
+# %% ../../nbs/59_training.export.ipynb #675b6820
 import json
 import shutil
 from collections.abc import Callable
@@ -26,9 +26,10 @@ from ..encoding.prompt import Encoder, check_contract, load_encoder, preprocessi
 from ..model.export import export_merged
 from ..model.load import base_location, checkpoint_kind, stored_contract
 from ..rundir import RunDir
+from ..scoring.experiment import scoring_model
 from ..scoring.labels import label_tree, score_labels
 from ..scoring.metrics import task_figures
-from ..scoring.suite import Scorer, TestSet, scoring_model, test_set
+from ..scoring.suite import Scorer, TestSet, test_set
 from ..scoring.text import write_answers
 from ..tasks import load_suite
 
