@@ -220,18 +220,40 @@ def sweep(
     print(table.to_json(orient="records", indent=1) if as_json else sweep_text(table))
     return int(not dry_run and (table.state != "done").any())
 
-# %% ../nbs/90_cli.ipynb #ca1d6f0c
+# %% ../nbs/90_cli.ipynb #18642151
 @app.command()
 def runs(
-    experiment: Annotated[str | None, typer.Argument(help="Folder under runs/.", show_default="all")] = None,
+    experiment: Annotated[str | None, typer.Argument(help="Folder under runs/, or one run as experiment/run.", show_default="all")] = None,
+    diff: Annotated[tuple[str, str] | None, typer.Option(help="Two runs, each as experiment/run: the settings that differ.", show_default=False)] = None,
+    delete: Annotated[str | None, typer.Option(help="Remove this run (experiment/run) with everything in it.", show_default=False)] = None,
+    tidy: Annotated[bool, typer.Option("--tidy", help="Remove checkpoints that are neither named by the recipe, nor the best, nor the newest.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete or tidy without asking.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
-    """List runs with their state (running, finished, failed, interrupted, dead), method and step.
+    """List runs with their state (running, finished, failed, interrupted, dead), method, step and best validation; or compare, tidy and delete them.
 
     Example: qwen2vl-sft runs demo
-    """
-    from qwen2vl_sft.workflow.runs import list_runs, runs_text
 
-    print(runs_text(list_runs(experiment)))
+    Example: qwen2vl-sft runs --diff demo/mix demo/full
+
+    Example: qwen2vl-sft runs demo --tidy
+    """
+    from qwen2vl_sft.workflow import runs as room
+
+    if diff:
+        table = room.difference(*map(room.Run.load, diff))
+        print(table.to_json(orient="records", indent=1) if as_json else room.difference_text(table))
+    elif delete or tidy:
+        room.clear(delete, experiment, yes or _agreed)
+    else:
+        table = room.runs(experiment)
+        print(table.to_json(orient="records", indent=1) if as_json else room.runs_text(table))
+
+
+def _agreed(question: str) -> bool:
+    if not sys.stdin.isatty():
+        raise InputError(f"{question} Nobody is there to answer; add --yes")
+    return typer.confirm(question)
 
 # %% ../nbs/90_cli.ipynb #235ffc32
 @app.command()

@@ -47,7 +47,7 @@ def headline(run: RunDir) -> str:
         parts.append(f"{duration(progress['seconds_left'])} left")
     return ", ".join(parts) + (f". {status.message}" if status.message else "")
 
-# %% ../nbs/05_watch.ipynb #06ae8ab0
+# %% ../nbs/05_watch.ipynb #5ff24008
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "SimHei", "Microsoft YaHei", "PingFang SC")
 LEGEND_TASKS = 20  # more are drawn in grey, without names
 
@@ -59,7 +59,7 @@ def task_colours(
     from matplotlib import colormaps
 
     named = [name.split("/") for name in table.columns if name.startswith(("loss/", "validation/")) and name != "validation/mean"]
-    tasks = list(dict.fromkeys(parts[1] for parts in named if parts[1] != "seconds"))
+    tasks = list(dict.fromkeys(parts[1] for parts in named))
     palette = colormaps["tab10" if len(tasks) <= 10 else "tab20"].colors
     return {task: palette[i] if len(tasks) <= LEGEND_TASKS else "#BBBBBB" for i, task in enumerate(tasks)}
 
@@ -100,14 +100,14 @@ def draw_validation(axes: Any, found: pd.DataFrame, colours: dict[str, Any]) -> 
     axes.set_ylim(-3, 103)
     axes.set_title("validation accuracy (%)")
 
-# %% ../nbs/05_watch.ipynb #37eaf625
+# %% ../nbs/05_watch.ipynb #9da50965
 def draw_legend(figure: Any, colours: dict[str, Any], found: pd.DataFrame) -> None:
     "What the colours and marks mean, on the right."
     from matplotlib.lines import Line2D
 
     entries = [("all tasks", Line2D([], [], color="black", linewidth=2))]
     if len(colours) <= LEGEND_TASKS:
-        short = lambda name: name if len(name) <= 18 else name[:17] + "…"
+        short = lambda name: name if len(name) <= 18 else name[:10] + "…" + name[-7:]
         entries += [(short(task), Line2D([], [], color=colour)) for task, colour in colours.items()]
     else:
         entries.append((f"each of {len(colours)}", Line2D([], [], color="#BBBBBB")))
@@ -130,10 +130,11 @@ def run_figure(run: RunDir) -> Any:  # matplotlib Figure
     installed = {font.name for font in font_manager.fontManager.ttflist}
     style = {"font.family": [name for name in FONTS if name in installed][:2], "font.size": 8, "axes.spines.top": False, "axes.spines.right": False,
              "axes.grid": True, "grid.color": "#E8E8E8", "axes.titlesize": 9, "axes.titlelocation": "left"}  # fmt: skip
+    colours = task_colours(table)
     with rc_context(style):
-        figure = Figure(figsize=(9.6 if len(found) else 6.4, 3.1), dpi=100, layout="constrained")
+        wide = 2.2 if 10 < len(colours) <= LEGEND_TASKS else 0.0  # inches, for a legend of two columns
+        figure = Figure(figsize=((9.6 if len(found) else 6.4) + wide, 3.1), dpi=100, layout="constrained")
         panels = figure.subplots(1, 2 if len(found) else 1, squeeze=False)[0]
-        colours = task_colours(table)
         draw_loss(panels[0], table, colours)
         if len(found):
             draw_validation(panels[1], found, colours)

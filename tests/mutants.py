@@ -227,6 +227,36 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_correctness.py::test_5_12_the_gate_refuses_a_merge_that_changes_labels',),
     ),
     Mutation(
+        'validation', 'dropout stays off after a validation', 'qwen2vl_sft/training/validation.py',
+        'module.training = training',
+        'module.training = False',
+        ('tests/test_training_validation.py::test_validation_changes_no_bit_of_the_training',),
+    ),
+    Mutation(
+        'validation', 'the best checkpoint is chosen on test rows', 'qwen2vl_sft/training/validation.py',
+        '"rule": "auto", "split": "validation", "limit": limit}',
+        '"rule": "auto", "split": "test", "limit": limit}',
+        ('tests/test_training_validation.py::test_validation_finds_what_stock_forwards_find',),
+    ),
+    Mutation(
+        'validation', 'the last validation counts as the best', 'qwen2vl_sft/training/validation.py',
+        'return int(history.loc[history["mean"].idxmax(), "step"])',
+        'return int(history["step"].iloc[-1])',
+        ('tests/test_training_validation.py::test_the_best_checkpoint_is_kept_by_validation',),
+    ),
+    Mutation(
+        'validation', 'a stopped run is not saved', 'qwen2vl_sft/training/progress.py',
+        'self.ending, control.should_save = INTERRUPTED, True',
+        'self.ending, control.should_save = INTERRUPTED, control.should_save',
+        ('tests/test_training_validation.py::test_a_stopped_run_goes_on_to_the_same_bits',),
+    ),
+    Mutation(
+        'validation', "a loss is counted for another sample's task", 'qwen2vl_sft/training/progress.py',
+        'task = tasks.to(losses.device)[sample_index(batch).to(losses.device)]',
+        'task = tasks.flip(0).to(losses.device)[sample_index(batch).to(losses.device)]',
+        ('tests/test_training_validation.py::test_the_loss_of_each_task_is_the_stock_loss_of_its_samples',),
+    ),
+    Mutation(
         '5.13', "the label's end is left out", 'qwen2vl_sft/scoring/labels.py',
         'wordings = sums[:, nodes] + reading.stops[:, nodes]',
         'wordings = sums[:, nodes]',

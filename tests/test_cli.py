@@ -1,5 +1,6 @@
 """The command line's manners: exit codes, one clear line, help with defaults and an example."""
 
+import io
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 from qwen2vl_sft import cli
 from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.rundir import RunDir, Status, write_status
-from qwen2vl_sft.workflow.runs import list_runs, runs_text
+from qwen2vl_sft.workflow.runs import runs, runs_text
 
 COMMANDS = ["prepare", "train", "score", "score-api", "calibrate", "compare", "runs", "demo"]
 
@@ -81,13 +82,13 @@ def test_exit_codes(monkeypatch, capsys, error, code, message):
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr("qwen2vl_sft.workflow.runs.list_runs", fail)
+    monkeypatch.setattr("qwen2vl_sft.workflow.runs.runs", fail)
     assert cli.main(["runs"]) == code
     assert capsys.readouterr().err == message
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("qwen2vl_sft.workflow.runs.list_runs", lambda experiment: 1 / 0)
+    monkeypatch.setattr("qwen2vl_sft.workflow.runs.runs", lambda experiment: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["runs"])
 
@@ -95,7 +96,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 def test_terminated_command_exits_as_interrupted(tmp_path):
     "SIGTERM is an interrupt, and the exit code is the process's."
     code = "import sys, time, qwen2vl_sft.workflow.runs as r\nfrom qwen2vl_sft.cli import main\n"
-    code += "r.list_runs = lambda e: (print('ready', flush=True), time.sleep(30))\nsys.exit(main(['runs']))"
+    code += "r.runs = lambda e: (print('ready', flush=True), time.sleep(30))\nsys.exit(main(['runs']))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
@@ -122,7 +123,7 @@ def test_runs_shows_true_states(project, capsys):
     RunDir(project / "runs/demo/base").write_config("kind: base\n")
     (project / "runs/demo/plots").mkdir()
     (project / "runs/demo/good/checkpoints/step-20").mkdir(parents=True)
-    states = dict(list_runs()[["run", "state"]].values)
+    states = dict(runs()[["run", "state"]].values)
     # another host's process can't be looked up, so a fresh heartbeat counts; ours is checked
     assert states == {"base": "created", "good": "finished", "killed": "running", "stopped": "interrupted"}
     status = json.loads((project / "runs/demo/killed/status.json").read_text())
@@ -130,7 +131,7 @@ def test_runs_shows_true_states(project, capsys):
     assert cli.main(["runs", "demo"]) == 0
     shown = capsys.readouterr().out
     assert "dead" in shown and "lora" in shown and "base" in shown and "plots" not in shown
-    assert list_runs().set_index("run").loc["good", "step"] == 20
+    assert runs().set_index("run").loc["good", "step"] == 20
 
 
 def test_damaged_run_directories_are_still_listed(project):
@@ -138,5 +139,67 @@ def test_damaged_run_directories_are_still_listed(project):
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("method: [unclosed")
     (folder / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
-    assert list_runs("demo").loc[0, ["run", "step"]].tolist() == ["half", 3]
-    assert "half" in runs_text(list_runs())
+    assert runs("demo").loc[0, ["run", "step"]].tolist() == ["half", 3]
+    assert "half" in runs_text(runs())
+
+
+def finished_run(project: Path, name: str, settings: str) -> RunDir:
+    run = RunDir(project / "runs/demo" / name)
+    run.write_config(f"run: {name}\n{settings}\n")
+    for stage in ("training", "scoring"):
+        with run.running(stage):
+            time.sleep(0.3)
+    return run
+
+
+def test_the_time_of_a_run_is_that_of_all_stages(project):
+    run = finished_run(project, "mix", "method: {name: lora}")
+    status = run.status()
+    assert status.stage == "scoring" and status.all_spent.keys() == {"training", "scoring"}
+    assert 0.6 <= status.seconds < 20 and all(seconds >= 0.3 for seconds in status.all_spent.values())
+
+
+def test_runs_of_baselines_show_blanks_and_json_shows_null(project, capsys):
+    finished_run(project, "mix", "method: {name: lora}\nschedule: {steps: 20}")
+    finished_run(project, "majority", "kind: majority")
+    assert cli.main(["runs", "demo"]) == 0
+    assert "NA" not in capsys.readouterr().out
+    assert cli.main(["runs", "--json"]) == 0
+    rows = {row["run"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["majority"]["steps"] is None and rows["mix"]["steps"] == 20
+
+
+def test_the_difference_of_two_runs(project, capsys):
+    finished_run(project, "mix", "method: {name: lora, rank: 8}")
+    finished_run(project, "full", "method: {name: full}")
+    assert cli.main(["runs", "--diff", "demo/mix", "demo/full", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [
+        {"setting": "method.name", "demo/mix": "lora", "demo/full": "full"},
+        {"setting": "method.rank", "demo/mix": 8, "demo/full": None},
+    ]
+    assert cli.main(["runs", "--diff", "demo/mix", "demo/ful"]) == 2
+    assert "Did you mean 'demo/full'?" in capsys.readouterr().err
+
+
+def test_deleting_asks_and_refuses_a_running_run(project, capsys, monkeypatch):
+    run = finished_run(project, "mix", "method: {name: lora}")
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert cli.main(["runs", "--delete", "demo/mix"]) == 2 and "add --yes" in capsys.readouterr().err
+    with run.running("training"):
+        assert cli.main(["runs", "--delete", "demo/mix", "--yes"]) == 2
+    assert "is running (pid" in capsys.readouterr().err and run.config_path.exists()
+    assert cli.main(["runs", "--delete", "demo/mix", "--yes"]) == 0
+    assert not list((project / "runs/demo").iterdir())
+
+
+def test_tidying_keeps_the_named_the_best_and_the_newest(project, capsys, monkeypatch):
+    run = finished_run(project, "mix", "method: {name: lora}\nschedule: {steps: 40, save_at: [10]}")
+    for name in ("step-10", "step-15", "step-20", "resume-25", "resume-30"):
+        (run.path / "checkpoints" / name).mkdir(parents=True)
+    (run.path / "best.json").write_text('{"overall": {"step": 20, "mean_accuracy": 0.8}, "tasks": {}}')
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert cli.main(["runs", "demo", "--tidy"]) == 2
+    shown = capsys.readouterr().out
+    assert "step-15" in shown and "resume-25" in shown and "step-20" not in shown and len(list(run.path.glob("checkpoints/*"))) == 5
+    assert cli.main(["runs", "demo/mix", "--tidy", "--yes"]) == 0
+    assert sorted(path.name for path in run.path.glob("checkpoints/*")) == ["resume-30", "step-10", "step-20"]

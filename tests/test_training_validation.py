@@ -18,9 +18,11 @@ from qwen2vl_sft.config import RunConfig, load_recipe
 from qwen2vl_sft.core import InputError
 from qwen2vl_sft.data.prepare import Prepared
 from qwen2vl_sft.data.toy import write_toy_suite
+from qwen2vl_sft.encoding.prompt import load_encoder
 from qwen2vl_sft.model.load import base_location
 from qwen2vl_sft.rundir import RunDir
 from qwen2vl_sft.training import progress, validation
+from qwen2vl_sft.training.order import TrainingOrder
 from qwen2vl_sft.training.trainer import train
 
 
@@ -52,21 +54,22 @@ def test_validation_changes_no_bit_of_the_training(project, packing):
     assert {"loss/colour", "loss/word", "samples_per_second", "tokens_per_second", "memory_gb"} <= set(table)
 
 
-def stock_answer(model, picture: Image.Image, question: str, labels: list[str]) -> str:
-    "The label with the highest log P(label <|im_end|> | picture, question), by one stock forward pass a label."
+def stock_token_losses(model, picture: Image.Image, question: str, label: str) -> list[float]:
+    "Minus log P of each token of `label <|im_end|>`, by one stock forward pass."
     images, tokenizer = (kind.from_pretrained(base_location("small"), **more) for kind, more in ((AutoImageProcessor, {"backend": "pil"}), (AutoTokenizer, {})))
     inputs = images(images=picture, return_tensors="pt")
     tokens = int(inputs["image_grid_thw"].prod()) // images.merge_size**2
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False).replace("<|image_pad|>", "<|image_pad|>" * tokens)
-    start, totals = len(tokenizer(prompt)["input_ids"]), []
-    for label in labels:
-        ids = tokenizer(prompt + label + "<|im_end|>", return_tensors="pt")["input_ids"]
-        kinds = (ids == model.config.image_token_id).int()
-        with torch.no_grad():
-            logs = model(input_ids=ids, mm_token_type_ids=kinds, **inputs).logits[0].log_softmax(-1)
-        totals.append(sum(float(logs[i - 1, ids[0, i]]) for i in range(start, ids.shape[1])))
-    return labels[max(range(len(labels)), key=totals.__getitem__)]
+    start, ids = len(tokenizer(prompt)["input_ids"]), tokenizer(prompt + label + "<|im_end|>", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logs = model(input_ids=ids, mm_token_type_ids=(ids == model.config.image_token_id).int(), **inputs).logits[0].log_softmax(-1)
+    return [-float(logs[i - 1, ids[0, i]]) for i in range(start, ids.shape[1])]
+
+
+def stock_answer(model, picture: Image.Image, question: str, labels: list[str]) -> str:
+    "The label with the highest log P(label <|im_end|> | picture, question), by one stock forward pass a label."
+    return min(labels, key=lambda label: sum(stock_token_losses(model, picture, question, label)))
 
 
 def test_validation_finds_what_stock_forwards_find(project):
@@ -74,13 +77,32 @@ def test_validation_finds_what_stock_forwards_find(project):
     model = PeftModel.from_pretrained(Qwen2VLForConditionalGeneration.from_pretrained(base_location("small"), dtype=torch.float32), run.checkpoints()[6]).eval()
     rows = Prepared(project / "prepared" / "toy").split("colour", "validation")
     settings = config(project, "checked", validate_every=6, validation_samples=8)
-    chosen = next(data.chosen for data in validation.validation_sets(Prepared(project / "prepared" / "toy"), settings) if data.task.name == "colour")
+    looked_at = next(data for data in validation.validation_sets(Prepared(project / "prepared" / "toy"), settings) if data.task.name == "colour")
+    chosen = looked_at.chosen
+    assert looked_at.column("sha256") == [rows[i]["sha256"] for i in chosen]
     answers = [stock_answer(model, Image.open(io.BytesIO(rows[i]["image"])), "Which colour is it?", ["red", "green", "blue"]) for i in chosen]
     targets = [rows[i]["label"] for i in chosen]
     found = run.validations().iloc[-1]
     assert len(chosen) == 8 and found["accuracy/colour"] == pytest.approx(accuracy_score(targets, answers))
     assert found["macro_f1/colour"] == pytest.approx(f1_score(targets, answers, labels=sorted(set(targets)), average="macro", zero_division=0))
     assert found["mean"] == pytest.approx((found["accuracy/colour"] + found["accuracy/word"]) / 2)
+
+
+def test_the_loss_of_each_task_is_the_stock_loss_of_its_samples(project):
+    "Step 1 of a run that warms up from learning rate 0 sees the base model."
+    settings = config(project, "losses", {"name": "lora"}, steps=2, warmup_ratio=0.5, micro_batch=8)
+    logged = train(settings).metrics().iloc[0]
+    data = Prepared(project / "prepared" / "toy")
+    order = TrainingOrder(data, load_encoder(base_location("small"), settings.preprocessing), settings).order[:8]
+    model = Qwen2VLForConditionalGeneration.from_pretrained(base_location("small"), dtype=torch.float32).eval()
+    losses: dict[str, list[float]] = {"colour": [], "word": []}
+    questions = {task.name: task.question for task in data.suite.tasks}
+    for task, row in order:
+        one = data.split(task, "train")[row]
+        losses[task] += stock_token_losses(model, Image.open(io.BytesIO(one["image"])), questions[task], one["label"])
+    assert losses["colour"] and losses["word"]
+    for task, values in losses.items():
+        assert logged[f"loss/{task}"] == pytest.approx(sum(values) / len(values), abs=1e-4)
 
 
 # --- the best checkpoint, and stopping early -------------------------------------------------------
@@ -184,3 +206,13 @@ def test_without_tensorboard_there_is_a_line_and_an_error_only_where_asked(proje
     assert progress.event_writer(run, None, 0) is None and "pip install 'qwen2vl-sft[tensorboard]'" in capsys.readouterr().out
     with pytest.raises(InputError, match="needs the package tensorboard"):
         progress.event_writer(run, True, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_validation_on_cuda_in_bfloat16(project, method):
+    "Adapters in float32 on NF4, and float32 master weights, are validated in the precision that they train in."
+    settings = config(project, method, {"name": method}, validate_every=3)
+    settings.model.device, settings.model.dtype = "cuda", "bfloat16"
+    run = train(settings)
+    assert run.validations()["step"].tolist() == [3, 6] and run.metrics()["reserved_gb"].notna().any()

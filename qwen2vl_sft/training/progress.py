@@ -140,9 +140,9 @@ def figures_text(
     speed = f"{in_short(logs['samples_per_second'])} samples/s {in_short(logs['tokens_per_second'])} tokens/s"
     return f"loss {logs['loss']:.3f} lr {logs['learning_rate']:.1e} {speed} {logs['memory_gb']:.1f} GB"
 
-# %% ../../nbs/55_training.progress.ipynb #b02a5d33
+# %% ../../nbs/55_training.progress.ipynb #beba8e60
 LINE_SECONDS = 30.0  # between two lines of a log, at least
-BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining} {postfix}"
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
 
 def has_bar() -> bool:
