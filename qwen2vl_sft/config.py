@@ -304,7 +304,7 @@ class ExportConfig(Settings):
     least_agreement: float = Field(0.98, ge=0, le=1, description="share of the answers that must stay")
     most_shift: float = Field(0.05, ge=0, le=1, description="mean change of the label probabilities (total variation distance) that is allowed")
 
-# %% ../nbs/01_config.ipynb #bc30669a
+# %% ../nbs/01_config.ipynb #c99069fe
 NOT_WHAT_IS_TRAINED = (  # settings that change speed and memory; of the batch, only its effective size counts
     "workers", "log_every", "vision_cache", "vision_cache_gb", "pixel_cache_gb", "tensorboard", "keep_best", "save_every", "keep_last",
     "micro_batch", "accumulation", "activation_checkpointing",
@@ -315,6 +315,7 @@ class RunConfig(Settings):
     "The complete configuration of a training run."
 
     suite: str = Field(description="the suite's YAML file")
+    fold: int | None = Field(None, ge=0, description="hold out this fold instead of the drawn test rows, for data prepared with --folds")
     experiment: str = Field("default", pattern=r"^\w[\w.-]*$", description="folder under runs/ that this run is compared in")
     run: str = Field("run", pattern=r"^\w[\w.-]*$", description="folder of this run in the experiment")
     model: ModelConfig = Field(default_factory=ModelConfig)

@@ -412,6 +412,68 @@ MUTATIONS: list[Mutation] = [
         'return averaged(losses, inputs, average, total)',
         ('tests/test_processes.py::test_two_processes_train_and_score_as_one_with_twice_the_accumulation',),
     ),
+    Mutation(
+        '8', 'a picture in test and validation stays in both', 'qwen2vl_sft/data/audit.py',
+        'PRECEDENCE = {"test": 2, "validation": 1}',
+        'PRECEDENCE = {"test": 1, "validation": 1}',
+        ('tests/test_data_audit.py::test_leaks_leave_test_alone',),
+    ),
+    Mutation(
+        '8', 'links are not followed when a path is checked', 'qwen2vl_sft/data/sources.py',
+        'path = Path(os.path.realpath(root / reference))',
+        'path = Path(os.path.abspath(root / reference))',
+        ('tests/test_data_sources.py::test_paths_and_links_that_leave_the_root',),
+    ),
+    Mutation(
+        '5.6', 'the header check ignores EXIF', 'qwen2vl_sft/encoding/images.py',
+        'turned = tags.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)',
+        'turned = False',
+        ('tests/test_correctness.py::test_5_6_exif_orientation_is_applied',),
+    ),
+    Mutation(
+        '4', 'every epoch has the same order', 'qwen2vl_sft/data/mixture.py',
+        'np.random.default_rng([seed, key_of(name), epoch]).permutation(size)',
+        'np.random.default_rng([seed, key_of(name), 0]).permutation(size)',
+        ('tests/test_data_mixture.py::test_concatenate_gives_every_row_once_an_epoch',),
+    ),
+    Mutation(
+        '5.6', 'the order of the two passes of the resize is not checked', 'qwen2vl_sft/encoding/resize.py',
+        'ROWS_FIRST[key] = next(same, None)',
+        'ROWS_FIRST[key] = True',
+        ('tests/test_encoding_resize.py::test_every_size_gives_the_bytes_of_pillow_however_often_it_comes',),
+    ),
+    Mutation(
+        '5.6', "weights of the resize have fewer places than Pillow's", 'qwen2vl_sft/encoding/resize.py',
+        'PLACES = 22 ',
+        'PLACES = 16 ',
+        ('tests/test_encoding_resize.py::test_photographs_take_the_fast_way',),
+    ),
+    Mutation(
+        '6', 'a damaged file of the pixel cache is believed', 'qwen2vl_sft/data/pixels.py',
+        ' or checksum(pixels) != expected:',
+        ':',
+        ('tests/test_data_pixels.py::test_a_damaged_file_is_decoded_again',),
+    ),
+    Mutation(
+        '4', 'num_samples takes the first rows', 'qwen2vl_sft/data/sources.py',
+        'return set(random.Random(0).sample(range(count), min(count, chat.samples)))',
+        'return set(range(min(count, chat.samples)))',
+        ('tests/test_data_sources.py::test_num_samples_takes_random_rows_and_the_same_ones_each_time',),
+    ),
+    Mutation(
+        '4', 'the fold held out is trained on too', 'qwen2vl_sft/data/prepare.py',
+        '(places >= 0) & ~np.isin(places, list(held.values()))',
+        '(places >= 0)',
+        ('tests/test_data_prepare.py::test_a_fold_held_out_is_what_training_and_scoring_see',),
+    ),
+    Mutation(
+        '8', 'the first of several choices is taken', 'qwen2vl_sft/data/sources.py',
+        """    if len(answers) > 1:
+        return {"reason": f"several_answers: {', '.join(answers)[:200]}"}
+""",
+        '',
+        ('tests/test_data_sources.py::test_the_short_export_of_label_studio',),
+    ),
 ]
 
 

@@ -43,8 +43,8 @@ def test_an_edited_suite_is_not_overwritten(pets, capsys):
     (pets / "suite.yaml").write_text(edited)
     capsys.readouterr()
     assert cli.main(["prepare", "--from", str(pets / "pets.csv")]) == 2
-    shown = capsys.readouterr().err
-    assert shown.count("\n") == 1 and "exists already; prepare it with `qwen2vl-sft prepare" in shown
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1 and "exists already; prepare it with `qwen2vl-sft prepare" in shown.err and shown.out == ""
     assert (pets / "suite.yaml").read_text() == edited
 
 
@@ -58,14 +58,33 @@ def test_strict_exits_with_2_after_preparing(pets, project, capsys):
     (pets / "3.png").write_bytes(b"no picture")
     assert cli.main(["prepare", "--from", str(pets / "pets.csv")]) == 0
     assert cli.main(["prepare", str(pets / "suite.yaml"), "--strict"]) == 2
-    assert "1 rows are quarantined" in capsys.readouterr().err
+    assert "1 row is quarantined" in capsys.readouterr().err
     assert Prepared(project / "prepared" / "pets").audit["reasons"] == {"not_an_image": 1}
 
 
-def test_the_forecast_of_a_recipe(pets, root, capsys):
-    assert cli.main(["prepare", "--from", str(pets / "pets.csv"), "--recipe", str(root / "recipes" / "qwen2-vl-7b-mix.yaml")]) == 0
-    line = capsys.readouterr().out.splitlines()[-1]
+def test_the_forecast_of_a_recipe(pets, project, root, capsys):
+    recipe = str(root / "recipes" / "qwen2-vl-7b-mix.yaml")
+    assert cli.main(["prepare", "--from", str(pets / "pets.csv"), "--recipe", recipe]) == 0
+    *_, line, stand_in = capsys.readouterr().out.splitlines()
     assert line.startswith("Qwen/Qwen2-VL-7B-Instruct, at most 571,536 pixels") and "1 steps of 32 an epoch" in line and "qlora" in line
+    assert "counted with the small model's tokenizer" in stand_in
+    (plan,) = Prepared(project / "prepared" / "pets").audit["forecast"].items()
+    assert plan[0] == "Qwen/Qwen2-VL-7B-Instruct" and plan[1]["max_pixels"] == 571_536 and plan[1]["tokenizer"] == "small, as a stand-in"
+    page = (project / "prepared" / "pets" / "audit.html").read_text()
+    assert page.count('<section id="forecast">') == 1 and "Qwen2-VL-7B" in page and "Qwen2-VL-2B" not in page
+    assert cli.main(["prepare", str(pets / "suite.yaml")]) == 0  # nothing to do, and the forecast stays
+    assert list(Prepared(project / "prepared" / "pets").audit["forecast"]) == ["Qwen/Qwen2-VL-7B-Instruct"]
+
+
+def test_a_tiny_table_says_what_is_missing(project, capsys):
+    for number in range(3):
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(project / f"{number}.png")
+    (project / "t.csv").write_text("image,label\n0.png,yes\n1.png,no\n2.png,yes\n")
+    assert cli.main(["prepare", "--from", str(project / "t.csv")]) == 0
+    shown = capsys.readouterr()
+    text = shown.out + shown.err
+    assert "task t (closed, 2 labels, 3 rows)" in text and "1 task\n" in text and "1 tasks" not in text
+    assert "no rows in test: nothing can be measured" in text
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

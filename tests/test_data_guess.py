@@ -276,3 +276,23 @@ def test_questions_divide_rows_without_remainder(tmp_path, talks):
         assert "can be used" in str(error)
         return
     assert len(rows) == len(records)
+
+
+@pytest.mark.parametrize(("answers", "expected"), [
+    (["yes"], ["yes", "no"]), (["No", "Yes"], ["Yes", "No"]), (["NO"], ["YES", "NO"]), (["是", "否", "是"], ["是", "否"]),
+    (["true", "false"], ["true", "false"]), (["1", "0"], ["1", "0"]), (["1"], None), (["a", "b"], None), (["a", "b", "a"], ["a", "b"]),
+    (["a", "b", "c"], None), (["yes", "no", "maybe"], None),
+])
+def test_a_few_rows_with_yes_and_no_are_a_closed_task(tmp_path, answers, expected):
+    for number in range(len(answers)):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "tiny.csv").write_text("image,label\n" + "".join(f"{i}.png,{answer}\n" for i, answer in enumerate(answers)))
+    (task,) = guess(tmp_path / "tiny.csv").suite["tasks"]
+    assert task.get("labels") == expected
+
+
+def test_the_short_export_of_label_studio(folder):
+    write_json(folder / "short.json", [{"image": f"/data/img/{i}.png", "id": i, "pet": ["cat", "dog"][i % 2], "age": "old" if i % 3 else "young",
+                                        "annotator": 1, "annotation_id": i, "created_at": "2024", "lead_time": 1.5} for i in range(12)])
+    found = guess(folder / "short.json")
+    assert [(task["name"], task["labels"]) for task in found.suite["tasks"]] == [("short_pet", ["cat", "dog"]), ("short_age", ["old", "young"])]

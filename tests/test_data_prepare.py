@@ -608,3 +608,31 @@ def test_import_needs_no_notebook_tools():
     code = ("import sys\nfor name in ('nbdev', 'papermill', 'jupyter', 'matplotlib', 'openai', 'bitsandbytes'): sys.modules[name] = None\n"
             "import qwen2vl_sft.data.prepare, qwen2vl_sft.data.mixture\nassert 'torch' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_fold_held_out_is_what_training_and_scoring_see(tmp_path):
+    write_table(tmp_path, "all.csv", [("ab"[n % 2], n) for n in range(40)])
+    drawn = suite_of(tmp_path, all="all.csv")
+    prepared = prepare(drawn, tmp_path / "out", folds=4, workers=0)
+    name = prepared.tasks[0]
+    views = [prepared.holding_out(number) for number in range(4)]
+    tests = [view.split(name, "test").column("id") for view in views]
+    assert sorted(id for ids in tests for id in ids) == sorted(id for split in SPLITS for id in prepared.split(name, split).column("id"))
+    for view, test in zip(views, tests, strict=True):
+        parts = [view.split(name, split).column("id") for split in SPLITS]
+        assert not set(parts[0]) & set(test) and sum(map(len, parts)) == 40
+        assert view.counts().loc[name].tolist() == [len(part) for part in parts]
+    assert len({view.audit["fingerprint"] for view in [prepared, *views]}) == 5 and prepared.held_out is None
+    with pytest.raises(InputError, match="there is no fold 4"):
+        prepared.holding_out(4)
+    with pytest.raises(InputError, match="prepared without folds"):
+        prepare(drawn, tmp_path / "plain", workers=0).holding_out(0)
+
+
+def test_each_image_file_is_read_once(given, tmp_path, monkeypatch):
+    opened = Counter()
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (opened.update([path.name]), read(path))[1])
+    prepared = prepare(given, tmp_path / "out", workers=0)
+    pictures = {name: times for name, times in opened.items() if name.endswith(".png")}
+    assert prepared.audit["accepted"] and set(pictures.values()) == {1}

@@ -402,6 +402,65 @@ def test_label_studio(table):
     assert rows_of(table, format="labelstudio", path="x.json")[1].reason.startswith("several_answers: cat, it sleeps")
 
 
+def test_the_short_export_of_label_studio(table):
+    def short(answer, **more):
+        return {"image": "/data/local-files/?d=a.png", "id": 5, "pet": answer, "annotator": 1, "annotation_id": 9, "lead_time": 2.5} | more
+
+    write_json(table / "x.json", [
+        short("cat"), short({"choices": ["cat", "dog"]}), short({"choices": ["dog"]}), short(["cat", "dog"]), short(None), short(" "),
+        {"image": "a.png", "annotation_id": 3}, short("cat", image="../a.png"), {"image": "a.png", "pet": "cat"}, 7])
+    rows = rows_of(table, format="labelstudio", path="x.json", label="pet")
+    assert [row.label or row.reason.split(":")[0] for row in rows] == [
+        "cat", "several_answers", "dog", "several_answers", "empty_label", "empty_label", "empty_label", "cat", "not_json", "not_json"]
+    assert rows[0].path == str(table / "a.png") and rows[7].reason.startswith("outside_root")
+    write_json(table / "x.json", [short("cat"), short("cat", note="asleep")])
+    one, two = rows_of(table, format="labelstudio", path="x.json")
+    assert one.label == "cat" and two.reason == "several_answers: pet, note; name one control with label: NAME in the source"
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("formatting", ["alpaca", "sharegpt"])
+def test_llama_factory_files_of_any_kind_give_the_same_rows(table, suffix, formatting):
+    import csv
+
+    if formatting == "alpaca":
+        records = [{"instruction": f"<image>Which? {i}", "input": "", "output": "cat", "system": "Be brief.", "images": ["a.png"]} for i in range(9)]
+    else:
+        records = [{"conversations": human(f"<image>Which? {i}"), "system": "Be brief.", "images": ["a.png"]} for i in range(9)]
+    file = table / f"x.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), file)
+    elif suffix == "csv":
+        with open(file, "w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, list(records[0]))
+            writer.writeheader()
+            writer.writerows({name: json.dumps(cell) if isinstance(cell, list) else cell for name, cell in each.items()} for each in records)
+    else:
+        file.write_text(json.dumps(records) if suffix == "json" else "".join(json.dumps(each) + "\n" for each in records))
+    for file_name in (file.name, "folder"):
+        (table / "folder").mkdir(exist_ok=True)
+        (table / "folder" / file.name).write_bytes(file.read_bytes())
+        write_json(table / "dataset_info.json", {"pets": {"file_name": file_name, "formatting": formatting, "columns": {"images": "images", "system": "system"}}})
+        rows = rows_of(table, format="llamafactory", path=".", dataset="pets")
+        assert [(row.question, row.label, row.reason, row.path, row.notes) for row in rows] == [
+            (f"Which? {i}", "cat", None, str(table / "a.png"), ("system_prompt_left_out: Be brief.",)) for i in range(9)]
+
+
+def test_num_samples_takes_random_rows_and_the_same_ones_each_time(table):
+    write_json(table / "x.json", [{"conversations": human(f"<image>{i}"), "images": ["a.png"]} for i in range(100)])
+    info = {"file_name": "x.json", "formatting": "sharegpt"}
+
+    def taken(count):
+        write_json(table / "dataset_info.json", {"pets": info | {"num_samples": count}})
+        return [int(row.question) for row in rows_of(table, format="llamafactory", path=".", dataset="pets")]
+
+    first = taken(20)
+    assert len(set(first)) == 20 and first == taken(20) and first != list(range(20)) and taken(1000) == list(range(100))
+    for bad in (0, -1, "ten", True, 2.5):
+        write_json(table / "dataset_info.json", {"pets": info | {"num_samples": bad}})
+        assert "num_samples has to be a whole number above 0" in error_of(table, format="llamafactory", path=".", dataset="pets")
+
+
 def test_hugging_face_splits_columns_and_broken_folders(tmp_path):
     import datasets
 

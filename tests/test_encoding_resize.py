@@ -1,12 +1,14 @@
 """The compiled resize gives Pillow's bytes at every size, or is not used."""
+import io
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from qwen2vl_sft.encoding import resize as module
-from qwen2vl_sft.encoding.images import ImageEncoder
+from qwen2vl_sft.encoding.images import ImageEncoder, header_size
 from qwen2vl_sft.encoding.resize import fast_squares, kernels, resized_squares
 
 IMAGES = ImageEncoder(patch=14, merge=2, temporal=2, min_pixels=3136, max_pixels=756 * 756, mean=(0.5,) * 3, std=(0.5,) * 3, resample=3)
@@ -82,3 +84,16 @@ def test_other_patches(patch, merge):
     for _ in range(2):
         found = resized_squares(image, 20 * side, 14 * side, patch, merge)
     assert found.shape == (14, 20, merge, merge, 3, patch, patch) and (as_picture(found) == pillow(image, 20 * side, 14 * side)).all()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_token_counts_decode_nothing(monkeypatch, format):
+    buffer = io.BytesIO()
+    picture(640, 480, 0, "flat").save(buffer, format)
+
+    def fail(*_):
+        raise AssertionError("the picture was decoded")
+
+    for kind in (ImageFile.ImageFile, type(Image.open(buffer))):
+        monkeypatch.setattr(kind, "load", fail)
+    assert header_size(buffer.getvalue()) == (640, 480) and IMAGES.tokens(640, 480) == 17 * 23

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SPLIT_WORDS', 'IMAGE_SUFFIXES', 'COLUMN_WORDS', 'LOOKED_AT', 'SUFFIXES', 'MOST_LABELS', 'MOST_TASKS', 'OFTEN', 'FEW',
-           'reads_as', 'detect_encoding', 'split_of', 'names_an_image', 'share_of_images', 'by_name', 'guess_columns',
-           'repeats', 'guess_file', 'stated', 'guess_parquet', 'guess_delimited', 'guess_json', 'first_character',
-           'guess_chat', 'dicts_in', 'studio_controls', 'guess_studio', 'Origin', 'origins_of', 'find_origins',
-           'saved_dataset', 'llama_factory', 'tables', 'holds_images', 'class_folders', 'with_root', 'Reading',
-           'read_origin', 'counted', 'label_set', 'slug', 'task_of', 'questions_asked', 'tasks_of', 'Guess', 'guess',
-           'free_name', 'origin_lines', 'task_lines', 'suite_text', 'one_line_each', 'write_guess', 'make_folder',
-           'guess_suite', 'forecast_prepared']
+           'PAIRS', 'reads_as', 'detect_encoding', 'split_of', 'names_an_image', 'share_of_images', 'by_name',
+           'guess_columns', 'repeats', 'guess_file', 'stated', 'guess_parquet', 'guess_delimited', 'guess_json',
+           'first_character', 'guess_chat', 'dicts_in', 'studio_controls', 'guess_studio', 'studio_sources',
+           'guess_short_studio', 'Origin', 'origins_of', 'find_origins', 'saved_dataset', 'llama_factory', 'tables',
+           'holds_images', 'class_folders', 'with_root', 'Reading', 'read_origin', 'counted', 'opposite', 'label_set',
+           'slug', 'task_of', 'questions_asked', 'tasks_of', 'Guess', 'guess', 'free_name', 'origin_lines',
+           'task_lines', 'suite_text', 'one_line_each', 'write_guess', 'make_folder', 'guess_suite',
+           'forecast_prepared']
 
-# %% ../../nbs/28_data.guess.ipynb #0ece3bb8
+# %% ../../nbs/28_data.guess.ipynb #9490066d
 import codecs
 import csv
 import os
@@ -28,8 +29,8 @@ from ..config import RunConfig
 from ..core import InputError, write_atomically
 from .audit import look_alike
 from .forecast import Sample, forecast, forecast_lines, plan_of_recipe
-from .prepare import Prepared
-from .sources import (OPENAI_TAGS, SHAREGPT_TAGS, Row, dataset_entry, json_records, parsed, read_rows,
+from .prepare import Prepared, set_forecast
+from .sources import (OPENAI_TAGS, SHAREGPT_TAGS, STUDIO_FIELDS, Row, dataset_entry, is_short, json_records, parsed, read_rows,
                                       text_lines, text_or_none)
 from ..tasks import SPLITS, load_suite
 
@@ -194,7 +195,7 @@ def guess_delimited(file: Path, source: dict) -> dict:
         source = source | {"delimiter": delimiter}
     return source | stated(guess_columns(records, columns, file))
 
-# %% ../../nbs/28_data.guess.ipynb #abba7675
+# %% ../../nbs/28_data.guess.ipynb #260cb60f
 def guess_json(file: Path, source: dict) -> list[dict]:
     "Sources for JSON: conversations, Alpaca, Label Studio, or flat objects."
     records = [record for _, record in islice(json_records(file, source), LOOKED_AT) if isinstance(record, dict)]
@@ -209,6 +210,8 @@ def guess_json(file: Path, source: dict) -> list[dict]:
         return [source | {"format": "llamafactory", "formatting": "alpaca"} | images]
     if "data" in keys and ("annotations" in keys or "completions" in keys):
         return [source | each for each in guess_studio(records, file)]
+    if all(map(is_short, records)):
+        return [source | each for each in guess_short_studio(records, file)]
     lines = {"format": "json" if first_character(file, source) == "[" else "jsonl"}
     return [source | lines | stated(guess_columns(records, list(keys), file))]
 
@@ -217,7 +220,7 @@ def first_character(file: Path, source: dict) -> str:
     "The file's first character that isn't space."
     return next((line.strip()[0] for line in text_lines(file, source) if line.strip()), "")
 
-# %% ../../nbs/28_data.guess.ipynb #a2898e31
+# %% ../../nbs/28_data.guess.ipynb #ca867fbf
 def guess_chat(records: list[dict], keys: Counter, messages: str) -> dict:
     "Format, columns and tags of conversations."
     turns = [turn for record in records if isinstance(record.get(messages), list) for turn in record[messages] if isinstance(turn, dict)]
@@ -255,9 +258,22 @@ def guess_studio(records: list[dict], file: Path) -> list[dict]:
     image = next((column for column in columns if share_of_images(data, column) > 0.5), by_name(columns, "image"))
     if image is None:
         raise InputError(f"{file}: no entry of `data` holds an image; it has: {', '.join(columns)[:300]}")
-    controls = studio_controls(records)
+    return studio_sources(image, studio_controls(records))
+
+
+def studio_sources(image: str, controls: list[str]) -> list[dict]:
+    "A source for each control."
     picture = {} if image == "image" else {"image": image}
     return [{"format": "labelstudio", **picture, "label": control} for control in controls] or [{"format": "labelstudio", **picture}]
+
+
+def guess_short_studio(records: list[dict], file: Path) -> list[dict]:
+    "A source for each answer of Label Studio's short export."
+    columns = list(dict.fromkeys(key for record in records for key in record if key not in STUDIO_FIELDS))
+    image = next((column for column in columns if share_of_images(records, column) > 0.5), by_name(columns, "image"))
+    if image is None:
+        raise InputError(f"{file}: no column holds an image; it has: {', '.join(columns)[:300]}")
+    return studio_sources(image, [column for column in columns if column != image])
 
 # %% ../../nbs/28_data.guess.ipynb #e5197161
 @dataclass
@@ -420,8 +436,22 @@ def counted(counts: Counter, most: int = 12) -> str:
     shown = ", ".join(f"{str(key)[:60]} {number:,}" for key, number in counts.most_common(most))
     return shown + (f" and {len(counts) - most:,} more" if len(counts) > most else "")
 
-# %% ../../nbs/28_data.guess.ipynb #7372d742
+# %% ../../nbs/28_data.guess.ipynb #f6e33f2f
 MOST_LABELS, MOST_TASKS, OFTEN, FEW = 100, 30, 10, 5
+
+
+PAIRS = [("yes", "no"), ("true", "false"), ("是", "否"), ("有", "无"), ("positive", "negative"), ("1", "0"), ("y", "n"), ("t", "f")]
+
+
+def opposite(labels: list[str]) -> list[str] | None:
+    "The labels, as written, where all are words of one pair such as yes and no; with the other word where only one occurs."
+    folded = {label.casefold(): label for label in labels}
+    pair = next((pair for pair in PAIRS if folded and folded.keys() <= set(pair)), None)
+    if pair is None or (len(folded) == 1 and pair[0] in ("1", "y", "t")):
+        return None
+    written = next(iter(folded.values()))
+    cased = str.upper if written.isupper() else str.title if written.istitle() else str
+    return [folded.get(word, cased(word)) for word in pair]
 
 
 def label_set(answers: Counter) -> list[str] | None:
@@ -434,7 +464,10 @@ def label_set(answers: Counter) -> list[str] | None:
         if not any(look_alike(label, answer) for label in labels):
             labels.append(answer)
     rare = sum(filled[label] == 1 for label in labels)
-    if not 2 <= len(labels) <= MOST_LABELS or sum(filled.values()) < 2 * len(labels) or rare > len(labels) / 2:
+    if pair := opposite(labels):
+        return pair
+    fewest = 2 * len(labels) if len(labels) > 2 else 3
+    if not 2 <= len(labels) <= MOST_LABELS or sum(filled.values()) < fewest or rare > len(labels) / 2:
         return None
     if any(len(label) > 80 or "\n" in label for label in labels):
         return None
@@ -584,7 +617,7 @@ def write_guess(found: Guess, out: Path | str | None = None) -> Path:
     load_suite(target)
     return target
 
-# %% ../../nbs/28_data.guess.ipynb #42cabff2
+# %% ../../nbs/28_data.guess.ipynb #01626bfa
 def make_folder(folder: Path) -> None:
     "Make a folder with its parents; InputError where that can't be."
     try:
@@ -602,14 +635,14 @@ def guess_suite(path: Path | str, out: Path | str | None = None) -> Path:
     if target:
         make_folder(target.parent)
     found = guess(path, target.parent if target else None)
-    print(found.text())
     target = write_guess(found, target)
+    print(found.text())
     print(f"wrote {target}: edit questions and labels there, then `qwen2vl-sft prepare {target}`", flush=True)
     return target
 
-# %% ../../nbs/28_data.guess.ipynb #e89b4e03
+# %% ../../nbs/28_data.guess.ipynb #7b01d0e3
 def forecast_prepared(prepared: Prepared, config: RunConfig) -> list[str]:
-    "Lines on lengths, what doesn't fit, steps and estimated memory of a recipe on prepared data."
+    "Lines on lengths, what doesn't fit, steps and estimated memory of a recipe on prepared data; the audit gets them too."
     samples = []
     for task in prepared.suite.tasks:
         for split in SPLITS:
@@ -617,4 +650,6 @@ def forecast_prepared(prepared: Prepared, config: RunConfig) -> list[str]:
             names = ("question", "label", "width", "height")
             for question, label, width, height in zip(*(rows.column(name) for name in names), strict=True):
                 samples.append(Sample(split, question or task.question, label, width, height))
-    return forecast_lines(forecast(samples, [plan_of_recipe(config)]))
+    found = forecast(samples, [plan_of_recipe(config)])
+    set_forecast(prepared, found)
+    return forecast_lines(found)

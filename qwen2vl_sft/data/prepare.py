@@ -10,9 +10,10 @@ __all__ = ['COLUMNS', 'FEATURES', 'SCHEMA', 'GROUP_ROWS', 'GROUP_BYTES', 'SHARD_
            'divide', 'draw_folds', 'settle_splits', 'write_task', 'Progress', 'finish_task', 'finished_task',
            'prepare_task', 'content_of', 'is_current', 'folds_of', 'previous_places', 'assignment', 'write_tables',
            'join_audits', 'prepare', 'write_suite', 'Rows', 'select', 'read_group', 'image', 'without_images',
-           'Prepared', 'counts', 'quarantine', 'fold', 'stream', 'prepared_html', 'pictures_html', 'load_split']
+           'Prepared', 'counts', 'quarantine', 'set_forecast', 'fold', 'is_drawn', 'holding_out', 'stream',
+           'prepared_html', 'pictures_html', 'load_split']
 
-# %% ../../nbs/23_data.prepare.ipynb #50567097
+# %% ../../nbs/23_data.prepare.ipynb #81c35d96
 import errno
 import json
 import multiprocessing
@@ -39,7 +40,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from ..core import InputError, RunFailure, fingerprint, project_root, say, sha256_of, write_atomically
-from .audit import (Audit, Checked, Limits, assign_groups, connected, inspect_row, note_duplicates,
+from .audit import (FORECAST, Audit, Checked, Limits, assign_groups, connected, forecast_html, inspect_row, note_duplicates,
                                     note_two_labels, number_duplicate_ids, quarantine_leaks, shared_between_tasks,
                                     task_remarks, thumbnail)
 from .sources import Row, read_rows, source_contents
@@ -561,7 +562,7 @@ def join_audits(suite: Suite, audits: list[Audit]) -> Audit:
         joined.remarks[task] += remarks
     return joined
 
-# %% ../../nbs/23_data.prepare.ipynb #5df9dc0f
+# %% ../../nbs/23_data.prepare.ipynb #45a9c822
 def prepare(
     suite: Suite,
     out: Path | None = None,  # the folder that gets a subfolder for the suite; default: prepared/ of the project
@@ -591,10 +592,11 @@ def prepare(
             write_suite(suite, progress, settings, wanted, force, workers)
     prepared = Prepared(out / suite.name)
     if strict and prepared.audit["quarantined"]:
-        raise InputError(f"{prepared.audit['quarantined']} rows are quarantined; see {prepared.folder / 'audit.html'}")
+        left_out = prepared.audit["quarantined"]
+        raise InputError(f"{left_out} row{'s are' if left_out != 1 else ' is'} quarantined; see {prepared.folder / 'audit.html'}")
     return prepared
 
-# %% ../../nbs/23_data.prepare.ipynb #fe11ad0b
+# %% ../../nbs/23_data.prepare.ipynb #b47fa55d
 def write_suite(suite: Suite, progress: Progress, settings: dict, wanted: str, anew: bool, workers: int | None) -> None:
     "Prepare all tasks; the folder appears or changes at the end. Takes up what was done, unless `anew`."
     folder = progress.folder
@@ -603,7 +605,7 @@ def write_suite(suite: Suite, progress: Progress, settings: dict, wanted: str, a
     if anew:
         progress.clear()
     progress.begin(fingerprint([wanted, splits, folds]))
-    say(f"preparing {suite.name}: {len(suite.tasks)} tasks")
+    say(f"preparing {suite.name}: {len(suite.tasks)} task{'s' * (len(suite.tasks) != 1)}")
     try:
         with Workers(workers) as pool:
             audits = [prepare_task(number, suite, progress, settings, splits, pool) for number in range(len(suite.tasks))]
@@ -697,16 +699,18 @@ def without_images(rows: Rows) -> dict:
 
 Rows.select, Rows.read_group, Rows.image, Rows.__getstate__ = select, read_group, image, without_images
 
-# %% ../../nbs/23_data.prepare.ipynb #2e719177
+# %% ../../nbs/23_data.prepare.ipynb #1c584300
 class Prepared:
     "Prepared data of a suite: tasks, splits and the audit. InputError where `folder` has none."
 
     def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
+        self.folder, self.held_out = Path(folder), None
         try:
             self.audit: dict = json.loads((self.folder / "audit.json").read_text())
         except (OSError, ValueError):
             raise InputError(f"{self.folder} holds no prepared data; run `qwen2vl-sft prepare` on the suite file") from None
+        tasks = self.audit.get("tasks", {})  # rows in the files; a held out fold changes the audit's counts only
+        self.written = {name: {split: each["rows"] for split, each in task["splits"].items()} for name, task in tasks.items()}
 
     @cached_property
     def suite(self) -> Suite:
@@ -718,15 +722,21 @@ class Prepared:
 
     def split(self, task: str, split: str) -> Rows:
         "The rows of one split, maybe none; InputError for an unknown task or split, or lost files."
+        if self.held_out is not None and split in SPLITS and self.is_drawn(task):
+            return self.fold(task, self.held_out)[split]
+        return self.stored(task, split)
+
+    def stored(self, task: str, split: str) -> Rows:
+        "The rows of one split as they are in its files."
         self.suite.task(task)
         if split not in SPLITS:
             raise InputError(f"there is no split {split!r}; there are {', '.join(SPLITS)}")
         rows = Rows(sorted((self.folder / task).glob(f"{split}-*.parquet")))
-        if len(rows) != self.audit["tasks"][task]["splits"][split]["rows"]:
+        if len(rows) != self.written[task][split]:
             raise InputError(f"{self.folder / task}: files of {split} are missing or changed; prepare the suite again")
         return rows
 
-# %% ../../nbs/23_data.prepare.ipynb #04857d52
+# %% ../../nbs/23_data.prepare.ipynb #2d457cf8
 def counts(prepared: Prepared, what: str = "rows") -> pd.DataFrame:
     "Table of task by split: `rows`, `sources` (independent ones) or `groups` (near duplicates as one)."
     tasks = {task: prepared.audit["tasks"][task]["splits"] for task in prepared.tasks}
@@ -738,9 +748,17 @@ def quarantine(prepared: Prepared) -> pd.DataFrame:
     return pq.read_table(prepared.folder / "quarantine.parquet").to_pandas()
 
 
+def set_forecast(prepared: Prepared, found: dict[str, dict]) -> None:
+    "Put a forecast in the place of those in audit.json and audit.html; preparing anew puts the usual ones back."
+    prepared.audit["forecast"] = found
+    write_atomically(prepared.folder / "audit.json", json.dumps(prepared.audit, indent=1, ensure_ascii=False))
+    page = (prepared.folder / "audit.html").read_text(encoding="utf-8")
+    write_atomically(prepared.folder / "audit.html", FORECAST.sub(lambda _: forecast_html(prepared.audit), page, count=1))
+
+
 Prepared.counts, Prepared.quarantine = counts, quarantine
 
-# %% ../../nbs/23_data.prepare.ipynb #e0a26ab0
+# %% ../../nbs/23_data.prepare.ipynb #8f8924c9
 def fold(prepared: Prepared, task: str, number: int) -> dict[str, Rows]:
     "Train, validation and test rows where fold `number` is held out (for test if that was drawn, else for validation)."
     folds = prepared.audit["settings"].get("folds", 0)
@@ -751,10 +769,10 @@ def fold(prepared: Prepared, task: str, number: int) -> dict[str, Rows]:
     _, parts = parts_to_draw(prepared.suite.task(task), prepared.audit["settings"]["fractions"])
     if not parts:
         raise InputError(f"task {task} gives all its splits, so none of its rows are in folds")
-    table = pq.read_table(prepared.folder / "splits.parquet").to_pandas()
+    table = pq.read_table(prepared.folder / "splits.parquet", columns=["task", "split", "id", "fold"]).to_pandas()
     table = table[(table["task"] == task) & table["fold"].notna()]
     fold_of = dict(zip(zip(table["split"], table["id"], strict=True), table["fold"].astype(int), strict=True))
-    given = {split: prepared.split(task, split) for split in SPLITS}
+    given = {split: prepared.stored(task, split) for split in SPLITS}
     keys = [(split, id) for split, rows in given.items() for id in rows.column("id")]
     places = np.array([fold_of.get(key, -1) for key in keys])
     drawn = [split for split in ("test", "validation") if split in parts]
@@ -765,15 +783,33 @@ def fold(prepared: Prepared, task: str, number: int) -> dict[str, Rows]:
     return given | found | {"train": train}
 
 
-Prepared.fold = fold
+def is_drawn(prepared: Prepared, task: str) -> bool:
+    "Whether some of the task's splits were drawn, so that its rows are in folds."
+    return bool(parts_to_draw(prepared.suite.task(task), prepared.audit["settings"]["fractions"])[1])
 
-# %% ../../nbs/23_data.prepare.ipynb #17fcdc67
+
+def holding_out(prepared: Prepared, number: int) -> Prepared:
+    "The same data, with fold `number` in place of the drawn splits of each task; for training and scoring."
+    if not any(prepared.is_drawn(task) for task in prepared.tasks):
+        raise InputError(f"all tasks of {prepared.folder} give their splits, so there are no folds")
+    view = Prepared(prepared.folder)
+    for task in filter(prepared.is_drawn, prepared.tasks):
+        for split, rows in prepared.fold(task, number).items():  # InputError where there is no such fold
+            view.audit["tasks"][task]["splits"][split]["rows"] = len(rows)
+    view.held_out = number
+    view.audit["fingerprint"] = fingerprint([prepared.audit["fingerprint"], "fold", number])
+    return view
+
+
+Prepared.fold, Prepared.is_drawn, Prepared.holding_out = fold, is_drawn, holding_out
+
+# %% ../../nbs/23_data.prepare.ipynb #7f6e0f90
 def stream(prepared: Prepared, task: str, split: str) -> "datasets.IterableDataset":  # noqa: F821
-    "The rows of a split as `Rows` gives them, without an index."
+    "The rows of a split as `Rows` gives them, without an index; folds don't count."
     from datasets import Features, IterableDataset, Value, load_dataset
     from datasets import Image as ImageFeature
 
-    files = [str(file) for file in prepared.split(task, split).files]
+    files = [str(file) for file in prepared.stored(task, split).files]
     names = {name: Value(str(kind)) for name, kind in COLUMNS.items() if name != "image"}
     if not files:
         return IterableDataset.from_generator(lambda: iter(()), features=Features(names | {"image": Value("binary")}))

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['READERS', 'LAZY_READERS', 'COLUMNS', 'FILE_OPTIONS', 'IMAGE_PLACEHOLDER', 'SHAREGPT_TAGS', 'OPENAI_TAGS',
-           'CHAT_OPTIONS', 'CHAT_COLUMNS', 'Row', 'path_inside', 'bytes_of_data_uri', 'locate_image', 'locate_text',
-           'Reader', 'reader', 'formats', 'reader_of', 'whole_text', 'questions_of', 'rows_that_ask', 'read_rows',
-           'source_files', 'column_names', 'text_or_none', 'row_of_record', 'fits', 'check_encoding', 'text_lines',
-           'bad_line', 'table_contents', 'image_stamp', 'read_delimited', 'read_csv', 'read_tsv', 'parsed',
-           'json_lines', 'json_records', 'not_a_record', 'rows_of_json', 'read_jsonl', 'read_json', 'folder_contents',
-           'read_folder', 'files_below', 'class_names', 'read_parquet', 'Talk', 'without_placeholder',
-           'content_of_turn', 'turns_of', 'talk_of_messages', 'row_of_talk', 'mapping_of', 'dataset_entry', 'info_path',
-           'ChatFiles', 'chat_files', 'talk_of_alpaca', 'row_of_chat', 'rows_of_chat', 'chat_contents',
+           'CHAT_OPTIONS', 'CHAT_SUFFIXES', 'CHAT_COLUMNS', 'STUDIO_FIELDS', 'Row', 'path_inside', 'bytes_of_data_uri',
+           'locate_image', 'locate_text', 'Reader', 'reader', 'formats', 'reader_of', 'whole_text', 'questions_of',
+           'rows_that_ask', 'read_rows', 'source_files', 'column_names', 'text_or_none', 'row_of_record', 'fits',
+           'check_encoding', 'text_lines', 'bad_line', 'table_contents', 'image_stamp', 'read_delimited', 'read_csv',
+           'read_tsv', 'parsed', 'json_lines', 'json_records', 'not_a_record', 'rows_of_json', 'read_jsonl',
+           'read_json', 'folder_contents', 'read_folder', 'files_below', 'class_names', 'read_parquet',
+           'parquet_records', 'Talk', 'without_placeholder', 'content_of_turn', 'turns_of', 'talk_of_messages',
+           'row_of_talk', 'mapping_of', 'dataset_entry', 'info_path', 'ChatFiles', 'chat_files', 'talk_of_alpaca',
+           'row_of_chat', 'chat_records', 'csv_records', 'list_or_text', 'taken', 'rows_of_chat', 'chat_contents',
            'read_llamafactory', 'read_llava', 'llava_source', 'studio_path', 'studio_answers', 'studio_label',
-           'read_labelstudio', 'huggingface_dataset', 'undecoded', 'huggingface_contents', 'read_huggingface',
-           'source_contents']
+           'is_short', 'short_label', 'read_labelstudio', 'huggingface_dataset', 'undecoded', 'huggingface_contents',
+           'read_huggingface', 'source_contents']
 
-# %% ../../nbs/20_data.sources.ipynb #3549f1f3
+# %% ../../nbs/20_data.sources.ipynb #e88180a6
 import base64
 import binascii
 import codecs
@@ -26,6 +27,7 @@ import importlib
 import inspect
 import json
 import os
+import random
 import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -436,7 +438,7 @@ def class_names(schema, column: str) -> list[str] | None:
     except (ValueError, KeyError, TypeError):
         return None
 
-# %% ../../nbs/20_data.sources.ipynb #2e230b6f
+# %% ../../nbs/20_data.sources.ipynb #0ec7a1a0
 @reader("parquet", options=FILE_OPTIONS, contents=table_contents)
 def read_parquet(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: parquet, path: train-*.parquet}`; only the named columns are read, in batches."
@@ -457,6 +459,18 @@ def read_parquet(source: dict, folder: Path) -> Iterator[Row]:
                 yield row_of_record(record, names, file, number, source, folder)
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{file}: not readable as Parquet ({error})") from None
+
+
+def parquet_records(file: Path) -> Iterator[dict]:
+    "All columns of a Parquet file, record after record."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
+            yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file}: not readable as Parquet ({error})") from None
 
 # %% ../../nbs/20_data.sources.ipynb #9d359899
 IMAGE_PLACEHOLDER = "<image>"
@@ -551,8 +565,9 @@ def row_of_talk(talk: Talk, images: object, key: str, where: str, root: Path) ->
     notes += [f"system_prompt_left_out: {system[:200]}"] if system else []
     return Row(key, label=talk.label, question=question or None, reason=reason, where=where, notes=tuple(notes), **place)
 
-# %% ../../nbs/20_data.sources.ipynb #25f79ebd
+# %% ../../nbs/20_data.sources.ipynb #28a337a2
 CHAT_OPTIONS = ("path", "root", "encoding", "columns", "tags", "only", "without")
+CHAT_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 CHAT_COLUMNS = {
     "sharegpt": {"messages": "conversations", "system": "system", "images": "images", "id": "id"},
     "alpaca": {"prompt": "instruction", "query": "input", "response": "output", "history": "history",
@@ -584,7 +599,7 @@ def dataset_entry(source: dict, folder: Path) -> tuple[Path, dict]:
         raise InputError(f"{file}: dataset {name} holds preference pairs; a labelled sample has one answer")
     return file.parent, entry
 
-# %% ../../nbs/20_data.sources.ipynb #a07bf0b0
+# %% ../../nbs/20_data.sources.ipynb #4519731c
 def info_path(source: dict, folder: Path) -> str | None:
     "The path of dataset_info.json if the source reads one, else None."
     path = str(source.get("path") or "")
@@ -601,6 +616,7 @@ class ChatFiles:
     formatting: str
     columns: dict[str, str]
     tags: dict[str, str]
+    samples: int | None = None  # take so many rows, at random
 
 
 def chat_files(source: dict, folder: Path) -> ChatFiles:
@@ -610,7 +626,7 @@ def chat_files(source: dict, folder: Path) -> ChatFiles:
         inside = path_inside(entry["file_name"], base)
         if inside is None:
             raise InputError(f"{base / 'dataset_info.json'}: the file {entry['file_name']} is outside of {base}")
-        files = sorted(p for p in inside.glob("*.json*") if p.is_file()) if inside.is_dir() else [inside]
+        files = sorted(p for p in inside.iterdir() if p.is_file() and p.suffix in CHAT_SUFFIXES) if inside.is_dir() else [inside]
         files = [file for each in files for file in source_files({**source, "path": each}, folder)]
         formatting = str(entry.get("formatting", "alpaca"))
     else:
@@ -621,7 +637,10 @@ def chat_files(source: dict, folder: Path) -> ChatFiles:
         raise InputError(f"unknown formatting {formatting!r}.{did_you_mean(formatting, CHAT_COLUMNS)} Known: {', '.join(CHAT_COLUMNS)}")
     columns = CHAT_COLUMNS[formatting] | mapping_of(entry.get("columns"), "columns") | mapping_of(source.get("columns"), "columns")
     tags = SHAREGPT_TAGS | mapping_of(entry.get("tags"), "tags") | mapping_of(source.get("tags"), "tags")
-    return ChatFiles(files, Path(folder) / str(source["root"]) if source.get("root") else base, formatting, columns, tags)
+    samples = entry.get("num_samples")
+    if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 1):
+        raise InputError(f"{base / 'dataset_info.json'}: num_samples has to be a whole number above 0, not {str(samples)[:40]}")
+    return ChatFiles(files, Path(folder) / str(source["root"]) if source.get("root") else base, formatting, columns, tags, samples)
 
 # %% ../../nbs/20_data.sources.ipynb #34f178ef
 def talk_of_alpaca(record: dict, columns: dict[str, str]) -> Talk:
@@ -649,11 +668,50 @@ def row_of_chat(record: dict, chat: ChatFiles, key: str, where: str) -> Row:
             talk.reason = talk.reason or f"other_media: the row has {medium}; a sample is one image"
     return row_of_talk(talk, record.get(chat.columns["images"]), key, where, chat.root)
 
-# %% ../../nbs/20_data.sources.ipynb #a9bdc004
+# %% ../../nbs/20_data.sources.ipynb #2c5f34ee
+def chat_records(file: Path, source: dict) -> Iterator[tuple[int, object]]:
+    "Number and value of each record of a file of JSON, JSON lines, CSV or Parquet."
+    if file.suffix == ".parquet":
+        return enumerate(parquet_records(file), start=1)
+    return enumerate(csv_records(file, source), start=1) if file.suffix == ".csv" else json_records(file, source)
+
+
+def csv_records(file: Path, source: dict) -> Iterator[dict]:
+    "The records of a CSV file; cells that hold JSON lists (turns, images) as lists."
+    csv.field_size_limit(2**31 - 1)
+    table = csv.DictReader(text_lines(file, source))
+    try:
+        for record in table:
+            yield {name: list_or_text(cell) for name, cell in record.items() if name is not None}
+    except (csv.Error, TypeError) as error:
+        raise InputError(f"{file}, line {table.line_num}: not readable as CSV ({error})") from None
+
+
+def list_or_text(cell: str | None) -> object:
+    "The list that a cell of JSON holds, or the cell."
+    try:
+        found = json.loads(cell) if (cell or "").lstrip()[:1] == "[" else cell
+    except (ValueError, RecursionError):
+        return cell
+    return found if isinstance(found, list) else cell
+
+# %% ../../nbs/20_data.sources.ipynb #fb773c32
+def taken(chat: ChatFiles, source: dict) -> set[int] | None:
+    "Which records, counted over all files, a dataset with `num_samples` takes; None: all."
+    if chat.samples is None:
+        return None
+    count = sum(1 for file in chat.files for _ in chat_records(file, source))
+    return set(random.Random(0).sample(range(count), min(count, chat.samples)))
+
+
 def rows_of_chat(chat: ChatFiles, source: dict, folder: Path) -> Iterator[Row]:
     "The rows of chat files."
+    chosen, place = taken(chat, source), -1
     for file in chat.files:
-        for number, record in json_records(file, source):
+        for number, record in chat_records(file, source):
+            place += 1
+            if chosen is not None and place not in chosen:
+                continue
             if isinstance(record, dict):
                 key = text_or_none(record.get(chat.columns["id"])) or f"{os.path.relpath(file, folder)}:{number}"
                 yield row_of_chat(record, chat, key, f"{file.name}, row {number}")
@@ -664,7 +722,7 @@ def rows_of_chat(chat: ChatFiles, source: dict, folder: Path) -> Iterator[Row]:
 def chat_contents(source: dict, folder: Path) -> list:
     "What chat files hold: their description and hash, and size and time of each image file."
     chat = chat_files(source, folder)
-    files = [chat.formatting, chat.columns, chat.tags, *(sha256_of(file) for file in chat.files)]
+    files = [chat.formatting, chat.columns, chat.tags, chat.samples, *(sha256_of(file) for file in chat.files)]
     return files + [image_stamp(row) for row in read_rows(source, folder)]
 
 
@@ -706,7 +764,7 @@ def studio_answers(record: dict, control: str | None) -> list[tuple[str, ...]]:
         found.append(tuple(answers))
     return found
 
-# %% ../../nbs/20_data.sources.ipynb #b424f0a3
+# %% ../../nbs/20_data.sources.ipynb #30f4e34e
 def studio_label(record: dict, control: str | None) -> dict:
     "`{label}` or `{reason}` for the annotations of one record."
     try:
@@ -723,18 +781,42 @@ def studio_label(record: dict, control: str | None) -> dict:
     return {"label": answer[0]}
 
 
+STUDIO_FIELDS = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement")  # of JSON-MIN
+
+
+def is_short(record: object) -> bool:
+    "Whether it is a record of Label Studio's JSON-MIN."
+    return isinstance(record, dict) and "data" not in record and "annotation_id" in record
+
+
+def short_label(record: dict, control: str | None, image: str) -> dict:
+    "`{label}` or `{reason}` for a record of JSON-MIN."
+    controls = [key for key in record if key not in (*STUDIO_FIELDS, image)] if control is None else [control]
+    if len(controls) > 1:
+        return {"reason": f"several_answers: {', '.join(controls)[:200]}; name one control with label: NAME in the source"}
+    value = record.get(controls[0]) if controls else None
+    value = value.get("choices", value.get("text")) if isinstance(value, dict) else value
+    answers = [str(each) for each in (value if isinstance(value, list) else [value]) if each is not None and str(each).strip()]
+    if not answers:
+        return {"reason": "empty_label: nobody has annotated it"}
+    if len(answers) > 1:
+        return {"reason": f"several_answers: {', '.join(answers)[:200]}"}
+    return {"label": answers[0]}
+
+# %% ../../nbs/20_data.sources.ipynb #cef59056
 @reader("labelstudio", options=("path", "root", "encoding", "image", "label", "only", "without"), contents=table_contents)
 def read_labelstudio(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: labelstudio, path: export.json, root: media}`, with `image: NAME` in data and `label: CONTROL`."
     for file in source_files(source, folder):
         root = Path(folder) / str(source["root"]) if source.get("root") else file.parent
         for number, record in json_records(file, source):
-            data = record.get("data") if isinstance(record, dict) else None
+            image = str(source.get("image", "image"))
+            data = record if is_short(record) else record.get("data") if isinstance(record, dict) else None
             if not isinstance(data, dict):
                 yield not_a_record(record, file, number, folder)
                 continue
-            place = locate_image(studio_path(data.get(str(source.get("image", "image")))), root)
-            answer = studio_label(record, source.get("label"))
+            place = locate_image(studio_path(data.get(image)), root)
+            answer = short_label(record, source.get("label"), image) if is_short(record) else studio_label(record, source.get("label"))
             key = text_or_none(record.get("id")) or f"{os.path.relpath(file, folder)}:{number}"
             yield Row(key, where=f"{file.name}, row {number}", **answer | place)
 

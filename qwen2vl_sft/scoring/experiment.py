@@ -469,7 +469,7 @@ def score_untuned(
     scorer = Scorer(load_encoder(base_location(model.base), preprocessing, revision=model.revision), settings)
     score_candidates([candidate], scorer, [test_set(prepared, task, settings) for task in prepared.suite.tasks])
 
-# %% ../../nbs/45_scoring.experiment.ipynb #0ff65aad
+# %% ../../nbs/45_scoring.experiment.ipynb #490d344f
 def trained_runs(
     experiment: Path,  # runs/<experiment>
 ) -> dict[str, RunConfig]:
@@ -499,11 +499,15 @@ def shared_data(
     experiment: Path,
     runs: dict[str, RunConfig],
 ) -> Prepared:
-    "The prepared data of the suite that all runs share. Raises `InputError` if there are no runs, or several suites."
+    "The prepared data of the suite (and the fold) that all runs share. Raises `InputError` if there are no runs, several suites or several folds."
     suites = sorted({str(config.suite_path) for config in runs.values()})
     if len(suites) != 1:
         raise InputError(f"{experiment}: {'no run has a checkpoint yet; train one first' if not suites else 'its runs use several suites: ' + ', '.join(suites)}")
-    return prepare(load_suite(suites[0]))
+    folds = sorted({-1 if config.fold is None else config.fold for config in runs.values()})
+    if len(folds) > 1:
+        raise InputError(f"{experiment}: its runs hold out different folds ({', '.join('none' if fold < 0 else str(fold) for fold in folds)}), so they share no test set; give each fold an experiment of its own")
+    prepared = prepare(load_suite(suites[0]))
+    return prepared if folds == [-1] else prepared.holding_out(folds[0])
 
 # %% ../../nbs/45_scoring.experiment.ipynb #ef37201e
 def rules_table(

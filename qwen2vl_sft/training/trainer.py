@@ -208,13 +208,14 @@ def check_devices(
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and config.schedule.validate_every:
         raise InputError("sharded weights (FSDP) can't be validated while they train; set schedule.validate_every=0 and score the checkpoints with split=validation")
 
-# %% ../../nbs/56_training.trainer.ipynb #ed6dad13
+# %% ../../nbs/56_training.trainer.ipynb #5bb6c08a
 def prepared_suite(
     suite_path: Path,
+    fold: int | None = None,  # to hold out
 ) -> Prepared:
     "The suite's prepared data under `prepared/<suite>`, made or renewed if need be."
-    suite = load_suite(suite_path)
-    return prepare(suite)
+    prepared = prepare(load_suite(suite_path))
+    return prepared if fold is None else prepared.holding_out(fold)
 
 # %% ../../nbs/56_training.trainer.ipynb #f95b71fb
 def recompute_activations(
@@ -270,7 +271,7 @@ def last_step(
     stop = early_stop(run.validations(max(run.checkpoints(), default=0)), config.schedule.early_stopping_patience)
     return stop.step if stop and stop.step in run.checkpoints() else config.schedule.steps
 
-# %% ../../nbs/56_training.trainer.ipynb #85363cf5
+# %% ../../nbs/56_training.trainer.ipynb #682394b7
 def train(
     config: RunConfig,
 ) -> RunDir:
@@ -281,7 +282,7 @@ def train(
         adapter_settings(config.method)
     check_optimizer(config)
     run = RunDir(config.experiment_folder / config.run)
-    prepared = first_then_others(lambda: prepared_suite(config.suite_path))
+    prepared = first_then_others(lambda: prepared_suite(config.suite_path, config.fold))
     inputs = Inputs(**from_first(lambda: asdict(inputs_of(config, prepared))))
     from_first(lambda: refuse_another(run, config, inputs))
     steps = from_first(lambda: last_step(run, config))
