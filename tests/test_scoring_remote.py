@@ -389,3 +389,38 @@ def test_settings_that_the_model_refuses_are_left_out(project, key):
     row = prediction_row(WEAPON, "1", "yes", session.store.get(numbered([17])[0].key), "", None)
     assert row["outcome"] == "correct" and row["text"] == "yes"
     assert "temperature" not in json.loads(row["settings"]) and json.loads(row["settings"])["max_completion_tokens"] == 128
+
+
+@pytest.mark.slow
+def test_a_served_model_answers_as_the_same_model_here(project, monkeypatch):
+    "The small model behind stock transformers and HTTP gives the local free rule's texts, labels and outcomes."
+    from qwen2vl_sft.config import ModelConfig
+    from qwen2vl_sft.data.prepare import prepare
+    from qwen2vl_sft.encoding.batch import Sample
+    from qwen2vl_sft.encoding.images import open_image
+    from qwen2vl_sft.encoding.prompt import load_encoder
+    from qwen2vl_sft.model.load import base_location, load_base
+    from qwen2vl_sft.scoring.metrics import judge
+    from qwen2vl_sft.scoring.text import write_answers
+    from qwen2vl_sft.tasks import load_suite
+
+    folder = base_location("small")
+    prepared = prepare(load_suite(write_toy_suite(project / "toy", rows=12)))
+    with served("small_model_server.py", folder) as address:
+        config = ApiConfig(model="small", base_url=f"{address}/v1", key_variable=None, max_tokens=8, concurrency=2, detail=None)
+        run = score_api(project / "runs" / "toy", config, prepared=prepared)
+    model, encoder = load_base(ModelConfig(device="cpu")), load_encoder(folder)
+    texts = set()
+    for task in prepared.suite.tasks:
+        rows, table = prepared.split(task.name, "test"), run.predictions("small", task.name)
+        images = [open_image(rows.image(i)) for i in range(len(rows))]
+        samples = [Sample(encoder.encode(task.question, image.size), encoder.images.squares(image)) for image in images]
+        written, _ = write_answers(model, encoder, samples, 8)
+        judged = [judge(task, target, text) for target, text in zip(rows.column("label"), written, strict=True)]
+        assert table["id"].tolist() == rows.column("id") and table["text"].tolist() == written
+        assert table["prediction"].where(table["prediction"].notna(), None).tolist() == [one.prediction for one in judged]
+        assert table["tokens_in"].tolist() == [len(sample.encoded) for sample in samples]
+        known = [(a, b.outcome) for a, b in zip(table["outcome"], judged, strict=True) if a != "cannot_infer"]
+        assert all(a == b for a, b in known)
+        texts |= set(written)
+    assert len(texts) > 2
