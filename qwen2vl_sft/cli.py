@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'AsNotebook', 'Experiment', 'INTERRUPTED', 'options', 'prepare', 'train', 'score', 'score_api', 'calibrate',
-           'compare', 'sweep', 'runs', 'export', 'demo', 'main']
+           'label', 'compare', 'sweep', 'runs', 'export', 'demo', 'main']
 
 # %% ../nbs/90_cli.ipynb #befce71e
 import sys
@@ -168,6 +168,30 @@ def calibrate(
 
     table = calibrate_experiment(folder, wanted=Wanted(precision, recall), names=task)
     print(table.to_string(index=False, float_format="{:.3f}".format, na_rep=""))
+
+# %% ../nbs/90_cli.ipynb #273b5879
+@app.command()
+def label(
+    checkpoint: Annotated[str, typer.Argument(help="Such as demo/mix/step-337, its folder, or an exported folder.")],
+    source: Annotated[str, typer.Argument(help="A folder of images, one image, or a table (csv, tsv, jsonl, parquet) with a column of images.")],
+    task: Annotated[list[str] | None, typer.Option(help="Task to label; may be repeated.", show_default="all of the suite")] = None,
+    out: Annotated[str, typer.Option(help="Where to write: a .csv or .parquet file.")] = "labels.csv",
+    suite: Annotated[str | None, typer.Option(help="Suite file with the questions.", show_default="the one it was trained on")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Below this probability a label is `undecided`.", show_default="as calibrated")] = None,
+    column: Annotated[str | None, typer.Option(help="Column of the table that holds the images.", show_default="found by its content")] = None,
+    batch: Annotated[int, typer.Option(help="Images in one forward pass.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Label new images with a checkpoint. Images that are labelled already are skipped; one that can't be read gets a row with the reason.
+
+    Example: qwen2vl-sft label demo/mix/step-337 photos --task face --out faces.csv
+    """
+    from qwen2vl_sft.scoring.labeler import label_to_file, load_labeler
+
+    labeler = load_labeler(checkpoint, task, suite and workbench_file(_here(suite)), threshold, batch, device)
+    table = label_to_file(labeler, source, out, column)
+    print(table.groupby(["task", "label"], dropna=False, sort=False).size().rename("images").reset_index().to_string(index=False, na_rep="unreadable"))
+    print(out)
 
 # %% ../nbs/90_cli.ipynb #eaf23d3a
 @app.command()

@@ -474,6 +474,84 @@ MUTATIONS: list[Mutation] = [
         '',
         ('tests/test_data_sources.py::test_the_short_export_of_label_studio',),
     ),
+    Mutation(
+        '8.api', 'an answer that is stored is asked for again', 'qwen2vl_sft/scoring/remote.py',
+        'if session.store.get(question.key) is None:\n                    session.may_start(0.0)',
+        'if True:\n                    session.store.database.execute("DELETE FROM responses WHERE image = ?", [question.key.image])',
+        ('tests/test_scoring_remote.py::test_a_run_from_the_command_line',),
+    ),
+    Mutation(
+        '8.api', 'an error is kept as if it were an answer', 'qwen2vl_sft/scoring/remote.py',
+        'if status >= 400 and not policy_code(body):',
+        'if status >= 500 and not policy_code(body):',
+        ('tests/test_scoring_remote.py::test_the_key_is_nowhere',),
+    ),
+    Mutation(
+        '8.api', "the key stays in a service's words", 'qwen2vl_sft/scoring/remote.py',
+        'body = without_key(body, session.key)',
+        'body = str(body)',
+        ('tests/test_scoring_remote.py::test_the_key_is_nowhere',),
+    ),
+    Mutation(
+        '8.api', "the client's loggers write the key down", 'qwen2vl_sft/scoring/remote.py',
+        'logging.getLogger(name).addFilter(blotted)',
+        'logging.getLogger(name)',
+        ('tests/test_scoring_remote.py::test_the_key_is_nowhere',),
+    ),
+    Mutation(
+        '8.api', 'samples that were not asked leave the table', 'qwen2vl_sft/scoring/remote.py',
+        'if response is not None or place in chosen:',
+        'if response is not None:',
+        ('tests/test_scoring_remote.py::test_a_wrong_key_stops_the_run_and_the_denominator_stays',),
+    ),
+    Mutation(
+        '8.api', 'what is in flight does not count against the budget', 'qwen2vl_sft/scoring/remote.py',
+        'session.reserved += cost',
+        'session.reserved += 0',
+        ('tests/test_scoring_remote.py::test_the_budget_ends_the_run_and_more_money_continues_it',),
+    ),
+    Mutation(
+        '8.api', 'a request that a killed process left is taken to be in flight', 'qwen2vl_sft/scoring/responses.py',
+        'if not (is_gone(owner) or now > latest):',
+        'if not now > latest:',
+        ('tests/test_scoring_remote.py::test_what_a_killed_process_left_is_taken_over',),
+    ),
+    Mutation(
+        '8.api', 'a refusal by error code is an error', 'qwen2vl_sft/scoring/responses.py',
+        'lower() in POLICY_CODES), None)',
+        'lower() in ()), None)',
+        ('tests/test_scoring_remote.py::test_the_key_is_nowhere',),
+    ),
+    Mutation(
+        '8.calibration', 'the temperature is applied upside down', 'qwen2vl_sft/scoring/calibration.py',
+        'powers = np.maximum(values, SMALLEST) ** (1 / temperature)',
+        'powers = np.maximum(values, SMALLEST) ** temperature',
+        ('tests/test_scoring_calibration.py::test_the_temperature_has_the_greatest_likelihood', 'tests/test_scoring_labeler.py::test_calibration_and_threshold_apply'),
+    ),
+    Mutation(
+        '8.calibration', 'two labels count as four logits', 'qwen2vl_sft/scoring/calibration.py',
+        'return (X[:, 1] - X[:, 0]) / 2 if self.count == 2 else X',
+        'return (X[:, 1] - X[:, 0]) if self.count == 2 else X',
+        ('tests/test_scoring_calibration.py::test_the_temperature_has_the_greatest_likelihood',),
+    ),
+    Mutation(
+        '8.calibration', 'the test set chooses the temperature', 'qwen2vl_sft/scoring/calibration.py',
+        'temperature, note = fit_temperature(splits["validation"])',
+        'temperature, note = fit_temperature(splits.get("test", splits["validation"]))',
+        ('tests/test_scoring_calibration.py::test_the_test_set_decides_nothing',),
+    ),
+    Mutation(
+        '8.label', 'what is below the threshold is labelled all the same', 'qwen2vl_sft/scoring/labeler.py',
+        'below = np.where(best == positive, -1, best)',
+        'below = best',
+        ('tests/test_scoring_labeler.py::test_calibration_and_threshold_apply',),
+    ),
+    Mutation(
+        '8.label', 'the tower runs once a task', 'qwen2vl_sft/scoring/labeler.py',
+        'samples = [Sample(one, features=value) for one, value in zip(encoded, features, strict=True)]',
+        'samples = [Sample(one, picture.pixels) for one, picture in zip(encoded, readable, strict=True)]',
+        ('tests/test_scoring_labeler.py::test_two_tasks_run_the_tower_once',),
+    ),
 ]
 
 

@@ -7,7 +7,8 @@ import base64
 import io
 import json
 import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Lock
 
 import torch
 from PIL import Image
@@ -45,7 +46,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        text, tokens_in, tokens_out = self.server.model.answer(asked["messages"], asked["max_tokens"])
+        with self.server.lock:
+            text, tokens_in, tokens_out = self.server.model.answer(asked["messages"], asked["max_tokens"])
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         usage = {"prompt_tokens": tokens_in, "completion_tokens": tokens_out, "total_tokens": tokens_in + tokens_out}
         body = {"id": "c", "object": "chat.completion", "created": 1, "model": asked["model"], "choices": [choice], "usage": usage}
@@ -62,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    server.model = Model(sys.argv[1])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.model, server.lock = Model(sys.argv[1]), Lock()
     print(server.server_port, flush=True)
     server.serve_forever()

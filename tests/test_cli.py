@@ -16,7 +16,7 @@ from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.rundir import RunDir, Status, write_status
 from qwen2vl_sft.workflow.runs import runs, runs_text
 
-COMMANDS = ["prepare", "train", "score", "score-api", "calibrate", "compare", "runs", "demo"]
+COMMANDS = ["prepare", "train", "score", "score-api", "label", "calibrate", "compare", "runs", "demo"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -53,6 +53,7 @@ def test_every_command_is_listed(capsys):
         (["score", "demo", "--rule", "guess"], "scoring: rule"),
         (["score-api", "demo", "recipes/api/nowhere.yaml"], "recipes/api/nowhere.yaml: no such file"),
         (["score-api", "demo", "recipe.yaml"], "unknown setting suiet. Did you mean 'suite'?"),
+        (["label", "demo/mix/step-1", "photos"], "no checkpoint 'demo/mix/step-1'"),
         (["compare", "../outside"], "no experiment '../outside'"),
         (["runs", "demp"], "Did you mean 'demo'?"),
     ],

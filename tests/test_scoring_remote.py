@@ -103,6 +103,7 @@ def test_the_key_is_nowhere(project, key, caplog, capfd):
         session, reasons = asked(config_for(address, timeout=0.5), project / "store.sqlite", questions)
         assert counts(address)["bad_keys"] == 0
     rows = [prediction_row(WEAPON, str(i), "yes", session.store.get(q.key), reasons.get(q.key, "not asked"), None) for i, q in enumerate(questions)]
+    assert [row["outcome"] for row in rows] == [EXPECTED[behaviour_of(i)] for i in range(40)]
     shown = capfd.readouterr()
     written = b"".join(file.read_bytes() for file in project.glob("store.sqlite*"))
     assert "chat/completions" in caplog.text  # the client did log
@@ -185,6 +186,17 @@ def test_killed_and_shared(tmp_path, key):
     assert len(flying) == store.usage("kill/one")["lost"]
     asked_by = {run: store.usage(run)["states"].get("answered", 0) for run in ("kill/one", "kill/two")}
     assert sum(asked_by.values()) == 384 and min(asked_by.values()) > 0
+
+
+def test_what_a_killed_process_left_is_taken_over(tmp_path):
+    "A process that ended without a word: its request is lost, counted once at its expected cost, and asked again."
+    code = f"from qwen2vl_sft.scoring.responses import *\nResponseStore({str(tmp_path / 's.sqlite')!r}).begin(Key('p', 'q'), 'r', 600, 0.5)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    store = ResponseStore(tmp_path / "s.sqlite")
+    number = store.begin(Key("p", "q"), "r", 600, 0.25)
+    assert number is not None and store.begin(Key("p", "q"), "r", 600, 0.25) is None
+    assert store.usage("r") == {"requests": 2, "lost": 1, "tokens_in": 0, "tokens_out": 0, "cost": 0.75, "states": {"in flight": 1, "lost": 1}}
+    assert store.settle() == 0
 
 
 # --- money, time and pace ------------------------------------------------------------------------------
@@ -418,7 +430,7 @@ def test_a_served_model_answers_as_the_same_model_here(project, monkeypatch):
         written, _ = write_answers(model, encoder, samples, 8)
         judged = [judge(task, target, text) for target, text in zip(rows.column("label"), written, strict=True)]
         assert table["id"].tolist() == rows.column("id") and table["text"].tolist() == written
-        assert table["prediction"].where(table["prediction"].notna(), None).tolist() == [one.prediction for one in judged]
+        assert [one if isinstance(one, str) else None for one in table["prediction"]] == [one.prediction for one in judged]
         assert table["tokens_in"].tolist() == [len(sample.encoded) for sample in samples]
         known = [(a, b.outcome) for a, b in zip(table["outcome"], judged, strict=True) if a != "cannot_infer"]
         assert all(a == b for a, b in known)

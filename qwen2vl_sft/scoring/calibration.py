@@ -8,8 +8,9 @@ __all__ = ['SMALLEST', 'BINS', 'Probabilities', 'probabilities_of', 'LogProbabil
            'operating_point', 'calibrate_predictions', 'calibration_path', 'read_calibration', 'calibrate_run',
            'calibrate_experiment', 'calibration_table']
 
-# %% ../../nbs/48_scoring.calibration.ipynb #6a113c7b
+# %% ../../nbs/48_scoring.calibration.ipynb #a5eb1af1
 import json
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def probabilities_of(
         raise InputError(f"task '{task.name}': the target '{predictions['target'].iloc[named.index(None)]}' is no label; score the split again")
     return Probabilities(labels, values, np.array([labels.index(name) for name in named], dtype=np.int64))
 
-# %% ../../nbs/48_scoring.calibration.ipynb #bbfd8dc8
+# %% ../../nbs/48_scoring.calibration.ipynb #06ce1715
 class LogProbabilities(ClassifierMixin, BaseEstimator):
     "A fitted classifier whose features are the log-probabilities themselves."
 
@@ -94,7 +95,8 @@ def fit_temperature(
     weights = np.concatenate([np.ones(len(validation)), np.zeros(count)])  # a label that validation lacks stays a class
     every = np.arange(len(y))
     frozen = FrozenEstimator(LogProbabilities(count).fit(X, y))
-    scaled = CalibratedClassifierCV(frozen, method="temperature", cv=[(every, every)]).fit(X, y, sample_weight=weights)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that the frozen part takes no weights: it has nothing to fit
+        scaled = CalibratedClassifierCV(frozen, method="temperature", cv=[(every, every)]).fit(X, y, sample_weight=weights)
     temperature = 1 / float(scaled.calibrated_classifiers_[0].calibrators[0].beta_)
     if not 0.01 < temperature < 100:
         return 1.0, "the likelihood has no maximum within reach: too few validation samples or mistakes"

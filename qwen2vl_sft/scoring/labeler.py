@@ -8,7 +8,7 @@ __all__ = ['UNDECIDED', 'EMPTY', 'FLUSH_SECONDS', 'FLUSH_ROWS', 'Checkpoint', 'f
            'task_answers', 'stamp_of', 'label_rows', 'label', 'table_records', 'images_of', 'image_columns',
            'label_to_file', 'without_pixels', 'write_part', 'read_parts', 'finished', 'assembled']
 
-# %% ../../nbs/49_scoring.labeler.ipynb #f4e95f2a
+# %% ../../nbs/49_scoring.labeler.ipynb #7eefb169
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -35,8 +35,9 @@ from ..model.load import base_location, check_token_ids, checkpoint_kind, load_b
 from ..model.vision_cache import tower_features
 from ..rundir import RunDir
 from .calibration import read_calibration, scaled_probabilities
+from .experiment import scoring_model
 from .labels import LabelTree, label_tree, score_labels
-from .suite import scoring_model, weights_hash
+from .suite import weights_hash
 from .text import write_answers
 from ..tasks import Suite, Task, load_suite
 

@@ -1,0 +1,184 @@
+"""Labelling new images: as scoring does, with calibrated probabilities, through kill -9, from folders and tables."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from qwen2vl_sft.config import RunConfig, ScoringConfig
+from qwen2vl_sft.core import InputError
+from qwen2vl_sft.data.prepare import prepare
+from qwen2vl_sft.data.sources import Row
+from qwen2vl_sft.data.toy import write_toy_suite
+from qwen2vl_sft.rundir import RunDir
+from qwen2vl_sft.scoring.calibration import Wanted, calibrate_run
+from qwen2vl_sft.scoring.experiment import score_experiment
+from qwen2vl_sft.scoring.labeler import Labeler, find_checkpoint, images_of, label_to_file, label_pictures, read_picture
+from qwen2vl_sft.tasks import load_suite
+from qwen2vl_sft.training.trainer import train
+
+CHECKPOINT = "toy/lora/step-4"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    "A project with a trained run, scored on validation and test; tests work on copies."
+    project = tmp_path_factory.mktemp("labeler")
+    before = os.environ.get("QWEN2VL_SFT_ROOT")
+    os.environ["QWEN2VL_SFT_ROOT"] = str(project)
+    try:
+        suite = write_toy_suite(project / "toy", rows=24)
+        suite.write_text(suite.read_text().replace("labels: [red, green, blue]", "labels: [red, green, blue]\n    positive: red"))
+        train(RunConfig(
+            suite=str(suite), experiment="toy", run="lora", model={"device": "cpu"}, method={"name": "lora"},
+            schedule={"steps": 4, "micro_batch": 6, "learning_rate": 3e-3},
+        ))  # fmt: skip
+        prepared = prepare(load_suite(suite))
+        for split in ("validation", "test"):
+            score_experiment(project / "runs" / "toy", ScoringConfig(max_new_tokens=4, split=split), prepared, baselines=False)
+    finally:
+        os.environ.pop("QWEN2VL_SFT_ROOT")
+        os.environ.update({"QWEN2VL_SFT_ROOT": before} if before else {})
+    return project
+
+
+@pytest.fixture
+def home(shared, monkeypatch):
+    monkeypatch.setenv("QWEN2VL_SFT_ROOT", str(shared))
+    for path in shared.glob("runs/toy/lora/predictions/*/*/calibration.json"):
+        path.unlink()
+    return shared
+
+
+def scored(home: Path) -> tuple[pd.DataFrame, list[bytes]]:
+    "The test predictions and the bytes of the same images."
+    rows = prepare(load_suite(home / "toy" / "toy.yaml")).split("colour", "test")
+    table = RunDir(home / "runs/toy/lora").predictions("step-4", "colour").set_index("id").loc[rows.column("id")]
+    return table, [rows.image(i) for i in range(len(rows))]
+
+
+@pytest.mark.slow
+def test_labels_are_those_of_scoring(home):
+    table, images = scored(home)
+    labelled = Labeler.load(CHECKPOINT, ["colour"], device="cpu").label(images)
+    assert labelled["label"].tolist() == table["prediction"].tolist() and not labelled["calibrated"].any()
+    for ours, theirs in zip(labelled["probabilities"], table["probabilities"], strict=True):
+        assert json.loads(ours) == pytest.approx(json.loads(theirs), abs=1e-4)
+    assert labelled["in_set_mass"].tolist() == pytest.approx(table["in_set_mass"].tolist(), abs=1e-4)
+    folder = find_checkpoint(CHECKPOINT).folder
+    assert folder == home / "runs/toy/lora/checkpoints/step-4" and find_checkpoint(folder).run.name == "lora"
+    with pytest.raises(InputError, match=r"no checkpoint 'toy/lora/step-5'. Did you mean 'toy/lora/step-4'"):
+        find_checkpoint("toy/lora/step-5")
+
+
+@pytest.mark.slow
+def test_calibration_and_threshold_apply(home):
+    table, images = scored(home)
+    suite = load_suite(home / "toy" / "toy.yaml")
+    content, = calibrate_run(RunDir(home / "runs/toy/lora"), suite.tasks, Wanted(recall=0.9))
+    labelled = Labeler.load(CHECKPOINT, ["colour"], device="cpu").label(images)
+    assert labelled["calibrated"].all()
+    stated = pd.DataFrame([json.loads(text) for text in table["probabilities"]])[["red", "green", "blue"]].to_numpy()
+    powers = np.maximum(stated, 5e-7) ** (1 / content["temperature"])
+    expected = powers / powers.sum(axis=1, keepdims=True)
+    ours = pd.DataFrame([json.loads(text) for text in labelled["probabilities"]])[["red", "green", "blue"]].to_numpy()
+    assert np.abs(ours - expected).max() < 1e-3
+    flagged = (labelled["label"] == "red").to_numpy()
+    assert (flagged == (ours[:, 0] >= content["operating_point"]["threshold"])).all()
+    assert flagged.sum() == content["operating_point"]["test"]["flagged"]
+
+    certain = Labeler.load(CHECKPOINT, ["colour"], threshold=1.01, device="cpu").label(images)
+    assert ((certain["label"] == "undecided") == (certain["most_probable"] == "red")).all()
+    text = (home / "toy" / "toy.yaml").read_text()
+    other = home / "toy" / "other.yaml"
+    other.write_text(text.replace("Which colour is it?", "What colour is it?"))
+    with pytest.raises(InputError, match="task 'colour' has another question or other labels than when toy/lora/step-4 was calibrated"):
+        Labeler.load(CHECKPOINT, ["colour"], suite=other, device="cpu")
+
+
+def test_two_tasks_run_the_tower_once(home):
+    labeler = Labeler.load(CHECKPOINT, device="cpu")
+    runs = []
+    inner = labeler.model.get_base_model().model.visual
+    inner.register_forward_hook(lambda module, inputs, output: runs.append(len(inputs[0])))
+    pictures = [read_picture(labeler.encoder, row) for row in list(images_of(home / "toy/pictures"))[:4]]
+    rows = label_pictures(labeler, pictures)
+    assert [row["task"] for row in rows] == ["colour"] * 4 + ["word"] * 4 and len(runs) == 1
+    assert all(isinstance(row["label"], str) for row in rows) and torch.is_grad_enabled()
+
+
+def test_bad_images_get_a_row_with_the_reason(home, tmp_path):
+    shutil.copy(next((home / "toy/pictures").glob("test-0.png")), tmp_path / "good.png")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "good.png").read_bytes()[:200])
+    Image.new("RGB", (600, 2)).save(tmp_path / "strip.png")
+    (tmp_path / "notes.txt").write_text("not an image, not asked for")
+    table = label_to_file(Labeler.load(CHECKPOINT, ["colour"], device="cpu"), tmp_path, tmp_path / "out.parquet").set_index("image")
+    reasons = {"empty.png": "empty_file", "text.jpg": "not_an_image", "torn.png": "truncated", "strip.png": "aspect_ratio"}
+    assert table.index.tolist() == ["empty.png", "good.png", "strip.png", "text.jpg", "torn.png"]
+    for name, reason in reasons.items():
+        assert table.loc[name, "reason"].startswith(reason) and pd.isna(table.loc[name, "label"]), name
+    assert table.loc["good.png", "label"] in ("red", "green", "blue")
+    assert pd.read_parquet(tmp_path / "out.parquet")["image"].tolist() == table.index.tolist()
+
+
+def test_tables_name_images_by_path_or_bytes(home, tmp_path):
+    names = [f"test-{i}.png" for i in range(3)]
+    for name in names:
+        shutil.copy(home / "toy/pictures" / name, tmp_path / name)
+    (tmp_path / "a.csv").write_text("id,file,note\n7,test-0.png,x\n8,test-1.png,y\n9,../../etc/passwd.png,z\n")
+    rows = list(images_of(tmp_path / "a.csv"))
+    assert [row.id for row in rows] == ["7", "8", "9"] and rows[2].reason.startswith("outside_root")
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"picture": name}) for name in names))
+    assert [Path(row.path).name for row in images_of(tmp_path / "b.jsonl")] == names
+    pd.DataFrame({"image": [(tmp_path / name).read_bytes() for name in names]}).to_parquet(tmp_path / "c.parquet")
+    assert [row.image for row in images_of(tmp_path / "c.parquet")] == [(tmp_path / name).read_bytes() for name in names]
+    for bad, message in (("id,word\n1,a\n", "which column holds the image"), ("file\n", "no rows")):
+        (tmp_path / "d.csv").write_text(bad)
+        with pytest.raises(InputError, match=message):
+            list(images_of(tmp_path / "d.csv"))
+    with pytest.raises(InputError, match="no column 'fiel'. Did you mean 'file'"):
+        list(images_of(tmp_path / "a.csv", "fiel"))
+    labeler = Labeler.load(CHECKPOINT, ["colour"], device="cpu")
+    (tmp_path / "e.csv").write_text("id,file\n1,test-0.png\n1,test-1.png\n")
+    with pytest.raises(InputError, match="the id '1' occurs twice"):
+        label_to_file(labeler, tmp_path / "e.csv", tmp_path / "out.csv")
+    assert isinstance(rows[0], Row)
+
+
+@pytest.mark.slow
+def test_a_killed_labelling_continues_where_it_was(home, tmp_path):
+    pictures, out = home / "toy" / "pictures", tmp_path / "labels.csv"
+    code = (
+        "import qwen2vl_sft.scoring.labeler as room\nroom.FLUSH_SECONDS = 0\n"
+        f"labeler = room.load_labeler({CHECKPOINT!r}, ['colour'], batch=1, device='cpu')\n"
+        f"room.label_to_file(labeler, {str(pictures)!r}, {str(out)!r})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    parts = lambda: {path.name: path.stat().st_mtime_ns for path in Path(f"{out}.parts").glob("part-*.parquet")}
+    deadline = time.time() + 120
+    while len(parts()) < 5 and time.time() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = parts()
+    assert 5 <= len(kept) < 144 and not out.exists()
+    labeler = Labeler.load(CHECKPOINT, ["colour"], device="cpu")
+    table = label_to_file(labeler, pictures, out)
+    assert kept.items() <= parts().items() and len(table) == 144 and table["label"].notna().all()
+    assert sum(len(pd.read_parquet(path)) for path in Path(f"{out}.parts").glob("part-*.parquet")) == 144
+    done = parts()
+    assert label_to_file(labeler, pictures, out).equals(table) and parts() == done
+    read = pd.read_csv(out)
+    assert read["label"].tolist() == table["label"].tolist() and read["image"].is_unique
