@@ -217,7 +217,7 @@ def top_cells(board: Board) -> set[tuple[str, str]]:  # (row, task or mean)
             tops |= {(row, column) for row in values.index[values.round(4) == values.max().round(4)]}
     return tops
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #d5d38969
+# %% ../../nbs/64_comparison.scoreboard.ipynb #b0d9ba49
 STYLE = """
 .qboard{--ink:#1b1f24;--soft:#59636e;--paper:#fff;--line:#d5dae0;--tint:37,99,200;--warn:#8a4600;--warnbg:#fff1dd;
  overflow-wrap:normal;font:14px/1.35 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Noto Sans CJK SC",sans-serif;color:var(--ink);background:var(--paper)}
@@ -231,7 +231,7 @@ STYLE = """
 .qboard .mean{border-left:1px solid var(--line)}
 .qboard .b{display:inline-block;margin:1px 0 0;padding:0 4px;border-radius:3px;background:var(--warnbg);color:var(--warn);font-size:11px;line-height:1.45}
 .qboard .sortable td .b{display:block;width:fit-content;margin-left:auto}.qboard th .b{display:block;width:fit-content}
-.qboard .top{font-weight:700}.qboard .top small{font-weight:400}
+.qboard .top{font-weight:700}.qboard .top small,.qboard .top .b{font-weight:400}
 .qboard .seeds th,.qboard .seeds td{font-style:italic}
 .qboard .ship::before{content:"\\2605\\a0"}
 .qboard .v{font-size:10px;margin-left:2px;opacity:.9}.qboard .v.same{opacity:.55}
