@@ -148,13 +148,17 @@ def random_base(
     small_image_processor().save_pretrained(folder)
     return folder
 
-# %% ../../nbs/33_model.small.ipynb #b0d9f362
+# %% ../../nbs/33_model.small.ipynb #d79b2f22
 def save_weights(
     model: Any,
     folder: Path,
 ) -> None:
-    "Write `model` as bfloat16 safetensors with its configuration; the model itself stays as it is."
+    "Write `model` as bfloat16 safetensors with its configuration, which names no precision: a reader chooses. The model itself stays as it is."
     deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        part.pop("dtype", None)
+    write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 # %% ../../nbs/33_model.small.ipynb #00540c70
 def small_base() -> Path:
