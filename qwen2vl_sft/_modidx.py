@@ -2238,6 +2238,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                    'qwen2vl_sft.watch.headline': ('watch.html#headline', 'qwen2vl_sft/watch.py'),
                                    'qwen2vl_sft.watch.in_notebook': ('watch.html#in_notebook', 'qwen2vl_sft/watch.py'),
                                    'qwen2vl_sft.watch.picture': ('watch.html#picture', 'qwen2vl_sft/watch.py'),
+                                   'qwen2vl_sft.watch.planned_steps': ('watch.html#planned_steps', 'qwen2vl_sft/watch.py'),
                                    'qwen2vl_sft.watch.run_figure': ('watch.html#run_figure', 'qwen2vl_sft/watch.py'),
                                    'qwen2vl_sft.watch.smoothed': ('watch.html#smoothed', 'qwen2vl_sft/watch.py'),
                                    'qwen2vl_sft.watch.task_colours': ('watch.html#task_colours', 'qwen2vl_sft/watch.py'),

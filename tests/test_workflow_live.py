@@ -46,6 +46,6 @@ def test_an_interrupted_notebook_keeps_the_last_picture_and_a_readable_message(p
     assert len(error.traceback) == 1 and "Traceback" not in error.traceback[0]
     step = run.status().progress["step"]
     assert run.status().state == "interrupted" and list((run.path / "checkpoints").glob(f"*-{step}"))
-    assert f"step {step} of 400" in pictures[0].data["text/plain"], "the picture shows where it ended"
+    assert f"interrupted, step {step} of 400" in pictures[0].data["text/plain"], "the picture shows where it ended"
     later = [output for output in notebook.cells[1].outputs if "image/png" in output.get("data", {})]
     assert len(later) == 1 and "interrupted" in later[0].data["text/plain"]

@@ -242,7 +242,7 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-# %% ../../nbs/55_training.progress.ipynb #669105ea
+# %% ../../nbs/55_training.progress.ipynb #98ac31cb
 INTERRUPTED = "interrupted"
 
 
@@ -306,7 +306,7 @@ class RunCallback(TrainerCallback):
         if self.events:
             self.events.close()
         if self.picture:
-            self.picture.show(now=True)
+            self.picture.show(now=True, state=INTERRUPTED if self.ending == INTERRUPTED else "finished")
 
 # %% ../../nbs/55_training.progress.ipynb #7f78b968
 def write_figures(
