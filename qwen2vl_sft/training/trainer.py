@@ -271,7 +271,7 @@ def last_step(
     stop = early_stop(run.validations(max(run.checkpoints(), default=0)), config.schedule.early_stopping_patience)
     return stop.step if stop and stop.step in run.checkpoints() else config.schedule.steps
 
-# %% ../../nbs/56_training.trainer.ipynb #682394b7
+# %% ../../nbs/56_training.trainer.ipynb #62028219
 def train(
     config: RunConfig,
 ) -> RunDir:
@@ -324,7 +324,7 @@ def train_steps(
     with setting.request.listening():
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     if data.cache:
-        first = int(start.name.removeprefix("step-")) if start else 0
+        first = int(start.name.split("-")[1]) if start else 0  # step-N or resume-N
         from_first(lambda: report_cache(run, data, first, trainer.state.global_step, samples_per_step(config)))
     report_end(trainer, status)
 
