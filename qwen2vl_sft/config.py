@@ -445,7 +445,7 @@ def with_overrides(
         place[last] = value
     return validated(content, "overrides")
 
-# %% ../nbs/01_config.ipynb #8b673246
+# %% ../nbs/01_config.ipynb #0a599ec2
 def read_yaml(
     path: Path,
     shape: str,  # what the file should be, for the error: "a recipe is a mapping of settings"
@@ -455,7 +455,7 @@ def read_yaml(
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error.strerror}; {shape}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: {shape}")

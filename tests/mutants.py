@@ -221,6 +221,36 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_correctness.py::test_5_12_a_merge_is_made_in_the_original_weights',),
     ),
     Mutation(
+        '5.7', 'int8 takes the tower too', 'qwen2vl_sft/model/load.py',
+        'BitsAndBytesConfig(load_in_8bit=True, **kept)',
+        'BitsAndBytesConfig(load_in_8bit=True)',
+        ('tests/test_model_load.py::test_int8_trains_and_keeps_the_tower',),
+    ),
+    Mutation(
+        '5.8', "the tower learns at the language model's rate", 'qwen2vl_sft/model/load.py',
+        'return "tower" if "visual." in name else "language_model"',
+        'return "language_model"',
+        ('tests/test_model_load.py::test_each_part_learns_at_its_own_rate',),
+    ),
+    Mutation(
+        '5.8', 'rank-stabilised scaling is not passed on', 'qwen2vl_sft/model/load.py',
+        'use_rslora=method.rslora,',
+        'use_rslora=False,',
+        ('tests/test_model_load.py::test_the_adapters_scale_is_the_papers[options1-8.0]',),
+    ),
+    Mutation(
+        '5.11', 'a step that is done again keeps the gradients of its first try', 'qwen2vl_sft/training/plan.py',
+        'model.zero_grad(set_to_none=True)',
+        'pass',
+        ('tests/test_training_plan.py::test_a_step_is_done_again_with_smaller_micro_batches_and_ends_with_the_same_weights[4-2-False]',),
+    ),
+    Mutation(
+        '5.11', 'a step that is done again leaves out its earlier micro-batches', 'qwen2vl_sft/training/plan.py',
+        'first = 0  # past the except',
+        'pass  # past the except',
+        ('tests/test_training_plan.py::test_a_step_is_done_again_with_smaller_micro_batches_and_ends_with_the_same_weights[4-2-False]',),
+    ),
+    Mutation(
         '5.12', 'the gate is not asked', 'qwen2vl_sft/model/export.py',
         'if gate.agreement < least_agreement:',
         'if gate.agreement < 0:',

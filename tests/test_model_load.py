@@ -137,6 +137,8 @@ def test_int8_trains_and_keeps_the_tower(project):
         suite=str(project / "toy" / "toy.yaml"), model={"device": "cpu"}, method={"name": "qlora", "quantisation": "int8"},
         schedule={"steps": 3, "micro_batch": 6, "warmup_ratio": 0, "learning_rate": 3e-3, "log_every": 1})  # fmt: skip
     run = train(config)
+    kinds = {type(module).__name__ for module in load_base(SMALL, config.method).model.visual.modules() if isinstance(module, nn.Linear)}
+    assert kinds == {"Linear"}
     assert changes_outputs(load_adapter(load_base(SMALL, config.method), run.checkpoints()[3], "tuned"))
 
 

@@ -25,7 +25,7 @@ from ..encoding.prompt import Encoded, Encoder
 from ..model.vision_cache import VisionCache
 from ..rundir import RunDir
 
-# %% ../../nbs/52_training.order.ipynb #4424ec26
+# %% ../../nbs/52_training.order.ipynb #82040b62
 Key = tuple[str, int]  # task, row of its train split
 
 
@@ -52,7 +52,8 @@ class TrainingOrder(Dataset):
         labels = {task.name: self.columns[task.name]["label"] for task in prepared.suite.tasks if task.is_closed}
         order = sample_order(sizes, config.mixture, schedule.steps * batch, schedule.seed, labels)
         keys = list(order)
-        self.order = sorted_within(keys, self.sample_lengths(keys, schedule.max_tokens), batch)
+        self.lengths = self.sample_lengths(keys, schedule.max_tokens)
+        self.order = sorted_within(keys, self.lengths, batch)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -132,16 +133,17 @@ def collator(
     "How samples become a batch."
     return (lambda samples: pack(samples, encoder.images)) if packing else (lambda samples: pad(samples, encoder.images, encoder.pad_id))
 
-# %% ../../nbs/52_training.order.ipynb #43a71c22
+# %% ../../nbs/52_training.order.ipynb #f3ed2ab9
 def filled_cache(
     model: Any,
     data: TrainingOrder,
     limit_gb: float,
+    at_once: int = 64,  # pictures in one pass of the tower
 ) -> VisionCache:
     "The frozen tower's outputs for every picture of the run."
     cache = VisionCache(project_root() / "prepared" / "vision-cache.sqlite", model, data.encoder.images, limit_gb)
     wanted = {data.value(key, "sha256"): key for key in data.order}
-    fresh = cache.fill(model, data.encoder.images, wanted, lambda image: data.pixels(wanted[image]))
+    fresh = cache.fill(model, data.encoder.images, wanted, lambda image: data.pixels(wanted[image]), at_once)
     beyond = len(cache.missing(wanted))
     full = f"; the limit of {limit_gb} GB leaves {beyond} to be computed each time" if beyond else ""
     say(f"vision cache: {len(wanted) - fresh - beyond} of {len(wanted)} pictures found, {fresh} computed, {cache.bytes / 1e6:.0f} MB{full}")

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['Setting', 'LabelTrainer', 'joined_shards', 'write_checkpoint', 'Between', 'training_arguments', 'check_optimizer',
-           'check_devices', 'prepared_suite', 'recompute_activations', 'build_trainer', 'last_step', 'train',
-           'train_steps', 'report_end']
+           'check_devices', 'prepared_suite', 'recompute_activations', 'with_plan', 'plan_run', 'build_trainer',
+           'last_step', 'memory_named', 'train', 'train_steps', 'report_end']
 
-# %% ../../nbs/56_training.trainer.ipynb #515f0072
-from ..core import InputError, Interrupted, fingerprint, pick_device, process_count, process_rank, project_root, say, seed_everything  # first: it quietens what follows
+# %% ../../nbs/56_training.trainer.ipynb #5e3d8f0b
+from ..core import InputError, Interrupted, RunFailure, fingerprint, pick_device, process_count, process_rank, project_root, say, seed_everything, write_atomically  # first: it quietens what follows
 
-# %% ../../nbs/56_training.trainer.ipynb #4d48ee26
+# %% ../../nbs/56_training.trainer.ipynb #50a8e396
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..config import RunConfig
+from ..data.forecast import plan_of_recipe
 from ..data.prepare import Prepared, prepare
 from ..encoding.images import load_image_processor
 from ..encoding.prompt import Encoder, load_encoder
@@ -48,6 +51,7 @@ from qwen2vl_sft.training.checkpoints import (
 )
 from .loss import averaged, token_losses
 from .order import TrainingOrder, collator, filled_cache, report_cache, samples_per_step
+from .plan import HalvingTrainer, Plan, is_out_of_memory, memory_plan, plan_lines, plan_record, resolved, sample_sizes
 from .progress import INTERRUPTED, RunCallback, StopRequest, Tally, check_finite, with_tasks
 from .validation import Validation, early_stop, settle_best, validation_of
 
@@ -64,8 +68,8 @@ class Setting:
     validation: Validation | None = None
     request: StopRequest = field(default_factory=StopRequest)
 
-# %% ../../nbs/56_training.trainer.ipynb #e058abea
-class LabelTrainer(Trainer):
+# %% ../../nbs/56_training.trainer.ipynb #80e8c5d7
+class LabelTrainer(HalvingTrainer):
     "The stock Trainer, with the supervised-position loss and whole checkpoints in the run directory."
 
     def __init__(self, setting: Setting, watcher: RunCallback, **options: Any):
@@ -106,6 +110,24 @@ class LabelTrainer(Trainer):
         if checkpoint_kind(Path(folder)) == "adapter":
             super()._load_from_checkpoint(folder, model)
         # full weights are there: `build_trainer` loaded them, because a checkpoint's key names aren't the module's
+
+    def get_batch_samples(self, *arguments: Any) -> tuple[list, Any]:
+        sums = self.setting.tally.sums
+        self.counted = None if sums is None else sums.clone()  # what a step that is done again has not counted yet
+        return super().get_batch_samples(*arguments)
+
+    def on_smaller(self, step: int, size: int, reason: str) -> None:
+        "Memory ran out: the run directory says so, and a continued run starts with the smaller micro-batch."
+        run, config = self.setting.run, self.setting.config
+        batch = config.schedule.batch
+        say(f"{run.name}, step {step + 1}: out of memory; going on with micro-batches of {size} x {batch // size}, {batch} samples a step as before")
+        run.log(step, micro_batch=size)
+        smaller = resolved(config, size, bool(config.schedule.activation_checkpointing))
+        write_atomically(run.config_path, smaller.to_yaml())
+        record = json.loads((run.path / "plan.json").read_text())
+        self.setting.tally.sums = self.counted
+        record["out_of_memory"] = [*record.get("out_of_memory", []), {"after_step": step, "micro_batch": size, "reason": reason}]
+        write_atomically(run.path / "plan.json", json.dumps(record, indent=1))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         kept = torch.load(Path(checkpoint) / "random.pt", weights_only=True)
@@ -160,7 +182,7 @@ class Between(TrainerCallback):
         control.should_save = control.should_save or self.is_due
         return control
 
-# %% ../../nbs/56_training.trainer.ipynb #767b7a71
+# %% ../../nbs/56_training.trainer.ipynb #98bf5fa8
 def training_arguments(
     config: RunConfig,
     folder: Path,
@@ -190,7 +212,7 @@ def check_optimizer(
     weight = torch.nn.Parameter(torch.ones(2**17, device=pick_device(config.model.device)))
     weight.grad = torch.ones_like(weight)
     try:
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(training_arguments(config, project_root()))
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(training_arguments(resolved(config, 1, False), project_root()))
         kind([weight], **options).step()
     except Exception as error:
         raise InputError(f"schedule.optimizer={config.schedule.optimizer} does not run on {weight.device}: {str(error).splitlines()[0]}; choose adamw_torch or another of config.OPTIMIZERS") from error
@@ -227,11 +249,46 @@ def recompute_activations(
     for part in [inner.language_model] if config.method.tower_is_frozen else [inner.language_model, inner.visual]:
         part.gradient_checkpointing_enable({"use_reentrant": False})
 
-# %% ../../nbs/56_training.trainer.ipynb #c2ac544a
+# %% ../../nbs/56_training.trainer.ipynb #e9f56b0e
+def with_plan(
+    config: RunConfig,
+    data: TrainingOrder,
+    run: RunDir,
+) -> tuple[RunConfig, Plan]:
+    "The configuration with the plan's micro-batch and checkpointing; the plan is written to the run directory. Raises `InputError`."
+    plan, before = memory_plan(config, sample_sizes(data)), _out_of_memory(run)
+    size = min([plan.micro_batch, *(event["micro_batch"] for event in before if config.schedule.batch % event["micro_batch"] == 0)])
+    config = resolved(config, size, plan.activation_checkpointing)
+    write_atomically(run.path / "plan.json", json.dumps({**json.loads(plan_record(plan)), "out_of_memory": before}, indent=1))
+    write_atomically(run.config_path, config.to_yaml())
+    may = "" if plan.fits else f"; above the {plan.memory / 1e9:.2f} GB that may be used: micro-batches are halved if memory runs out"
+    say(f"{config.run}: {plan_lines(plan)[0]}; about {plan.estimate.peak / 1e9:.2f} GB{may}")
+    return config, plan
+
+
+def _out_of_memory(run: RunDir) -> list[dict]:
+    "What an earlier start of this run met, if it has checkpoints to continue from."
+    path = run.path / "plan.json"
+    return json.loads(path.read_text()).get("out_of_memory", []) if run.checkpoints() and path.exists() else []
+
+# %% ../../nbs/56_training.trainer.ipynb #b8c85a42
+def plan_run(
+    config: RunConfig,
+) -> Plan:
+    "What a run would plan, without one. Where the model's tokenizer isn't at hand, the small model's stands in for a published size."
+    prepared = prepared_suite(config.suite_path, config.fold)
+    try:
+        encoder = load_encoder(base_location(config.model.base), config.preprocessing, config.schedule.supervise_newline, config.model.revision)
+    except (OSError, ValueError):
+        encoder = plan_of_recipe(config).encoder
+    return memory_plan(config, sample_sizes(TrainingOrder(prepared, encoder, config)))
+
+# %% ../../nbs/56_training.trainer.ipynb #a6015ec7
 def build_trainer(
     setting: Setting,
     data: TrainingOrder,
     status: Status,
+    at_once: int,  # pictures in one pass of a frozen tower
     start: Path | None = None,  # the checkpoint to continue from
 ) -> LabelTrainer:
     "Load the weights, decide what trains, fill the cache."
@@ -243,7 +300,7 @@ def build_trainer(
     if config.method.tower_is_frozen:  # needs no float32 master weights, and runs outside the Trainer's autocast
         model.model.visual.to(compute_dtype(config.model))
     if config.method.tower_is_frozen and config.schedule.vision_cache:
-        data.cache = first_then_others(lambda: filled_cache(model, data, config.schedule.vision_cache_gb))
+        data.cache = first_then_others(lambda: filled_cache(model, data, config.schedule.vision_cache_gb, at_once))
     model = trainable(model, config.method)
     use_packed_attention(model)
     fuse_lora(model)
@@ -271,7 +328,18 @@ def last_step(
     stop = early_stop(run.validations(max(run.checkpoints(), default=0)), config.schedule.early_stopping_patience)
     return stop.step if stop and stop.step in run.checkpoints() else config.schedule.steps
 
-# %% ../../nbs/56_training.trainer.ipynb #62028219
+# %% ../../nbs/56_training.trainer.ipynb #d7b1c13f
+@contextmanager
+def memory_named() -> Iterator[None]:
+    "An out-of-memory error that smaller micro-batches don't mend, as a `RunFailure`: the optimiser's states, or one of several processes."
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunFailure(f"out of memory ({str(error).splitlines()[0]}); the optimiser's states or another process need it: choose optimizer=adamw_bnb_8bit, a smaller micro_batch or a lighter method; the run continues from its last checkpoint") from error
+
+# %% ../../nbs/56_training.trainer.ipynb #3891c4ef
 def train(
     config: RunConfig,
 ) -> RunDir:
@@ -313,15 +381,16 @@ def train_steps(
     encoder = load_encoder(location, config.preprocessing, config.schedule.supervise_newline, config.model.revision)
     image_processor = load_image_processor(location, config.preprocessing, config.model.revision)
     start, data = last_checkpoint(run, encoder), TrainingOrder(prepared, encoder, config)
+    config, plan = from_first(lambda: with_plan(config, data, run))
     setting = Setting(run, config, encoder, image_processor, Tally(list(data.questions)), validation_of(prepared, config, encoder))
     if start:
         check_position(start, data.order, samples_per_step(config))
     seed_everything(config.schedule.seed)
-    trainer = build_trainer(setting, data, status, start)
+    trainer = build_trainer(setting, data, status, plan.estimate.pictures_at_once or 1, start)
     trainer.remove_callback(PrinterCallback)
     if process_rank():  # its own dropout; the weights are the first process's
         seed_everything(int(fingerprint([config.schedule.seed, process_rank()]), 16) % 2**32)
-    with setting.request.listening():
+    with setting.request.listening(), memory_named():
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     if data.cache:
         first = int(start.name.split("-")[1]) if start else 0  # step-N or resume-N

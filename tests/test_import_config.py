@@ -1,0 +1,80 @@
+"""LLaMA-Factory's training files become recipes; nothing is dropped silently, and hostile files get one line."""
+
+import pytest
+import yaml
+
+from qwen2vl_sft.cli import main
+from qwen2vl_sft.config import validated
+from qwen2vl_sft.core import InputError
+from qwen2vl_sft.import_config import READ_APART, RENAMED, WITHOUT_EFFECT, import_config, import_text
+
+BASE = {"model_name_or_path": "Qwen/Qwen2-VL-2B-Instruct", "stage": "sft", "dataset": "pets", "template": "qwen2_vl"}
+
+
+def read(tmp_path, rows=None, **theirs):
+    file = tmp_path / "their.yaml"
+    file.write_text(yaml.safe_dump({**BASE, **theirs}))
+    return import_config(file, rows=rows)
+
+
+def test_their_defaults_are_written_out(tmp_path):
+    "LLaMA-Factory 0.9.5's own defaults (hparams), not ours."
+    config, _ = read(tmp_path)
+    assert (config.method.name, config.method.rank, config.method.alpha) == ("lora", 8, 16)
+    assert (config.schedule.learning_rate, config.schedule.scheduler, config.schedule.warmup_ratio) == (5e-5, "linear", 0.0)
+    assert (config.schedule.micro_batch, config.schedule.accumulation, config.schedule.max_tokens, config.schedule.seed) == (8, 1, 2048, 42)
+    assert (config.preprocessing.max_pixels, config.preprocessing.min_pixels) == (768 * 768, 32 * 32)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [
+    ({"finetuning_type": "full", "freeze_vision_tower": False, "freeze_multi_modal_projector": False}, {"name": "full", "freeze_tower": False, "freeze_merger": False}),
+    ({"quantization_bit": 4}, {"name": "qlora", "quantisation": "nf4", "double_quantisation": True}),
+    ({"quantization_bit": 8}, {"name": "qlora", "quantisation": "int8"}),
+    ({"lora_target": "q_proj,v_proj", "lora_alpha": 5, "use_rslora": True}, {"targets": ["q_proj", "v_proj"], "alpha": 5, "rslora": True}),
+    ({"freeze_vision_tower": False}, {"tower_targets": ["qkv", "proj", "fc1", "fc2"]})])  # fmt: skip
+def test_methods(tmp_path, theirs, ours):
+    method = read(tmp_path, **theirs)[0].method
+    assert {name: getattr(method, name) for name in ours} == ours
+
+
+def test_epochs_become_steps_when_the_rows_are_known(tmp_path):
+    config, found = read(tmp_path, rows=1001, per_device_train_batch_size=2, gradient_accumulation_steps=8, num_train_epochs=2, save_steps=50, warmup_steps=63)
+    assert config.schedule.steps == 2 * 63 and config.schedule.warmup_ratio == 0.5 and config.schedule.save_at == [50, 100]
+    _, found = read(tmp_path, num_train_epochs=2)
+    assert any("num_train_epochs" in note for note in found.not_mapped)
+
+
+def test_every_key_leaves_a_trace(tmp_path):
+    config, found = read(tmp_path, use_galore=True, loraplus_lr_ratio=16, cutof_len=3, pure_bf16=True, neat_packing=True, template="llama3", optim="galore_adamw")
+    lost = " ".join(found.not_mapped)
+    assert all(name in lost for name in ("use_galore", "loraplus_lr_ratio", "cutof_len", "template", "galore_adamw"))
+    assert any("newline" in note for note in found.differs) and any("cutoff_len" in note for note in found.differs)
+    assert config.schedule.packing and config.model.dtype == "bfloat16"
+    assert not set(RENAMED) & set(WITHOUT_EFFECT) and not set(READ_APART) & set(RENAMED)
+
+
+def test_the_printed_text_is_a_recipe(tmp_path, capsys):
+    file = tmp_path / "their.yaml"
+    file.write_text(yaml.safe_dump({**BASE, "max_steps": 30, "output_dir": "saves/qwen2 vl: #1"}))
+    assert main(["import-config", str(file), "--suite", "suites/demo.yaml"]) == 0
+    printed = capsys.readouterr()
+    config = validated(yaml.safe_load(printed.out), "printed")
+    assert (config.schedule.steps, config.suite, config.run) == (30, "suites/demo.yaml", "qwen2-vl---1")
+    assert "# will differ" in printed.out and "not" in printed.err
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("- a list", "is a mapping"), ("a: [", "not a YAML file"), ("!!python/object/apply:os.system ['true']", "not a YAML file"), ("stage: dpo\nmodel_name_or_path: x", "stage 'dpo'"),
+    ("lora_rank: 8", "model_name_or_path is missing"), ("model_name_or_path: x\nlora_rank: [8]", "wrong type|rank"), ("model_name_or_path: x\nlearning_rate: fast", "learning_rate"),
+    ("model_name_or_path: x\nfinetuning_type: oft", "oft"), ("model_name_or_path: x\nsave_steps: {}\nmax_steps: 5", "wrong type"), ("model_name_or_path: x\nquantization_bit: 3", "quantization_bit 3"),
+    ("x: " + "[" * 3000, "not a YAML file"), ("model_name_or_path: x\ndataset: \"a\\nb # c\"", "")])  # fmt: skip
+def test_hostile_files_get_one_line(tmp_path, capsys, text, message):
+    file = tmp_path / "their.yaml"
+    file.write_text(text)
+    if not message:  # fine, but what it says must stay inside comments and values
+        yaml.safe_load(import_text(import_config(file)[1]))
+        return
+    with pytest.raises(InputError, match=message) as caught:
+        import_config(file)
+    assert str(file) in str(caught.value)
+    assert main(["import-config", str(file)]) == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1

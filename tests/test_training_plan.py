@@ -1,0 +1,220 @@
+"""Memory: estimates against measured peaks, the plan's choices, and runs that go on after memory ran out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from qwen2vl_sft.config import RunConfig
+from qwen2vl_sft.core import InputError, RunFailure
+from qwen2vl_sft.data.toy import write_toy_suite
+from qwen2vl_sft.training.plan import memory_plan
+from qwen2vl_sft.training.trainer import LabelTrainer, train
+
+PRELUDE = """
+import os, resource, sys, threading, time
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from qwen2vl_sft.config import RunConfig
+from qwen2vl_sft.data.toy import write_toy_suite
+from qwen2vl_sft.training import trainer
+import bitsandbytes, peft
+
+def resident():
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return int(lines["RssAnon"].split()[0]) * 1024
+"""
+
+
+def process(project: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "QWEN2VL_SFT_ROOT": str(project), "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    return subprocess.run([sys.executable, "-c", PRELUDE + script, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def middling(tmp_path_factory) -> Path:
+    "A folder with a random Qwen2-VL whose activations outweigh everything else."
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    from qwen2vl_sft.encoding.images import load_image_processor
+    from qwen2vl_sft.encoding.prompt import load_encoder
+    from qwen2vl_sft.config import PreprocessingConfig
+    from qwen2vl_sft.model.load import base_location
+
+    folder, small = tmp_path_factory.mktemp("middling"), base_location("small")
+    config = Qwen2VLConfig.from_pretrained(small)
+    text, tower = config.text_config, config.vision_config
+    heads = text.hidden_size // text.num_attention_heads
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_key_value_heads = heads * 8, heads * 24, 4, 2
+    text.num_attention_heads, text.layer_types, tower.hidden_size = 8, ["full_attention"] * 4, heads * 8
+    torch.manual_seed(0)
+    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
+    load_encoder(small).tokenizer.save_pretrained(folder)
+    load_image_processor(small, PreprocessingConfig()).save_pretrained(folder)
+    return folder
+
+
+MEASURE = """
+import gc, json
+baseline, peak, done = [0], [0], threading.Event()
+def watch():
+    while not done.wait(0.001):
+        peak[0] = max(peak[0], resident())
+load = trainer.load_base
+def load_base(*arguments, **options):
+    gc.collect()
+    baseline[0] = peak[0] = resident()
+    return load(*arguments, **options)
+trainer.load_base = load_base
+threading.Thread(target=watch, daemon=True).start()
+found = {}
+for content in json.loads(sys.argv[1]):
+    config = RunConfig(**content)
+    trainer.train(config)
+    found[config.run] = peak[0] - baseline[0]
+print("MEASURED", json.dumps(found))
+"""
+
+CASES = {  # name -> method, schedule
+    "lora": ({"name": "lora"}, {"packing": False}),
+    "recomputed": ({"name": "lora"}, {"packing": False, "activation_checkpointing": True, "micro_batch": 16, "vision_cache": False}),
+    "packed": ({"name": "lora"}, {"packing": True, "micro_batch": 4, "vision_cache": False}),
+    "full": ({"name": "full"}, {"accumulation": 2}),
+    "tower": ({"name": "full", "freeze_tower": False, "freeze_merger": False}, {"micro_batch": 4}),
+    "nf4": ({"name": "qlora"}, {"vision_cache": False}),
+}
+
+
+@pytest.mark.slow
+def test_estimates_are_within_15_percent_of_measured_peaks(project, middling):
+    "Resident memory of a real process, sampled every millisecond, above what it was before the weights were loaded."
+    suite = write_toy_suite(project / "toy", rows=24)
+    configs = [
+        {"suite": str(suite), "run": name, "model": {"base": str(middling), "device": "cpu"}, "method": method, "preprocessing": {"min_pixels": 200**2, "max_pixels": 200**2},
+         "schedule": {"steps": 2, "micro_batch": 8, "learning_rate": 1e-4, "log_every": 1, **schedule}}
+        for name, (method, schedule) in CASES.items()
+    ]  # fmt: skip
+    found = process(project, MEASURE, json.dumps(configs))
+    assert "MEASURED" in found.stdout, found.stderr[-2000:]
+    measured = json.loads(found.stdout.split("MEASURED")[1])
+    plans = {name: json.loads((project / "runs" / "default" / name / "plan.json").read_text())["estimate"] for name in CASES}
+    ratios = {name: round(plans[name]["peak"] / measured[name], 3) for name in CASES}
+    print({name: {key: round(value / 1e6, 1) for key, value in plan.items()} for name, plan in plans.items()}, measured)
+    assert all(0.85 <= ratio <= 1.15 for ratio in ratios.values()), ratios
+
+
+def toy(project: Path, name: str, **schedule) -> RunConfig:
+    if not (project / "toy").exists():
+        write_toy_suite(project / "toy", rows=12)
+    schedule = {"steps": 3, "micro_batch": 4, "accumulation": 2, "learning_rate": 1e-3, "warmup_ratio": 0, "log_every": 1, **schedule}
+    return RunConfig(suite=str(project / "toy" / "toy.yaml"), run=name, model={"device": "cpu"}, method={"name": "lora"}, schedule=schedule)
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return load_file(run.checkpoints()[max(run.checkpoints())] / "adapter_model.safetensors")
+
+
+def exhausting(monkeypatch, call: int, above: int) -> None:
+    "From one call of the loss on, a real allocation of the CPU's allocator fails for micro-batches above a size, after the forward pass."
+    real, count = LabelTrainer.compute_loss, [0]
+
+    def compute_loss(self, model, inputs, **options):
+        loss, count[0] = real(self, model, inputs, **options), count[0] + 1
+        samples = int((inputs["position_ids"][0] == 0).sum()) if len(inputs["position_ids"]) == 4 else len(inputs["input_ids"])
+        if count[0] >= call and samples > above:
+            torch.empty(2**60)
+        return loss
+
+    monkeypatch.setattr(LabelTrainer, "compute_loss", compute_loss)
+
+
+@pytest.mark.parametrize(("call", "above", "packing"), [(1, 2, True), (4, 2, False), (4, 1, True)])  # in the first step, in the second micro-batch of the second one; twice halved
+def test_a_step_is_done_again_with_smaller_micro_batches_and_ends_with_the_same_weights(project, monkeypatch, call, above, packing):
+    expected = weights(train(toy(project, "smaller", micro_batch=above, accumulation=8 // above, packing=packing)))
+    exhausting(monkeypatch, call, above)
+    run = train(toy(project, "halved", packing=packing))
+    found = weights(run)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)  # a step moves a weight by up to 1e-3; rounding, through Adam, by a few 1e-6
+    record = json.loads((run.path / "plan.json").read_text())["out_of_memory"]
+    assert [event["micro_batch"] for event in record] == [2, 1][: 1 if above == 2 else 2] and "allocate" in record[0]["reason"]
+    stated = yaml.safe_load(run.config_path.read_text())["schedule"]
+    assert (stated["micro_batch"], stated["accumulation"]) == (above, 8 // above)
+    assert above in run.metrics().micro_batch.tolist()
+
+
+def test_one_sample_that_does_not_fit_ends_the_run_with_a_remedy(project, monkeypatch):
+    exhausting(monkeypatch, 1, 0)
+    with pytest.raises(RunFailure, match="one sample at a time.*activation_checkpointing"):
+        train(toy(project, "hopeless"))
+
+
+LIMITED = """
+import json
+content = json.loads(sys.argv[1])
+config = RunConfig(**content)
+train = trainer.LabelTrainer.train
+def limited(self, **options):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    bound = pages * os.sysconf("SC_PAGE_SIZE") + int(float(sys.argv[2]))
+    resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
+    return train(self, **options)
+trainer.LabelTrainer.train = limited
+print(trainer.train(config))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_meets_a_real_limit_goes_on(project, middling):
+    "The kernel refuses the memory that a micro-batch of 16 takes; 4 or 8 fit."
+    suite = write_toy_suite(project / "toy", rows=24)
+    content = {"suite": str(suite), "run": "limited", "model": {"base": str(middling), "device": "cpu"}, "method": {"name": "lora"}, "preprocessing": {"min_pixels": 200**2, "max_pixels": 200**2},
+               "schedule": {"steps": 2, "micro_batch": 16, "learning_rate": 1e-4, "log_every": 1}}  # fmt: skip
+    found = process(project, LIMITED, json.dumps(content), "220e6")
+    run = project / "runs" / "default" / "limited"
+    assert found.returncode == 0, found.stderr[-1500:]
+    record = json.loads((run / "plan.json").read_text())
+    assert record["micro_batch"] == 16 and record["out_of_memory"][-1]["micro_batch"] in (4, 8)
+    assert (run / "checkpoints" / "step-2").exists()
+
+
+def test_a_continued_run_keeps_the_smaller_micro_batch(project, monkeypatch):
+    with monkeypatch.context() as patch:
+        exhausting(patch, 1, 2)
+        run = train(toy(project, "again", save_at=[2]))
+    __import__("shutil").rmtree(run.checkpoints()[3])
+    assert yaml.safe_load(train(toy(project, "again", save_at=[2])).config_path.read_text())["schedule"]["micro_batch"] == 2
+
+
+def test_auto_takes_the_largest_micro_batch_that_fits(project):
+    config = toy(project, "auto", micro_batch="auto", accumulation=1, effective_batch=8)
+    run = train(config)
+    stated = yaml.safe_load(run.config_path.read_text())["schedule"]
+    assert (stated["micro_batch"], stated["accumulation"]) == (8, 1)
+
+
+def test_full_7b_does_not_fit_24_gb_and_is_refused_before_anything_loads():
+    sizes = np.array([[800, 3, 2916, number] for number in range(8)])
+    config = RunConfig(suite="x.yaml", model={"base": "Qwen/Qwen2-VL-7B-Instruct", "device": "cuda", "dtype": "bfloat16"}, method={"name": "full"}, plan={"memory_gb": 24})
+    with pytest.raises(InputError, match="full training of .*7B-Instruct needs about .* GB; use method.name=lora|needs about .*use method.name=lora"):
+        memory_plan(config, sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["lora", "full", "qlora"])
+def test_the_estimate_is_within_15_percent_of_cudas_peak(project, middling, method):
+    suite = write_toy_suite(project / "toy", rows=24)
+    torch.cuda.reset_peak_memory_stats()
+    config = RunConfig(suite=str(suite), run=method, model={"base": str(middling), "device": "cuda"}, method={"name": method}, preprocessing={"min_pixels": 200**2, "max_pixels": 200**2},
+                       schedule={"steps": 2, "micro_batch": 16, "learning_rate": 1e-4, "vision_cache": False})  # fmt: skip
+    run = train(config)
+    planned = json.loads((run.path / "plan.json").read_text())["estimate"]["peak"]
+    assert planned == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
