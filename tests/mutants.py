@@ -257,9 +257,9 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_correctness.py::test_5_12_the_gate_refuses_a_merge_that_changes_labels',),
     ),
     Mutation(
-        'validation', 'dropout stays off after a validation', 'qwen2vl_sft/training/validation.py',
-        'module.training = training',
-        'module.training = False',
+        'validation', 'a validation seeds the random generators anew', 'qwen2vl_sft/training/validation.py',
+        'torch.random.fork_rng(devices=devices), torch.no_grad()',
+        'nullcontext(torch.manual_seed(0)), torch.no_grad()',
         ('tests/test_training_validation.py::test_validation_changes_no_bit_of_the_training',),
     ),
     Mutation(
