@@ -21,7 +21,7 @@ from qwen2vl_sft.data.prepare import prepare
 from qwen2vl_sft.data.sources import Row
 from qwen2vl_sft.data.toy import write_toy_suite
 from qwen2vl_sft.rundir import RunDir
-from qwen2vl_sft.scoring.calibration import Wanted, calibrate_run
+from qwen2vl_sft.scoring.calibration import Wanted, calibrate_run, calibration_path
 from qwen2vl_sft.scoring.experiment import score_experiment
 from qwen2vl_sft.scoring.labeler import Labeler, find_checkpoint, images_of, label_to_file, label_pictures, read_picture
 from qwen2vl_sft.tasks import load_suite
@@ -86,13 +86,15 @@ def test_calibration_and_threshold_apply(home):
     table, images = scored(home)
     suite = load_suite(home / "toy" / "toy.yaml")
     content, = calibrate_run(RunDir(home / "runs/toy/lora"), suite.tasks, Wanted(recall=0.9))
-    labelled = Labeler.load(CHECKPOINT, ["colour"], device="cpu").label(images)
-    assert labelled["calibrated"].all()
     stated = pd.DataFrame([json.loads(text) for text in table["probabilities"]])[["red", "green", "blue"]].to_numpy()
-    powers = np.maximum(stated, 5e-7) ** (1 / content["temperature"])
-    expected = powers / powers.sum(axis=1, keepdims=True)
-    ours = pd.DataFrame([json.loads(text) for text in labelled["probabilities"]])[["red", "green", "blue"]].to_numpy()
-    assert np.abs(ours - expected).max() < 1e-3
+    path = calibration_path(RunDir(home / "runs/toy/lora"), "step-4", "colour")
+    for temperature in (2.5, content["temperature"]):
+        path.write_text(json.dumps(content | {"temperature": temperature}))
+        labelled = Labeler.load(CHECKPOINT, ["colour"], device="cpu").label(images)
+        powers = np.maximum(stated, 5e-7) ** (1 / temperature)
+        ours = pd.DataFrame([json.loads(text) for text in labelled["probabilities"]])[["red", "green", "blue"]].to_numpy()
+        assert np.abs(ours - powers / powers.sum(axis=1, keepdims=True)).max() < 1e-3
+    assert labelled["calibrated"].all()
     flagged = (labelled["label"] == "red").to_numpy()
     assert (flagged == (ours[:, 0] >= content["operating_point"]["threshold"])).all()
     assert flagged.sum() == content["operating_point"]["test"]["flagged"]
