@@ -19,7 +19,7 @@ from ..rundir import RunDir
 from ..tasks import Suite, load_suite
 from .notebook import prepared_folder, run_notebook, training_config, workbench_file
 
-# %% ../../nbs/71_workflow.demo.ipynb #2f8d4d7e
+# %% ../../nbs/71_workflow.demo.ipynb #a35cf8f3
 @dataclass(frozen=True)
 class DemoSettings:
     "What the demo runs, and with what changes to the recipes."
@@ -31,7 +31,7 @@ class DemoSettings:
 
 
 FULL_DEMO = DemoSettings()
-REDUCED_DEMO = DemoSettings("demo-reduced", training={"steps": 4, "save_at": [2], "overrides": {"log_every": 1}}, scoring={"limit": 8})
+REDUCED_DEMO = DemoSettings("demo-reduced", training={"steps": 4, "save_at": [2], "overrides": {"log_every": 1, "validation_samples": 8}}, scoring={"limit": 8})
 
 # %% ../../nbs/71_workflow.demo.ipynb #e91b120a
 @dataclass(frozen=True)
