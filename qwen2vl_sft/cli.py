@@ -226,7 +226,7 @@ def label(
     print(table.groupby(["task", "label"], dropna=False, sort=False).size().rename("images").reset_index().to_string(index=False, na_rep="unreadable"))
     print(out)
 
-# %% ../nbs/90_cli.ipynb #eaf23d3a
+# %% ../nbs/90_cli.ipynb #61da5c23
 @app.command()
 def compare(
     experiment: Experiment,
@@ -240,6 +240,8 @@ def compare(
 
     Example: qwen2vl-sft compare demo --against gpt-4o --before last-week.csv
     """
+    if notebook and (against or before):
+        raise InputError("--against and --before don't go with --notebook; leave it out")
     if notebook:
         print(run_notebook("compare", {"experiment": experiment}))
         return

@@ -241,7 +241,7 @@ def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     a, b = flat_settings(first), flat_settings(second)
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
-# %% ../../nbs/62_comparison.board.ipynb #2ff8efec
+# %% ../../nbs/62_comparison.board.ipynb #69dac721
 def is_seed(name: str) -> bool:
     "Whether a setting is a seed."
     return name.rpartition(".")[2].endswith("seed")
@@ -259,7 +259,9 @@ def seed_groups(
         else:
             groups.append([model])
     several = [group for group in groups if len(group) > 1]
-    return {common_start(group).rstrip("-_. ").removesuffix("seed").rstrip("-_. ") or group[0]: group for group in several}
+    starts = [common_start(group).rstrip("-_. ").removesuffix("seed").rstrip("-_. ") for group in several]
+    free = lambda start: start and starts.count(start) == 1 and (start not in configs or start in several[starts.index(start)])
+    return {start if free(start) else group[0]: group for start, group in zip(starts, several, strict=True)}
 
 
 def common_start(names: Sequence[str]) -> str:

@@ -411,7 +411,7 @@ def read_long(path: Path) -> pd.DataFrame:  # LONG, note, n, reported_mean_score
         table = table.rename(columns={"mean_score": "reported_mean_score"})
     return table.reindex(columns=[*LONG, "note", "n", "reported_mean_score"])
 
-# %% ../../nbs/61_comparison.samples.ipynb #af309674
+# %% ../../nbs/61_comparison.samples.ipynb #5bdc408b
 def checked_accuracies(
     table: pd.DataFrame,  # from `read_long`
     path: Path,
@@ -424,11 +424,14 @@ def checked_accuracies(
         raise InputError(f"{place(i)}: accuracy '{table.loc[i, 'accuracy']}' is not a percentage from 0 to 100")
     for i in table.index[step.isna() & table["step"].notna() | (step % 1 > 0)]:
         raise InputError(f"{place(i)}: step must be a whole number or empty")
+    count = pd.to_numeric(table["n"], errors="coerce")
+    for i in table.index[(count.isna() & table["n"].notna()) | (count < 1) | (count % 1 > 0)]:
+        raise InputError(f"{place(i)}: n '{table.loc[i, 'n']}' is not a number of samples; leave it empty if it isn't known")
     for i in table.index[table.duplicated(["model", "step", "dataset"])]:
         raise InputError(f"{place(i)}: given twice")
     if table.empty:
         raise InputError(f"{path}: has no accuracies")
-    return table.assign(accuracy=accuracy, step=step.astype("Int64"))
+    return table.assign(accuracy=accuracy, step=step.astype("Int64"), n=count)
 
 
 def imported_kind(

@@ -466,7 +466,7 @@ class Scoreboard(Board):
         "The scoreboard of published accuracies (long or wide; without a path, the original's). Raises `InputError`."
         return cls(**read_published(Path(path)))
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #fa2f9d81
+# %% ../../nbs/64_comparison.scoreboard.ipynb #cf46a6d7
 def read_experiment(
     folder: Path,  # runs/<experiment>
     prepared: Path | None = None,  # prepared/<suite>, for near-duplicate groups, leaks and the tasks' order; None: beside runs/
@@ -496,6 +496,8 @@ def with_published(cells: pd.DataFrame, folder: Path) -> pd.DataFrame:
     for path in sorted(folder.glob("*/accuracies.csv")):
         table = checked_accuracies(read_long(path), path)
         known = table[table["dataset"].isin(set(cells["task"]))]
+        if taken := sorted(set(imported_cells(table)["row"]) & set(pd.concat(parts)["row"])):
+            raise InputError(f"{path}: the row '{taken[0]}' is there already; give its model another name")
         if known.empty:
             raise InputError(f"{path}: none of its data sets is a task here ({in_words(sorted(set(cells['task'])), 6)})")
         kind = kind_of(RunDir(path.parent))
