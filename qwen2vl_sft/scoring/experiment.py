@@ -228,7 +228,7 @@ def work_for(
     missing = from_first(lambda: {(str(one), data.task.name, rule): missing_places(one, data, rule, scorer) for one, data, rule in cells})
     return Work(scorer, tests, missing, report)
 
-# %% ../../nbs/45_scoring.experiment.ipynb #5ba7ce2c
+# %% ../../nbs/45_scoring.experiment.ipynb #d299f9ea
 def score_places(
     work: Work,
     held: list[Loaded],
@@ -246,8 +246,9 @@ def score_places(
             samples = own = own or scorer.samples(data, places, False, decoded)
         else:
             if shared is None or shared[0] != loaded.tower:
-                shared = (loaded.tower, scorer.samples(data, places, scorer.cache is not None and scorer.cache.key == loaded.tower, decoded))
-                add_features(scorer, loaded.model, data, places, shared[1])
+                cached = scorer.cache is not None and scorer.cache.key == loaded.tower
+                shared = (loaded.tower, scorer.samples(data, places, cached, decoded))
+                add_features(scorer, loaded.model, data, places, shared[1], keep=cached)
             samples = shared[1]
         for one in loaded.group.candidates:
             score_candidate(work, loaded, one, data, places, samples, tree, bar)
@@ -339,7 +340,7 @@ def first_parts(
             found[str(one), data.task.name, rule] = one.run.next_part(one.checkpoint, data.task.name, rule, data.split)
     return found
 
-# %% ../../nbs/45_scoring.experiment.ipynb #74c7c678
+# %% ../../nbs/45_scoring.experiment.ipynb #7de5925c
 def test_models(
     held: list[Loaded],
     scorer: Scorer,
@@ -360,7 +361,7 @@ def open_caches(
     scorer: Scorer,
     held: list[Loaded],
     cache_gb: float,
-    repeats: bool,  # whether another pass over the data follows
+    repeats: bool,  # whether another pass over the data follows that needs the pictures again
 ) -> None:
     "The vision cache for models with the base's tower; the pixel cache where a pass is repeated for other towers."
     folder, shared = project_root() / "prepared", next((one for one in held if one.tower), None)
@@ -368,10 +369,10 @@ def open_caches(
         scorer.cache = first_then_others(lambda: VisionCache(folder / "vision-cache.sqlite", shared.model, scorer.encoder.images, cache_gb))
         from_first(scorer.cache.make_room)
         scorer.room = scorer.cache.limit_bytes - scorer.cache.bytes
-    if repeats and not scorer.pixel_cache and any(one.tower is None for one in held):
+    if repeats and not scorer.pixel_cache:
         scorer.pixel_cache = PixelCache(folder / "pixel-cache", scorer.encoder.images, cache_gb or 20.0)
 
-# %% ../../nbs/45_scoring.experiment.ipynb #8af51816
+# %% ../../nbs/45_scoring.experiment.ipynb #53f76d5b
 def score_candidates(
     candidates: list[Candidate],
     scorer: Scorer,
@@ -392,7 +393,7 @@ def score_candidates(
     with tqdm(total=work.answers // process_count(), desc="score", unit="answer", mininterval=1.0, ncols=100) as bar:
         for held in passes(groups, scorer.encoder, most):
             left -= len(held)
-            open_caches(scorer, held, cache_gb, left > 0)
+            open_caches(scorer, held, cache_gb, left > 0 and not all(group.tower_is_frozen for group in groups))
             test_models(held, scorer, tests)
             one_pass(work, held, bar)
     shares = gathered(work.ties)

@@ -99,7 +99,7 @@ class ApiConfig(Settings):
 
 PACE = ("concurrency", "requests_per_minute", "tokens_per_minute", "timeout", "attempts", "first_wait", "longest_wait", "budget", "max_minutes", "store", "key_variable")
 
-# %% ../../nbs/47_scoring.remote.ipynb #211c679c
+# %% ../../nbs/47_scoring.remote.ipynb #bcc71d12
 def load_api_recipe(
     path: Path | str,  # a YAML file; a relative path is tried from here, then from the project root
     overrides: dict[str, Any] | list[str] | None = None,  # {"budget": 5}, or ["budget=5"]
@@ -119,6 +119,8 @@ def api_key(config: ApiConfig) -> str:
         return "none"
     if not (key := os.environ.get(config.key_variable, "").strip()):
         raise InputError(f"the environment variable {config.key_variable} holds no key for {config.base_url}; set it, or state key_variable=null for a server that needs none")
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(f"the environment variable {config.key_variable} holds more than a key: a line break or another character that no key has")
     return key
 
 # %% ../../nbs/47_scoring.remote.ipynb #3fec429d

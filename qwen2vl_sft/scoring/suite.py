@@ -128,7 +128,7 @@ class Scorer:
             return self.pixel_cache.pixels(data.rows.column("sha256")[row], lambda: data.rows.image(row), name)
         return self.encoder.images.squares(open_image(data.rows.image(row), name))
 
-# %% ../../nbs/43_scoring.suite.ipynb #cb979d67
+# %% ../../nbs/43_scoring.suite.ipynb #b0ce5b3c
 TOWER_BYTES = 16 * 3 * 756 * 756  # of uint8 pixels in one pass of the tower
 
 
@@ -138,6 +138,7 @@ def add_features(
     data: TestSet,
     places: list[int],
     samples: list[Sample],  # of these places; those without the tower's output get it, in place of their pixels
+    keep: bool = True,  # put them into the scorer's cache: only if that is for this tower
 ) -> None:
     "Run the tower over the pictures that the cache didn't have, and keep its outputs while there is room."
     fresh = [(data.rows.column("sha256")[data.chosen[place]], sample) for place, sample in zip(places, samples, strict=True) if sample.features is None]
@@ -148,7 +149,7 @@ def add_features(
         for (_, sample), value in zip(part, values, strict=True):
             sample.features, sample.pixels = value, None
         size = sum(value.numel() * value.element_size() for value in values)
-        if scorer.cache and size <= scorer.room:
+        if keep and scorer.cache and size <= scorer.room:
             scorer.room = scorer.room - size if stored(scorer.cache, {name: sample.features for name, sample in part}) else 0.0
 
 
