@@ -340,7 +340,7 @@ def first_parts(
             found[str(one), data.task.name, rule] = one.run.next_part(one.checkpoint, data.task.name, rule, data.split)
     return found
 
-# %% ../../nbs/45_scoring.experiment.ipynb #7de5925c
+# %% ../../nbs/45_scoring.experiment.ipynb #d7b9d197
 def test_models(
     held: list[Loaded],
     scorer: Scorer,
@@ -350,7 +350,7 @@ def test_models(
     closed = next((data for data in tests if data.task.is_closed), None)
     for loaded in held if closed else []:
         with loaded.as_candidate(loaded.group.candidates[-1]) as model:
-            shift = self_test(model, scorer, closed)
+            shift = self_test(model, scorer, closed, scorer.cache is not None and scorer.cache.key == loaded.tower)
         say(f"self-test, {loaded.group.name}: samples alone and in a batch have the same labels; largest change of a probability {shift:.1g}")
 
 

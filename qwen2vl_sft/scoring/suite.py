@@ -364,7 +364,7 @@ def start_predictions(
         elif not all(keep):
             write_atomically(part, table[keep].to_parquet(index=False))
 
-# %% ../../nbs/43_scoring.suite.ipynb #b807d649
+# %% ../../nbs/43_scoring.suite.ipynb #91d3b3b8
 BFLOAT16_MARGIN = 0.05  # probability; closer pairs of labels may swap with the batch
 SELF_TEST = 4  # samples
 
@@ -381,11 +381,12 @@ def self_test(
     model: nn.Module,
     scorer: Scorer,
     data: TestSet,
+    cached: bool = True,  # whether the scorer's cache is for this model's tower
 ) -> float | None:  # the largest difference in a probability; None for an open task
     "Raises `RunFailure` if a sample's label depends on its batch."
     if not data.task.is_closed:
         return None
-    samples, exact, largest = scorer.samples(data, list(range(min(SELF_TEST, len(data))))), unwrapped(model).dtype is torch.float32, 0.0
+    samples, exact, largest = scorer.samples(data, list(range(min(SELF_TEST, len(data)))), cached), unwrapped(model).dtype is torch.float32, 0.0
     tree = label_tree(scorer.encoder, data.task.wordings)
     together = score_labels(model, scorer.encoder, samples, tree)
     for i, sample in enumerate(samples):
