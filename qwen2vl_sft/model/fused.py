@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .load import unwrapped
 
-# %% ../../nbs/35_model.fused.ipynb #e2869a57
+# %% ../../nbs/35_model.fused.ipynb #7e10167c
 class LoraProduct(torch.autograd.Function):
     "`x Wᵀ + bias + scaling (x Aᵀ) Bᵀ` with W and the bias frozen (LoRA: arXiv 2106.09685, section 4.1)."
 
@@ -39,7 +39,7 @@ def _fused_forward(layer: nn.Module) -> Any:
     def forward(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         base, active = layer.base_layer, layer.active_adapters
         one = active[0] if len(active) == 1 and active[0] in layer.lora_A and active[0] not in layer.lora_variant else None
-        if one is None or args or options or layer.disable_adapters or layer.merged or (layer.lora_dropout[one].training and not isinstance(layer.lora_dropout[one], nn.Identity)):
+        if one is None or args or options or layer.disable_adapters or layer.merged or layer.lora_B[one].bias is not None or (layer.lora_dropout[one].training and not isinstance(layer.lora_dropout[one], nn.Identity)):
             return plain(x, *args, **options)
         a, b = layer.lora_A[one].weight, layer.lora_B[one].weight
         if {x.dtype, base.weight.dtype, a.dtype} != {torch.float32} or base.weight.requires_grad or torch.is_autocast_enabled(x.device.type):

@@ -10,7 +10,7 @@ __all__ = ['Setting', 'LabelTrainer', 'joined_shards', 'write_checkpoint', 'Betw
 # %% ../../nbs/56_training.trainer.ipynb #5e3d8f0b
 from ..core import InputError, Interrupted, RunFailure, fingerprint, pick_device, process_count, process_rank, project_root, say, seed_everything, write_atomically  # first: it quietens what follows
 
-# %% ../../nbs/56_training.trainer.ipynb #50a8e396
+# %% ../../nbs/56_training.trainer.ipynb #e733ca9d
 import json
 import os
 from collections.abc import Iterator
@@ -44,6 +44,7 @@ from qwen2vl_sft.training.checkpoints import (
     random_states,
     refuse_another,
     remove_leftovers,
+    resume_points,
     rotate,
     save_checkpoint,
     set_random_states,
@@ -68,7 +69,7 @@ class Setting:
     validation: Validation | None = None
     request: StopRequest = field(default_factory=StopRequest)
 
-# %% ../../nbs/56_training.trainer.ipynb #80e8c5d7
+# %% ../../nbs/56_training.trainer.ipynb #f3c01feb
 class LabelTrainer(HalvingTrainer):
     "The stock Trainer, with the supervised-position loss and whole checkpoints in the run directory."
 
@@ -125,7 +126,7 @@ class LabelTrainer(HalvingTrainer):
         smaller = resolved(config, size, bool(config.schedule.activation_checkpointing))
         write_atomically(run.config_path, smaller.to_yaml())
         record = json.loads((run.path / "plan.json").read_text())
-        self.setting.tally.sums = self.counted
+        self.setting.tally.sums = None if self.counted is None else self.counted.clone()
         record["out_of_memory"] = [*record.get("out_of_memory", []), {"after_step": step, "micro_batch": size, "reason": reason}]
         write_atomically(run.path / "plan.json", json.dumps(record, indent=1))
 
@@ -182,7 +183,7 @@ class Between(TrainerCallback):
         control.should_save = control.should_save or self.is_due
         return control
 
-# %% ../../nbs/56_training.trainer.ipynb #98bf5fa8
+# %% ../../nbs/56_training.trainer.ipynb #8b21537c
 def training_arguments(
     config: RunConfig,
     folder: Path,
@@ -227,6 +228,8 @@ def check_devices(
         raise InputError(f"model.device={name}: choose the GPU with CUDA_VISIBLE_DEVICES and write device=cuda")
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and config.method.name != "full":
         raise InputError(f"method {config.method.name} fits on one GPU: start it without FSDP (`accelerate launch --multi_gpu`), or train method=full")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not config.method.tower_is_frozen:
+        raise InputError("FSDP leaves the vision tower and the merger out of what it divides, so they can't train; set method.freeze_tower=true and method.freeze_merger=true")
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and config.schedule.validate_every:
         raise InputError("sharded weights (FSDP) can't be validated while they train; set schedule.validate_every=0 and score the checkpoints with split=validation")
 
@@ -249,7 +252,7 @@ def recompute_activations(
     for part in [inner.language_model] if config.method.tower_is_frozen else [inner.language_model, inner.visual]:
         part.gradient_checkpointing_enable({"use_reentrant": False})
 
-# %% ../../nbs/56_training.trainer.ipynb #e9f56b0e
+# %% ../../nbs/56_training.trainer.ipynb #dec80c93
 def with_plan(
     config: RunConfig,
     data: TrainingOrder,
@@ -269,7 +272,7 @@ def with_plan(
 def _out_of_memory(run: RunDir) -> list[dict]:
     "What an earlier start of this run met, if it has checkpoints to continue from."
     path = run.path / "plan.json"
-    return json.loads(path.read_text()).get("out_of_memory", []) if run.checkpoints() and path.exists() else []
+    return json.loads(path.read_text()).get("out_of_memory", []) if resume_points(run) and path.exists() else []
 
 # %% ../../nbs/56_training.trainer.ipynb #b8c85a42
 def plan_run(
@@ -328,16 +331,18 @@ def last_step(
     stop = early_stop(run.validations(max(run.checkpoints(), default=0)), config.schedule.early_stopping_patience)
     return stop.step if stop and stop.step in run.checkpoints() else config.schedule.steps
 
-# %% ../../nbs/56_training.trainer.ipynb #d7b1c13f
+# %% ../../nbs/56_training.trainer.ipynb #23a4cd1b
 @contextmanager
 def memory_named() -> Iterator[None]:
     "An out-of-memory error that smaller micro-batches don't mend, as a `RunFailure`: the optimiser's states, or one of several processes."
     try:
         yield
+    except RunFailure:
+        raise
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise RunFailure(f"out of memory ({str(error).splitlines()[0]}); the optimiser's states or another process need it: choose optimizer=adamw_bnb_8bit, a smaller micro_batch or a lighter method; the run continues from its last checkpoint") from error
+        raise RunFailure(f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]}); the optimiser's states or another process need it: choose optimizer=adamw_bnb_8bit, a smaller micro_batch or a lighter method; the run continues from its last checkpoint") from error
 
 # %% ../../nbs/56_training.trainer.ipynb #3891c4ef
 def train(

@@ -6,15 +6,15 @@
 __all__ = ['FULL_DEMO', 'REDUCED_DEMO', 'UNTRAINED', 'DemoSettings', 'Stage', 'is_prepared', 'is_trained', 'is_scored',
            'is_reported', 'demo_stages', 'demo']
 
-# %% ../../nbs/71_workflow.demo.ipynb #c1f3be86
+# %% ../../nbs/71_workflow.demo.ipynb #f4201cff
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig
-from ..core import project_root, say
+from ..config import RunConfig, read_yaml, validated
+from ..core import InputError, project_root, say
 from ..rundir import RunDir
 from ..tasks import Suite, load_suite
 from .notebook import prepared_folder, run_notebook, training_config, workbench_file
@@ -43,7 +43,7 @@ class Stage:
     parameters: dict[str, Any]
     is_done: Callable[[], bool]
 
-# %% ../../nbs/71_workflow.demo.ipynb #81359b5b
+# %% ../../nbs/71_workflow.demo.ipynb #26e752df
 def is_prepared(
     suite: Suite,
 ) -> bool:
@@ -57,10 +57,16 @@ def is_prepared(
 def is_trained(
     config: RunConfig,
 ) -> bool:
-    "Whether the run exists with this configuration and has its last checkpoint."
-    run = RunDir(config.experiment_folder / config.run)
-    same = run.config_path.is_file() and run.config_path.read_text(encoding="utf-8") == config.to_yaml()
-    return same and config.schedule.steps in run.checkpoints()
+    "Whether the run exists with this configuration (what a plan decided aside) and has its last checkpoint, or was stopped early."
+    run, schedule = RunDir(config.experiment_folder / config.run), config.schedule
+    if not run.config_path.is_file():
+        return False
+    try:
+        there = validated(read_yaml(run.config_path, "a run's configuration"), str(run.config_path))
+    except InputError:
+        return False
+    early = schedule.early_stopping_patience and run.checkpoints() and run.status().state == "finished"
+    return there.fingerprint == config.fingerprint and bool(schedule.steps in run.checkpoints() or early)
 
 # %% ../../nbs/71_workflow.demo.ipynb #88db91ee
 UNTRAINED = ("base", "majority", "nearest_neighbour")

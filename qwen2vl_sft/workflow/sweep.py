@@ -8,7 +8,7 @@ __all__ = ['START', 'RayConfig', 'Sweep', 'load_sweep', 'Planned', 'planned_run'
            'Progress', 'slot_environment', 'run_in_slots', 'check_reachable', 'run_on_ray', 'sweep_table', 'run_sweep',
            'with_options', 'sweep_text']
 
-# %% ../../nbs/73_workflow.sweep.ipynb #56d0a1bf
+# %% ../../nbs/73_workflow.sweep.ipynb #74d40b57
 import itertools
 import json
 import os
@@ -27,9 +27,10 @@ from typing import Any
 import pandas as pd
 from pydantic import Field, ValidationError, model_validator
 
-from ..config import RunConfig, Settings, explain, read_yaml, setting_path
+from ..config import RunConfig, Settings, explain, read_yaml, setting_path, validated
 from ..core import InputError, project_root, say
 from ..rundir import RunDir
+from .demo import is_trained
 from .notebook import run_notebook, training_config, workbench_file
 
 # %% ../../nbs/73_workflow.sweep.ipynb #b3f667e2
@@ -78,7 +79,7 @@ def load_sweep(
     except ValidationError as error:
         raise InputError(f"{file}: {explain(error, content, Sweep)}") from error
 
-# %% ../../nbs/73_workflow.sweep.ipynb #c077c905
+# %% ../../nbs/73_workflow.sweep.ipynb #335f1011
 @dataclass
 class Planned:
     "One run of a sweep."
@@ -95,8 +96,7 @@ class Planned:
         status = self.run.status()
         if status.state == "running":
             return "running"
-        same = self.run.config_path.is_file() and self.run.config_path.read_text(encoding="utf-8") == self.config.to_yaml()
-        if same and status.state == "finished":
+        if is_trained(self.config):
             return "done"
         return "failed" if status.state == "failed" else "missing"
 
@@ -146,7 +146,7 @@ def plan_sweep(
         raise InputError(f"sweep '{sweep.experiment}': two runs are named '{twice[0]}'; give each a `run`")
     return planned
 
-# %% ../../nbs/73_workflow.sweep.ipynb #c8b7a669
+# %% ../../nbs/73_workflow.sweep.ipynb #1f5694ba
 def seconds_a_sample(
     run: RunDir,
 ) -> float | None:
@@ -156,8 +156,11 @@ def seconds_a_sample(
         return None
     logged = metrics.dropna(subset="loss")
     pace = (logged.time.diff() / logged.step.diff()).median()  # of a step; the median ignores the pause of a resumed run
-    schedule = read_yaml(run.config_path, "a run's configuration").get("schedule", {})
-    return float(pace) / (schedule["micro_batch"] * schedule["accumulation"]) if pace == pace else None
+    try:
+        config = validated(read_yaml(run.config_path, "a run's configuration"), str(run.config_path))
+    except InputError:  # written by another version
+        return None
+    return float(pace) / config.schedule.batch if pace == pace else None
 
 
 def _kind(config: dict[str, Any]) -> tuple:
@@ -177,7 +180,7 @@ def estimated_minutes(
     for one in planned:
         known = paces.get(_kind(one.config.model_dump(mode="json")))
         schedule, reached = one.config.schedule, max(one.run.checkpoints(), default=0)
-        samples = (schedule.steps - reached) * schedule.micro_batch * schedule.accumulation
+        samples = (schedule.steps - reached) * schedule.batch
         minutes.append(round(samples * sorted(known)[len(known) // 2] / 60, 1) if known else None)
     return minutes
 
