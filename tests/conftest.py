@@ -1,6 +1,10 @@
 """Settings for every test: one thread a process, no hub, and a loud list of what was skipped and why."""
 
 import os
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background of a shell: what the tests start would ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for name, value in {
     "OMP_NUM_THREADS": "1",

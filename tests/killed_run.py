@@ -19,6 +19,7 @@ from qwen2vl_sft.model.load import load_base, trainable
 from qwen2vl_sft.training.trainer import train
 
 torch.set_num_threads(1)
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # threads that load weights find torch's pool as it was before the fork, now and then
 trainable(load_base(ModelConfig(device="cpu"), MethodConfig(name="qlora")), MethodConfig(name="qlora"))  # imports what is imported late
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 

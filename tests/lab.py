@@ -17,6 +17,13 @@ import nbformat
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 IDLE = "() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'"
 
+STARTED = "() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].some(one => /[\\d*]/.test(one.textContent))"
+# Some cell on the page has a number, and none is waiting.
+RAN = """() => {
+    const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(one => one.textContent.trim());
+    return prompts.some(text => /\\d/.test(text)) && !prompts.some(text => text.includes('*'));
+}"""
+
 
 def free_port() -> int:
     with socket.socket() as server:
@@ -67,9 +74,14 @@ class Lab:
         page.goto(self.address.format(path))
         page.wait_for_selector(".jp-Notebook", timeout=60_000)
         page.wait_for_function(IDLE, **limit)
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="busy"]', timeout=30_000)
+        page.wait_for_function("() => document.querySelector('#jp-main-statusbar')?.innerText.includes('| Idle')", **limit)
+        for _ in range(5):  # while the kernel is still being connected, JupyterLab drops what it is asked to run
+            page.get_by_role("menuitem", name="Run", exact=True).click()
+            page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+            page.wait_for_timeout(1500)
+            if page.evaluate(STARTED):
+                break
+        page.wait_for_function(RAN, **limit)
         page.wait_for_function(IDLE, **limit)
         page.keyboard.press("Control+s")
         page.wait_for_function("() => !document.querySelector('.lm-DockPanel-tabBar .jp-mod-dirty')", timeout=30_000)

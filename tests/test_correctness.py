@@ -161,7 +161,7 @@ def test_5_4_the_padding_side_does_not_change_the_logits(encoder, stock):
         with torch.no_grad():
             logits = stock(**forward_inputs(stock, batch), use_cache=False).logits
         last[side] = torch.stack([row[mask.bool()][-1] for row, mask in zip(logits, batch["attention_mask"], strict=True)])
-    torch.testing.assert_close(last["left"], last["right"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(last["left"], last["right"], rtol=2e-6, atol=1e-5)  # logits are up to 20
 
 
 def test_5_4_positions_are_the_stock_models(encoder, stock):

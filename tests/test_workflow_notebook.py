@@ -103,11 +103,11 @@ def test_bad_parameters_start_nothing(training, project, parameters, message):
 
 def test_text_becomes_what_the_setting_is(training):
     training("print('never')")
-    given = {"learning_rate": "1e-4", "steps": "7", "overrides": "{freeze_tower: 'false', targets: [q_proj]}"}
+    given = {"learning_rate": "1e-4", "steps": "7", "overrides": "{double_quantisation: 'false', targets: [q_proj]}"}
     plan = plan_notebook(workbench_file("nbs/runs/train.ipynb"), given)
     assert plan.parameters["learning_rate"] == 1e-4 and plan.parameters["steps"] == 7
     config = training_config("recipe.yaml", **plan.parameters)
-    assert config.schedule.steps == 7 and config.method.freeze_tower is False and config.method.targets == ["q_proj"]
+    assert config.schedule.steps == 7 and config.method.double_quantisation is False and config.method.targets == ["q_proj"]
 
 
 def test_scoring_parameters_are_checked():
