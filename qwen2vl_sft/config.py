@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PROJECTIONS', 'TOWER_LINEARS', 'MERGER_LINEARS', 'PEFT_HERE', 'PEFT_REFUSED', 'PEFT_INITIAL', 'OPTIMIZERS',
-           'SCHEDULERS', 'NOT_WHAT_IS_TRAINED', 'OTHER_NAMES', 'Settings', 'explain', 'ModelConfig',
+           'SCHEDULERS', 'NOT_WHAT_IS_TRAINED', 'OTHER_NAMES', 'S', 'Settings', 'explain', 'ModelConfig',
            'PreprocessingConfig', 'MethodConfig', 'MixtureConfig', 'ScheduleConfig', 'ScoringConfig', 'PlanConfig',
-           'ExportConfig', 'RunConfig', 'settings_paths', 'setting_path', 'parse_overrides', 'validated',
+           'ExportConfig', 'RunConfig', 'settings_paths', 'setting_path', 'parse_overrides', 'validated', 'flattened',
            'with_overrides', 'read_yaml', 'load_recipe']
 
-# %% ../nbs/01_config.ipynb #d4c39ba6
-from collections.abc import Iterable, Iterator
+# %% ../nbs/01_config.ipynb #7c22cdf6
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -404,7 +404,10 @@ def setting_path(
     known = [word for path in paths for word in (".".join(path), path[-1])]
     raise InputError(f"unknown setting '{name}'.{did_you_mean(name, known)}")
 
-# %% ../nbs/01_config.ipynb #b91796ff
+# %% ../nbs/01_config.ipynb #8c41674e
+S = TypeVar("S", bound=Settings)
+
+
 def parse_overrides(
     overrides: dict[str, Any] | list[str] | None,  # {"steps": 50}, or ["steps=50"] as from a command line
 ) -> dict[str, Any]:
@@ -421,14 +424,26 @@ def parse_overrides(
 
 
 def validated(
-    content: dict[str, Any],  # a RunConfig as plain values
-    origin: str,  # named in the error
-) -> RunConfig:
-    "A `RunConfig`, or an `InputError` of one line that names the setting."
+    content: dict[str, Any],  # plain values, as a file holds them
+    origin: Path | str,  # named in the error
+    model: type[S] = RunConfig,
+) -> S:
+    "The settings as their model, or an `InputError` of one line that names the setting."
     try:
-        return RunConfig(**content)
+        return model(**content)
     except ValidationError as error:
-        raise InputError(f"{origin}: {explain(error, content, RunConfig)}") from error
+        raise InputError(f"{origin}: {explain(error, content, model)}") from error
+
+# %% ../nbs/01_config.ipynb #81d303d9
+def flattened(
+    values: Mapping[str, Any],
+    prefix: str = "",
+) -> dict[str, Any]:
+    "Nested settings under dotted names, such as `schedule.steps`."
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {prefix + name: value}
+    return flat
 
 # %% ../nbs/01_config.ipynb #8b413075
 def with_overrides(

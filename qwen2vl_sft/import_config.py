@@ -42,7 +42,7 @@ READ_APART = (
     "mix_strategy", "interleave_probs", "output_dir",
 )  # fmt: skip
 
-# %% ../nbs/06_import_config.ipynb #4ee53049
+# %% ../nbs/06_import_config.ipynb #2b657b13
 @dataclass
 class Imported:
     "A recipe and what was found on the way to it."
@@ -65,7 +65,7 @@ class Imported:
         kinds = {"mapped": self.mapped, "not mapped": self.not_mapped, "will differ": self.differs}
         return [f"{kind}: {note}" for kind, notes in kinds.items() for note in notes]
 
-
+# %% ../nbs/06_import_config.ipynb #85f8696e
 def _method(theirs: dict[str, Any], found: Imported) -> None:
     kind, bits = theirs.get("finetuning_type", "lora"), theirs.get("quantization_bit")
     if kind not in ("lora", "full"):
@@ -92,7 +92,7 @@ def _freezing(theirs: dict[str, Any], found: Imported) -> None:
     if theirs.get("freeze_language_model"):
         found.put("method.freeze_embeddings", True, "freeze_language_model (lm_head and embeddings belong to it)")
 
-
+# %% ../nbs/06_import_config.ipynb #06c7e601
 def _adapters(theirs: dict[str, Any], found: Imported) -> None:
     rank = theirs.get("lora_rank", 8)
     found.put("method.alpha", theirs.get("lora_alpha") or 2 * rank, "lora_alpha" if theirs.get("lora_alpha") else "lora_alpha (their default, 2 x rank)")
@@ -109,7 +109,7 @@ def _adapters(theirs: dict[str, Any], found: Imported) -> None:
     if theirs.get("freeze_language_model"):
         found.put("method.targets", [], "freeze_language_model")
 
-# %% ../nbs/06_import_config.ipynb #cd860314
+# %% ../nbs/06_import_config.ipynb #c5a8d69d
 def _batches_and_steps(theirs: dict[str, Any], found: Imported, rows: int | None) -> None:
     batch = theirs.get("per_device_train_batch_size", 8) * theirs.get("gradient_accumulation_steps", 1)
     epochs, steps = theirs.get("num_train_epochs", 3.0), theirs.get("max_steps", -1)
@@ -140,7 +140,7 @@ def _optimisation(theirs: dict[str, Any], found: Imported) -> None:
         if theirs.get("early_stopping_steps"):
             found.put("schedule.early_stopping_patience", theirs["early_stopping_steps"], "early_stopping_steps")
 
-
+# %% ../nbs/06_import_config.ipynb #853cf0da
 def _precision(theirs: dict[str, Any], found: Imported) -> None:
     if theirs.get("bf16") or theirs.get("pure_bf16"):
         found.put("model.dtype", "bfloat16", "pure_bf16" if theirs.get("pure_bf16") else "bf16")
@@ -159,7 +159,7 @@ def _precision(theirs: dict[str, Any], found: Imported) -> None:
     if recompute:
         found.differs.append("theirs recomputes activations by default, the frozen tower's too; here the memory plan decides (activation_checkpointing: auto)")
 
-
+# %% ../nbs/06_import_config.ipynb #98546daf
 def _data(theirs: dict[str, Any], found: Imported, suite: str | None) -> None:
     names = theirs.get("dataset") or "data"
     names = [str(name).strip() for name in (names if isinstance(names, list) else str(names).split(","))]
@@ -189,7 +189,7 @@ def _word(text: str) -> str:
     word = "".join(c if c.isalnum() or c in "._-" else "-" for c in text).strip("-.")
     return word if word and (word[0].isalnum() or word[0] == "_") else "imported"
 
-# %% ../nbs/06_import_config.ipynb #d575ec86
+# %% ../nbs/06_import_config.ipynb #41d94ed3
 ALWAYS_DIFFERS = (
     "theirs also trains the newline after <|im_end|>; here schedule.supervise_newline (off) does",
     "theirs cuts samples at cutoff_len; here a longer one is reported before training starts, and nothing is cut",
@@ -228,7 +228,7 @@ def imported(
     found.differs += ALWAYS_DIFFERS
     return found
 
-
+# %% ../nbs/06_import_config.ipynb #128a1e5a
 def import_config(
     path: Path,  # their YAML file
     suite: str | None = None,

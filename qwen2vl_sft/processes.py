@@ -69,7 +69,7 @@ def wait_for_all() -> None:
             pause = min(2 * pause, 0.05)
         arrived.wait()
 
-# %% ../nbs/04_processes.ipynb #881c567a
+# %% ../nbs/04_processes.ipynb #71cc57ea
 def from_first(
     work: Callable[[], Result],  # its result must be plain data
 ) -> Result:
@@ -98,7 +98,7 @@ def from_first(
         raise error
     return outcome[0]
 
-
+# %% ../nbs/04_processes.ipynb #d91e7ce9
 def first_then_others(
     work: Callable[[], Result],  # writes something, or finds it there
 ) -> Result:

@@ -325,7 +325,7 @@ def prediction_parts(
     "The part files of one rule on one split, in order."
     return sorted(predictions_folder(run, checkpoint, task).glob(f"part-{split}-{rule}-*.parquet"))
 
-# %% ../nbs/03_rundir.ipynb #485959d0
+# %% ../nbs/03_rundir.ipynb #c1f0ca48
 def next_part(
     run: RunDir,
     checkpoint: str,
@@ -354,7 +354,7 @@ def write_predictions(
     path = predictions_folder(run, checkpoint, task) / f"part-{splits[0]}-{rules[0]}-{part:05d}.parquet"
     return write_atomically(path, rows.to_parquet(index=False))
 
-
+# %% ../nbs/03_rundir.ipynb #cc845d7d
 def rules(
     run: RunDir,
     checkpoint: str,

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SPLITS', 'Task', 'Suite', 'load_suite']
 
-# %% ../nbs/02_tasks.ipynb #82b97a67
+# %% ../nbs/02_tasks.ipynb #2de35763
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from .config import Settings, explain, read_yaml
+from .config import Settings, read_yaml, validated
 from .core import InputError, did_you_mean, fingerprint
 
 # %% ../nbs/02_tasks.ipynb #a1af42ae
@@ -114,14 +114,13 @@ class Suite(Settings):
         rows = [f"| {t.name} | {t.question} | {', '.join(t.labels) if t.is_closed else '*text*'} |" for t in self.tasks]
         return "\n".join([f"**{self.name}**: {len(self.tasks)} tasks", "", "| task | question | labels |", "|---|---|---|", *rows])
 
-# %% ../nbs/02_tasks.ipynb #99edf3db
+# %% ../nbs/02_tasks.ipynb #4167151c
 def load_suite(
     path: Path | str,  # a YAML file
 ) -> Suite:
     "Read and validate a suite file. Raises `InputError` that names the file, the task and the remedy."
     path = Path(path)
     content = read_yaml(path, "a suite is a mapping with `name` and `tasks`")
-    try:
-        return Suite(**content, folder=path.resolve().parent)
-    except ValidationError as error:
-        raise InputError(f"{path}: {explain(error, content, Suite)}") from error
+    if "folder" in content:
+        raise InputError(f"{path}: unknown setting folder; paths are relative to the suite file")
+    return validated({**content, "folder": path.resolve().parent}, path, Suite)

@@ -9,7 +9,7 @@ __all__ = ['RULES', 'MEAN_COLUMNS', 'ALPHA', 'VERDICTS', 'HARMLESS', 'common_sam
            'seed_lines', 'seed_table', 'Board', 'row_of_kind', 'with_probabilities', 'below_untuned', 'accuracy_table',
            'ranking', 'best_row', 'choice_table', 'optimism']
 
-# %% ../../nbs/62_comparison.board.ipynb #471d4f57
+# %% ../../nbs/62_comparison.board.ipynb #f4f57e95
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..config import flattened
 from .samples import Choice, cell_badges
 from qwen2vl_sft.comparison.statistics import (
     Interval,
@@ -217,7 +218,7 @@ def lead(
     interval = bootstrap_mean([v for v, _ in values], [c for _, c in values])
     return 100 * float(np.mean([v.mean() for v, _ in values])), 100 * interval.low, 100 * interval.high
 
-# %% ../../nbs/62_comparison.board.ipynb #ccc0d6a1
+# %% ../../nbs/62_comparison.board.ipynb #c518fd35
 HARMLESS = (
     "run", "experiment", "scoring", "schedule.save_at", "schedule.log_every", "schedule.workers", "schedule.vision_cache",
     "schedule.vision_cache_gb", "schedule.pixel_cache_gb", "schedule.activation_checkpointing", "schedule.validate_every",
@@ -225,15 +226,10 @@ HARMLESS = (
 )
 
 
-def flat_settings(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     "Nested settings as `section.name`, without the harmless ones."
-    found = {}
-    for name, value in config.items():
-        path = f"{before}{name}"
-        if path in HARMLESS:
-            continue
-        found |= flat_settings(value, f"{path}.") if isinstance(value, Mapping) and value else {path: value}
-    return found
+    harmless = lambda name: any(name == one or name.startswith(f"{one}.") for one in HARMLESS)
+    return {name: value for name, value in flattened(config).items() if not harmless(name)}
 
 
 def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:

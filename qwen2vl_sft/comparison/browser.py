@@ -264,7 +264,7 @@ def static_card(data: Mapping[str, Any], item: Mapping[str, Any], row: int) -> s
             lines.append(f'<tr class="{"right" if right else "wrong"}"><td>{"✓" if right else "✗"}</td><td>{html.escape(data["rows"][at])}</td><td>{html.escape(item["a"][at] or "")}</td><td>{sure}</td></tr>')
     return f'<figure>{picture}<figcaption><strong>{html.escape(item["t"])}</strong><span class="id">{html.escape(item["i"])}</span></figcaption><table>{"".join(lines)}</table></figure>'
 
-# %% ../../nbs/68_comparison.browser.ipynb #e7f1e618
+# %% ../../nbs/68_comparison.browser.ipynb #40f2f088
 def error_browser(
     folder: Path | str,  # runs/<experiment>
     task: str | None = None,  # None: the task on which the best row is weakest
@@ -280,7 +280,7 @@ def error_browser(
         raise InputError(f"{folder}: no task '{task}' was scored; there are {', '.join(board.tasks)}")
     return browser_widget(browser_data(board, task, prepared_folder(folder, scored_runs(folder)), most))
 
-
+# %% ../../nbs/68_comparison.browser.ipynb #ee334163
 def browser_widget(data: Mapping[str, Any]):
     "The browser as a widget whose saved form is static HTML."
     import traitlets

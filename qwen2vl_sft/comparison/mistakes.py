@@ -45,7 +45,7 @@ def confusion(
     columns = [*shown, *(name for name in (OTHER, NO_ANSWER) if name in table.columns)]
     return table.reindex(index=[*shown, *([OTHER] if OTHER in table.index else [])], columns=columns, fill_value=0)
 
-# %% ../../nbs/65_comparison.mistakes.ipynb #61a34890
+# %% ../../nbs/65_comparison.mistakes.ipynb #4bfb7d25
 TRAJECTORIES = ("always right", "learned", "unstable", "forgotten", "never right")
 
 
@@ -75,7 +75,7 @@ def trajectories(
             parts.append(table.reset_index().assign(task=task, kind=trajectory_kinds(table.to_numpy())))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["task", "id", "kind"])
 
-
+# %% ../../nbs/65_comparison.mistakes.ipynb #2f9d406f
 def trajectory_table(
     board: Board,
 ) -> pd.DataFrame:  # index model, task; a column of counts for each of TRAJECTORIES
@@ -106,7 +106,7 @@ def confident_thresholds(
     own = np.bincount(truth, weights=scores[np.arange(len(truth)), truth], minlength=scores.shape[1])
     return np.where(counts > 0, own / np.maximum(1, counts), 2.0)
 
-# %% ../../nbs/65_comparison.mistakes.ipynb #d47c08de
+# %% ../../nbs/65_comparison.mistakes.ipynb #a18d87ff
 def votes_of(
     predictions: pd.DataFrame,  # of one row on one task
     labels: Sequence[str] | None,  # None: open text
@@ -123,7 +123,7 @@ def votes_of(
         vote, doubt = vote.where(sure & (answer != truth)), 1 - scores[np.arange(len(scores)), truth]
     return pd.DataFrame({"vote": vote.to_numpy(), "doubt": doubt}, index=predictions["id"].to_numpy())
 
-
+# %% ../../nbs/65_comparison.mistakes.ipynb #13b0bd60
 def label_noise(
     board: Board,
     least: int = 2,  # models that must agree on the same other answer

@@ -106,7 +106,7 @@ def losses_of(runs: list[RunDir]) -> pd.DataFrame:  # columns model, step, loss
     tables = [table[["model", "step", "loss"]] for table in tables if {"step", "loss"} <= set(table)]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"model": [], "step": [], "loss": []})
 
-# %% ../../nbs/69_comparison.report.ipynb #f6fbd156
+# %% ../../nbs/69_comparison.report.ipynb #9865f6af
 def figures_of(material: Material) -> dict[str, "Figure"]:
     "The report's plots, without those that would be empty."
     board, figures = material.board, {}
@@ -137,7 +137,7 @@ def pictures(material: Material) -> dict[str, bytes]:  # name -> PNG
     "The plots as PNG files."
     return {name: png(figure) for name, figure in figures_of(material).items()}
 
-
+# %% ../../nbs/69_comparison.report.ipynb #694612a4
 def caption_of(name: str) -> str:
     "A plot's caption; several of a kind are numbered."
     return CAPTIONS[name] if name in CAPTIONS else CAPTIONS[name.rpartition("_")[0]]
@@ -149,7 +149,7 @@ def figure_html(name: str, content: bytes) -> str:
     address = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     return f'<figure id="{name}"><div class="scroll" tabindex="0"><img width="{width}" alt="{caption_of(name)}" src="{address}"></div><figcaption>{caption_of(name)}</figcaption></figure>'
 
-# %% ../../nbs/69_comparison.report.ipynb #ace0c4fa
+# %% ../../nbs/69_comparison.report.ipynb #4866e07a
 GOOD_TO_KNOW = (
     "best", "gain", "runner-up", "seeds", "api", "wins", "paired", "closed beside", "majority", "nearest_neighbour",
     "chosen on validation", "chosen by task", "step by task",
@@ -176,7 +176,7 @@ def look_at(material: Material) -> list[str]:
     said += [f"{model} ended with {count} samples wrong that it had right before, and {unstable[model]} that changed more than once." for model, count in forgot.items() if count or unstable[model]]
     return said
 
-
+# %% ../../nbs/69_comparison.report.ipynb #49172766
 def summary_html(
     material: Material,
     troubles: Sequence[str] = (),  # runs that did not finish
@@ -492,7 +492,7 @@ def policy() -> str:
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
 
-# %% ../../nbs/69_comparison.report.ipynb #ee6bf5c1
+# %% ../../nbs/69_comparison.report.ipynb #8d09132d
 def verdict_styles(count: int) -> str:
     "Only the verdicts against the chosen reference are shown."
     return "".join(f'.qboard[data-against="{i}"] .v:not(.v{i}){{display:none}}' for i in range(count))
@@ -506,7 +506,7 @@ def scoreboard_html(material: Material) -> str:
     fields = '<label>Show only rows with <input id="filter" type="search" autocomplete="off"></label><label>only tasks with <input id="tasks-filter" type="search" autocomplete="off"></label>'
     return f'<style>{verdict_styles(len(references))}</style><div class="controls">{fields}{choice}</div>{html_table(material.board, references)}'
 
-
+# %% ../../nbs/69_comparison.report.ipynb #6e0a2645
 def page(
     material: Material,
     images: Mapping[str, bytes],  # from `pictures`

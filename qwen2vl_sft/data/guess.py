@@ -220,7 +220,7 @@ def first_character(file: Path, source: dict) -> str:
     "The file's first character that isn't space."
     return next((line.strip()[0] for line in text_lines(file, source) if line.strip()), "")
 
-# %% ../../nbs/28_data.guess.ipynb #ca867fbf
+# %% ../../nbs/28_data.guess.ipynb #4eb41b11
 def guess_chat(records: list[dict], keys: Counter, messages: str) -> dict:
     "Format, columns and tags of conversations."
     turns = [turn for record in records if isinstance(record.get(messages), list) for turn in record[messages] if isinstance(turn, dict)]
@@ -250,7 +250,7 @@ def studio_controls(records: list[dict]) -> list[str]:
     results = [result for annotation in annotations for result in dicts_in(annotation.get("result"))]
     return sorted({str(result.get("from_name")) for result in results if result.get("type") in ("choices", "textarea")})
 
-
+# %% ../../nbs/28_data.guess.ipynb #2c51c823
 def guess_studio(records: list[dict], file: Path) -> list[dict]:
     "A source for each choices or textarea control of a Label Studio export."
     data = [record["data"] for record in records if isinstance(record.get("data"), dict)]
@@ -392,7 +392,7 @@ def with_root(source: dict, home: Path) -> dict:
         return source
     return source | {"root": os.path.relpath(best, home)}
 
-# %% ../../nbs/28_data.guess.ipynb #5b0987cc
+# %% ../../nbs/28_data.guess.ipynb #e976bebb
 @dataclass
 class Reading:
     "What the rows of an origin say."
@@ -415,7 +415,7 @@ class Reading:
             self.samples.append(row)
         self.answers.setdefault(question, Counter())[(row.label or "").strip()] += 1
 
-
+# %% ../../nbs/28_data.guess.ipynb #c4b9054c
 def read_origin(origin: Origin, home: Path) -> Reading:
     "Count the rows of an origin; InputError where none can be used."
     reading, first = Reading(), []
@@ -473,7 +473,7 @@ def label_set(answers: Counter) -> list[str] | None:
         return None
     return sorted(labels, key=lambda label: (len(label), label)) if all(label.isdecimal() for label in labels) else labels
 
-# %% ../../nbs/28_data.guess.ipynb #8c5bae99
+# %% ../../nbs/28_data.guess.ipynb #36f04b70
 def slug(text: str) -> str:
     "A name for a task or suite."
     return re.sub(r"[^\w.-]+", "_", text).strip("_.-")[:40].rstrip("_.-").lower() or "task"
@@ -495,7 +495,7 @@ def questions_asked(reading: Reading) -> tuple[list[str | None], bool]:
     chosen = often[:MOST_TASKS]
     return chosen, len(chosen) < len(totals)
 
-
+# %% ../../nbs/28_data.guess.ipynb #6b04fc06
 def tasks_of(origin: Origin, reading: Reading) -> list[tuple[dict, Counter]]:
     "Tasks of an origin with the counts of their answers; every row of its sources belongs to exactly one."
     chosen, others = questions_asked(reading)

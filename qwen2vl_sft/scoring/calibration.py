@@ -64,7 +64,7 @@ def probabilities_of(
         raise InputError(f"task '{task.name}': the target '{predictions['target'].iloc[named.index(None)]}' is no label; score the split again")
     return Probabilities(labels, values, np.array([labels.index(name) for name in named], dtype=np.int64))
 
-# %% ../../nbs/48_scoring.calibration.ipynb #06ce1715
+# %% ../../nbs/48_scoring.calibration.ipynb #cf31d064
 class LogProbabilities(ClassifierMixin, BaseEstimator):
     "A fitted classifier whose features are the log-probabilities themselves."
 
@@ -82,7 +82,7 @@ class LogProbabilities(ClassifierMixin, BaseEstimator):
     def predict(self, X: np.ndarray) -> np.ndarray:
         return X.argmax(axis=1)
 
-
+# %% ../../nbs/48_scoring.calibration.ipynb #9ea8a0e5
 def fit_temperature(
     validation: Probabilities,
 ) -> tuple[float, str]:  # T, and a note when it could not be fitted
@@ -111,7 +111,7 @@ def scaled_probabilities(
     powers = np.maximum(values, SMALLEST) ** (1 / temperature)
     return powers / powers.sum(axis=1, keepdims=True)
 
-
+# %% ../../nbs/48_scoring.calibration.ipynb #3ef46c2f
 def scaled(split: Probabilities, temperature: float) -> Probabilities:
     "The split with calibrated probabilities."
     return Probabilities(split.labels, scaled_probabilities(split.values, temperature), split.truth)
@@ -144,7 +144,7 @@ def calibration_figures(split: Probabilities) -> dict[str, float]:
         "log_loss": float(log_loss(split.truth, values, labels=list(indices))),
     }  # fmt: skip
 
-# %% ../../nbs/48_scoring.calibration.ipynb #15cfd5a0
+# %% ../../nbs/48_scoring.calibration.ipynb #3b0904f7
 @dataclass(frozen=True)
 class Wanted:
     "What a threshold shall reach on validation: one of the two."
@@ -157,7 +157,7 @@ class Wanted:
         if len(given) > 1 or not all(0 < value <= 1 for value in given):
             raise InputError("an operating point is one wanted precision or one wanted recall, above 0 and at most 1")
 
-
+# %% ../../nbs/48_scoring.calibration.ipynb #03bc9398
 def threshold_for(
     hit: np.ndarray,  # bool [samples]: true positives of the task, or right answers
     score: np.ndarray,  # float [samples]
@@ -176,7 +176,7 @@ def threshold_for(
     below = score[score < thresholds[best]]
     return float((thresholds[best] + below.max()) / 2) if len(below) else 0.0
 
-
+# %% ../../nbs/48_scoring.calibration.ipynb #26c100cd
 def achieved(
     hit: np.ndarray,
     score: np.ndarray,
@@ -219,7 +219,7 @@ def operating_point(
         found["test"] = achieved(*judged_by(test, positive), threshold) if test is not None else None
     return found
 
-# %% ../../nbs/48_scoring.calibration.ipynb #b8747b89
+# %% ../../nbs/48_scoring.calibration.ipynb #b5c2a0c6
 def calibrate_predictions(
     task: Task,
     validation: pd.DataFrame,  # closed predictions on validation
@@ -245,7 +245,7 @@ def calibration_path(run: RunDir, checkpoint: str, task: str) -> Path:
     "Where a checkpoint's calibration of one task lies."
     return run.predictions_folder(checkpoint, task) / "calibration.json"
 
-
+# %% ../../nbs/48_scoring.calibration.ipynb #554875e6
 def read_calibration(
     run: RunDir,
     checkpoint: str,
@@ -262,7 +262,7 @@ def read_calibration(
 def _rows_hash(rows: pd.DataFrame) -> str:
     return fingerprint(rows.sort_values("id")[["id", "target", "probabilities"]].to_numpy().tolist())
 
-# %% ../../nbs/48_scoring.calibration.ipynb #2482e1b3
+# %% ../../nbs/48_scoring.calibration.ipynb #202237d6
 def calibrate_run(
     run: RunDir,
     tasks: Iterable[Task],
@@ -281,7 +281,7 @@ def calibrate_run(
             written.append(content)
     return written
 
-
+# %% ../../nbs/48_scoring.calibration.ipynb #a80034c0
 def calibrate_experiment(
     experiment: Path,  # runs/<experiment>
     names: list[str] | None = None,  # tasks; None: all closed ones
@@ -302,7 +302,7 @@ def calibrate_experiment(
         raise InputError(f"{experiment}: no closed predictions on validation; run `qwen2vl-sft score {Path(experiment).name} --split validation` first")
     return calibration_table(written)
 
-
+# %% ../../nbs/48_scoring.calibration.ipynb #2e8dbb79
 def calibration_table(written: list[dict[str, Any]]) -> pd.DataFrame:
     "Temperatures, errors before and after on the test set (validation where there is none), and operating points."
     lines = []

@@ -228,7 +228,7 @@ def work_for(
     missing = from_first(lambda: {(str(one), data.task.name, rule): missing_places(one, data, rule, scorer) for one, data, rule in cells})
     return Work(scorer, tests, missing, report)
 
-# %% ../../nbs/45_scoring.experiment.ipynb #d299f9ea
+# %% ../../nbs/45_scoring.experiment.ipynb #34be51c6
 def score_places(
     work: Work,
     held: list[Loaded],
@@ -253,7 +253,7 @@ def score_places(
         for one in loaded.group.candidates:
             score_candidate(work, loaded, one, data, places, samples, tree, bar)
 
-
+# %% ../../nbs/45_scoring.experiment.ipynb #919004fa
 def score_candidate(
     work: Work,
     loaded: Loaded,
@@ -283,7 +283,7 @@ def score_candidate(
         bar.update(len(rows))
         work.report(work.done, work.done + work.answers)
 
-# %% ../../nbs/45_scoring.experiment.ipynb #26a8eb39
+# %% ../../nbs/45_scoring.experiment.ipynb #3e25d630
 def score_fitting(
     work: Work,
     held: list[Loaded],
@@ -305,7 +305,7 @@ def score_fitting(
     for part in (places[:half], places[half:]):
         score_fitting(work, held, data, part, bar)
 
-
+# %% ../../nbs/45_scoring.experiment.ipynb #d2fb32a9
 def one_pass(
     work: Work,
     held: list[Loaded],
@@ -326,7 +326,7 @@ def one_pass(
                 work.parts.publish(number)
     wait_for_all()
 
-
+# %% ../../nbs/45_scoring.experiment.ipynb #fefb151e
 def first_parts(
     work: Work,
     candidates: list[Candidate],
@@ -537,7 +537,7 @@ def report_rules(
         say(f"what a model believes (closed) and what it writes (free): {path}")
         print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
 
-# %% ../../nbs/45_scoring.experiment.ipynb #4b391f42
+# %% ../../nbs/45_scoring.experiment.ipynb #3acb4044
 def progress_of(
     statuses: list[Status],
 ) -> Callable[[int, int], None]:
@@ -551,7 +551,7 @@ def progress_of(
 
     return report
 
-
+# %% ../../nbs/45_scoring.experiment.ipynb #12899d43
 def score_experiment(
     experiment: Path,  # runs/<experiment>
     settings: ScoringConfig | None = None,

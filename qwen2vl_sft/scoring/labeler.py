@@ -41,7 +41,7 @@ from .suite import weights_hash
 from .text import write_answers
 from ..tasks import Suite, Task, load_suite
 
-# %% ../../nbs/49_scoring.labeler.ipynb #3a8afb7d
+# %% ../../nbs/49_scoring.labeler.ipynb #56eff63f
 @dataclass(frozen=True)
 class Checkpoint:
     "Weights to label with, and the run that they come from."
@@ -54,7 +54,7 @@ class Checkpoint:
     def name(self) -> str:
         return f"{self.run.experiment}/{self.run.name}/{self.folder.name}" if self.run else self.folder.name
 
-
+# %% ../../nbs/49_scoring.labeler.ipynb #5326957f
 def find_checkpoint(
     name: str | Path,
 ) -> Checkpoint:
@@ -86,7 +86,7 @@ def suite_of(
         suite = checkpoint.folder / "suite.yaml"
     return load_suite(suite or checkpoint.config.suite_path)
 
-# %% ../../nbs/49_scoring.labeler.ipynb #cb80ea85
+# %% ../../nbs/49_scoring.labeler.ipynb #cab258d1
 UNDECIDED = "undecided"
 
 
@@ -115,7 +115,7 @@ def decided_labels(
     below = np.where(best == positive, -1, best)
     return names[np.where(values[:, positive] >= threshold, positive, below)].tolist()
 
-
+# %% ../../nbs/49_scoring.labeler.ipynb #b1f417ab
 def decision_for(
     checkpoint: Checkpoint,
     task: Task,
@@ -132,7 +132,7 @@ def decision_for(
     limit = threshold if threshold is not None or point is None else point["threshold"] if point["reached"] else np.inf
     return Decision(stored["temperature"], limit, True)
 
-# %% ../../nbs/49_scoring.labeler.ipynb #5523217c
+# %% ../../nbs/49_scoring.labeler.ipynb #8ef76fde
 @dataclass
 class Picture:
     "An image that was read, or the reason why it can't be."
@@ -163,7 +163,7 @@ class Labeler:
         made = {task.name: [self.weights, contract, task.fingerprint, task.positive, vars(self.decisions[task.name]), self.max_new_tokens] for task in self.tasks}
         self.follows_from = {name: fingerprint(content) for name, content in made.items()}
 
-
+# %% ../../nbs/49_scoring.labeler.ipynb #a3fd3ba1
 def read_picture(encoder: Encoder, row: Row) -> Picture:
     "Decode and resize one image as scoring does; the reason where that fails."
     try:
@@ -208,7 +208,7 @@ def load_labeler(
 
 Labeler.load = staticmethod(load_labeler)
 
-# %% ../../nbs/49_scoring.labeler.ipynb #b91e17a1
+# %% ../../nbs/49_scoring.labeler.ipynb #ee826ffc
 def label_pictures(
     labeler: Labeler,
     pictures: list[Picture],
@@ -228,7 +228,7 @@ def label_pictures(
 
 EMPTY = {"label": None, "probability": np.nan, "most_probable": None, "calibrated": False, "in_set_mass": np.nan, "probabilities": None, "reason": ""}
 
-
+# %% ../../nbs/49_scoring.labeler.ipynb #44486a6d
 def task_answers(labeler: Labeler, task: Task, samples: list[Sample]) -> list[dict[str, Any]]:
     "Labels of a closed task, or the text of an open one."
     if not task.is_closed:
@@ -286,7 +286,7 @@ def label(
 
 Labeler.label = label
 
-# %% ../../nbs/49_scoring.labeler.ipynb #e583dbcf
+# %% ../../nbs/49_scoring.labeler.ipynb #a7d0ef70
 def table_records(file: Path) -> Iterator[dict[str, Any]]:
     "The records of a table. Raises `InputError` if it can't be read."
     suffix = file.suffix.lower()
@@ -305,7 +305,7 @@ def table_records(file: Path) -> Iterator[dict[str, Any]]:
     except (ValueError, OSError) as error:
         raise InputError(f"{file}: not readable as {suffix[1:]}: {' '.join(str(error).split())[:200]}") from error
 
-
+# %% ../../nbs/49_scoring.labeler.ipynb #3925718b
 def images_of(
     source: Path | str,  # a folder, an image, or a table
     column: str | None = None,  # of the table; None: the one that holds images
@@ -328,7 +328,7 @@ def images_of(
     else:
         raise InputError(f"{source}: neither an image nor a table (.csv, .tsv, .jsonl, .parquet)")
 
-
+# %% ../../nbs/49_scoring.labeler.ipynb #def59042
 def image_columns(file: Path, column: str | None) -> dict[str, str]:
     "Which columns hold the image and, where there is one, an id."
     first = list(islice(table_records(file), 50))
@@ -343,7 +343,7 @@ def image_columns(file: Path, column: str | None) -> dict[str, str]:
         raise InputError(f"{file}: which column holds the image isn't clear; name it. Its columns: {', '.join(columns)}")
     return {"image": image} | ({"id": "id"} if "id" in columns and image != "id" else {})
 
-# %% ../../nbs/49_scoring.labeler.ipynb #bba81cca
+# %% ../../nbs/49_scoring.labeler.ipynb #edc0e0d5
 FLUSH_SECONDS, FLUSH_ROWS = 20.0, 2048
 
 
@@ -377,7 +377,7 @@ def label_to_file(
     write_atomically(out, table.to_csv(index=False) if out.suffix.lower() == ".csv" else table.to_parquet(index=False))
     return table
 
-
+# %% ../../nbs/49_scoring.labeler.ipynb #b577d548
 def without_pixels(rows: Iterable[Row]) -> Iterator[Row]:
     "The rows as they are, one an id. Raises `InputError` for an id that comes twice."
     seen: set[str] = set()
@@ -406,7 +406,7 @@ def finished(parts: Path, labeler: Labeler) -> set[tuple[str, str, str]]:
     table = table[table["label"].notna() & table["follows_from"].isin(labeler.follows_from.values())]
     return set(zip(table["image"], table["stamp"], table["follows_from"], strict=True))
 
-
+# %% ../../nbs/49_scoring.labeler.ipynb #0b5f7237
 def assembled(parts: Path, rows: list[Row], labeler: Labeler) -> pd.DataFrame:
     "The rows of the present images and tasks, in their order; the latest counts."
     table = read_parts(parts)

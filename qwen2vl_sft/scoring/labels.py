@@ -20,7 +20,7 @@ from ..encoding.prompt import Encoder
 from ..model.load import unwrapped
 from ..model.prefill import Prefill, prefill
 
-# %% ../../nbs/41_scoring.labels.ipynb #dbf0a722
+# %% ../../nbs/41_scoring.labels.ipynb #9b92767e
 @dataclass
 class LabelTree:
     "All wordings of a label set, their shared beginnings merged."
@@ -53,7 +53,7 @@ class LabelTree:
             node = self.children[node, token]
         self.ends.append((label, node))
 
-
+# %% ../../nbs/41_scoring.labels.ipynb #21e445f2
 def label_tree(
     encoder: Encoder,
     wordings: dict[str, list[str]],  # label -> accepted wordings, from `Task.wordings`

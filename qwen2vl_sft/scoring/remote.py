@@ -10,7 +10,7 @@ __all__ = ['PACE', 'SENDABLE', 'ApiConfig', 'load_api_recipe', 'api_key', 'Price
            'forecast_requests', 'forecast_text', 'prediction_row', 'predictions_of', 'write_api_config', 'api_tests',
            'ask_tests', 'summary', 'score_api']
 
-# %% ../../nbs/47_scoring.remote.ipynb #91f627e5
+# %% ../../nbs/47_scoring.remote.ipynb #eb4f521e
 import asyncio
 import base64
 import io
@@ -37,7 +37,7 @@ from PIL import ExifTags, Image
 from pydantic import Field, ValidationError, field_validator
 from tqdm import tqdm
 
-from ..config import ScoringConfig, Settings, explain, parse_overrides, read_yaml
+from ..config import ScoringConfig, Settings, explain, parse_overrides, read_yaml, validated
 from ..core import ASSETS, InputError, RunFailure, fingerprint, project_root, say, write_atomically
 from ..data.prepare import Prepared, prepare
 from ..encoding.images import FORMATS, open_image
@@ -99,7 +99,7 @@ class ApiConfig(Settings):
 
 PACE = ("concurrency", "requests_per_minute", "tokens_per_minute", "timeout", "attempts", "first_wait", "longest_wait", "budget", "max_minutes", "store", "key_variable")
 
-# %% ../../nbs/47_scoring.remote.ipynb #bcc71d12
+# %% ../../nbs/47_scoring.remote.ipynb #5e7cd24b
 def load_api_recipe(
     path: Path | str,  # a YAML file; a relative path is tried from here, then from the project root
     overrides: dict[str, Any] | list[str] | None = None,  # {"budget": 5}, or ["budget=5"]
@@ -107,10 +107,7 @@ def load_api_recipe(
     "Read a recipe of an API run, apply overrides, validate. Raises `InputError` that names file and setting."
     path = next((p for p in (Path(path), project_root() / path) if p.exists()), Path(path))
     content = {**read_yaml(path, "a recipe of an API model is a mapping of settings"), **parse_overrides(overrides)}
-    try:
-        return ApiConfig(**content)
-    except ValidationError as error:
-        raise InputError(f"{path}: {explain(error, content, ApiConfig)}") from error
+    return validated(content, path, ApiConfig)
 
 
 def api_key(config: ApiConfig) -> str:
@@ -290,7 +287,7 @@ def quiet_about(key: str) -> Iterator[None]:
         for name in names:
             logging.getLogger(name).removeFilter(blotted)
 
-# %% ../../nbs/47_scoring.remote.ipynb #ea510d58
+# %% ../../nbs/47_scoring.remote.ipynb #b5a063ed
 @dataclass
 class Session:
     "One command's connection to a service."
@@ -324,7 +321,7 @@ class Session:
         if self.stopped:
             raise Failed(f"not asked: {self.stopped}")
 
-
+# %% ../../nbs/47_scoring.remote.ipynb #255f8723
 def open_session(
     config: ApiConfig,
     store: ResponseStore,

@@ -7,7 +7,7 @@ __all__ = ['LIBRARIES', 'save_model', 'explained_write', 'save_checkpoint', 'ran
            'base_weights', 'inputs_of', 'changed_settings', 'changed_data', 'refuse_another', 'note_inputs', 'versions',
            'position', 'check_position', 'resume_points', 'rotate', 'remove_leftovers', 'last_checkpoint']
 
-# %% ../../nbs/51_training.checkpoints.ipynb #8a239dd5
+# %% ../../nbs/51_training.checkpoints.ipynb #217dc886
 import json
 import random
 import shutil
@@ -26,7 +26,7 @@ import yaml
 from safetensors import SafetensorError
 from torch import nn
 
-from ..config import NOT_WHAT_IS_TRAINED, RunConfig, validated
+from ..config import NOT_WHAT_IS_TRAINED, RunConfig, flattened, validated
 from ..core import InputError, RunFailure, fingerprint, process_count, published_folder, say, sha256_of, write_atomically
 from ..data.prepare import Prepared
 from ..encoding.prompt import Encoder, check_contract, preprocessing_contract
@@ -148,7 +148,7 @@ def inputs_of(
     base = base_weights(base_location(config.model.base), config.model.revision)
     return Inputs(base, prepared.audit["fingerprint"], tasks, process_count())
 
-# %% ../../nbs/51_training.checkpoints.ipynb #b6a126d9
+# %% ../../nbs/51_training.checkpoints.ipynb #8704c5ff
 def changed_settings(
     there: RunConfig,
     now: RunConfig,
@@ -161,18 +161,13 @@ def changed_settings(
     changed = [] if steps[0] == steps[1] else [f"samples in a step={steps[0]} on {_processes(processes[0])}, now {steps[1]} on {_processes(processes[1])} (micro_batch x accumulation x processes)"]
     if there.fingerprint == now.fingerprint:
         return changed
-    flat = [dict(_flattened(config.model_dump(mode="json", exclude={"experiment", "run", "scoring", "plan", "export"}))) for config in (there, now)]
+    flat = [flattened(config.model_dump(mode="json", exclude={"experiment", "run", "scoring", "plan", "export"})) for config in (there, now)]
     names = [name for name in flat[1] | flat[0] if name.removeprefix("schedule.") not in NOT_WHAT_IS_TRAINED]
     return changed + [f"{name}={flat[0].get(name)}, now {flat[1].get(name)}" for name in names if flat[0].get(name) != flat[1].get(name)]
 
 
 def _processes(count: int) -> str:
     return "1 process" if count == 1 else f"{count} processes"
-
-
-def _flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        yield from _flattened(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [(prefix + name, value)]
 
 
 def changed_data(

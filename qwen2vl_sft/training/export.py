@@ -33,7 +33,7 @@ from ..scoring.suite import Scorer, TestSet, test_set
 from ..scoring.text import write_answers
 from ..tasks import load_suite
 
-# %% ../../nbs/59_training.export.ipynb #4bb34a39
+# %% ../../nbs/59_training.export.ipynb #089fb528
 def probes(
     prepared: Prepared,
     samples: int,  # of each task
@@ -61,7 +61,7 @@ def answers(
             found += write_answers(model, scorer.encoder, samples, scorer.settings.max_new_tokens)[0]
     return np.concatenate(found) if data.rule == "closed" else found
 
-
+# %% ../../nbs/59_training.export.ipynb #cfca4709
 def comparable(
     scorer: Scorer,
     tests: list[TestSet],
@@ -82,7 +82,7 @@ def comparable(
 
     return table
 
-# %% ../../nbs/59_training.export.ipynb #b6bcbd1e
+# %% ../../nbs/59_training.export.ipynb #2203057a
 def score_lines(
     run: RunDir,
     checkpoint: str,
@@ -98,7 +98,7 @@ def score_lines(
                 lines.append(f"| {task.name} | {split} | {rule} | {figures['n']} | {figures['accuracy']:.1%} | {figures['coverage']:.1%} | {figures['macro_f1']:.3f} |")
     return lines
 
-
+# %% ../../nbs/59_training.export.ipynb #cd9ff8e2
 def task_lines(
     prepared: Prepared,
     position: dict[str, Any],  # of the checkpoint, from position.json
@@ -136,7 +136,7 @@ def answer(path, question):
     return tokenizer.decode(written[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
 ```'''
 
-
+# %% ../../nbs/59_training.export.ipynb #17dd7951
 def usage(
     config: RunConfig,
     is_adapter: bool,
@@ -193,7 +193,7 @@ def model_card(
     ]  # fmt: skip
     return "\n".join(lines)
 
-# %% ../../nbs/59_training.export.ipynb #104c46c0
+# %% ../../nbs/59_training.export.ipynb #31e04e80
 def checkpoint_named(
     name: str,  # such as "demo/mix/step-337", or a folder
 ) -> tuple[RunDir, int]:
@@ -221,7 +221,7 @@ def export_adapter(
         (staging / "adapter_config.json").write_text(json.dumps(settings, indent=2))
         save_beside(staging)
 
-
+# %% ../../nbs/59_training.export.ipynb #5043aa4c
 def export_run(
     run: RunDir,
     step: int,

@@ -68,7 +68,7 @@ class LiveBytes(TorchDispatchMode):
     def _gone(self, key: int) -> None:
         self.now -= self._sizes.pop(key, 0)
 
-# %% ../../nbs/54_training.plan.ipynb #db368e1e
+# %% ../../nbs/54_training.plan.ipynb #710f7056
 def model_config(
     base: str,  # `small`, a folder, or a hub name
     revision: str | None = None,
@@ -96,7 +96,7 @@ def faked(model: nn.Module) -> nn.Module:
                 values[name] = seen[id(value)] if value is not None else None
     return model
 
-
+# %% ../../nbs/54_training.plan.ipynb #8e123428
 def skeleton(
     base: str,
     method: MethodConfig,
@@ -120,7 +120,7 @@ def skeleton(
     fuse_lora(model)
     return model
 
-# %% ../../nbs/54_training.plan.ipynb #e18adcb8
+# %% ../../nbs/54_training.plan.ipynb #2f2cf5db
 @dataclass(frozen=True)
 class Shape:
     "The micro-batch that needs most."
@@ -148,7 +148,7 @@ def tower_pass(
         hidden = block(hidden, cu_seqlens=np.array([0, patches]), position_embeddings=turns)
     return tower.merger(hidden)
 
-
+# %% ../../nbs/54_training.plan.ipynb #5d11ca81
 def forward_pass(
     model: Qwen2VLForConditionalGeneration,
     shape: Shape,
@@ -168,7 +168,7 @@ def forward_pass(
     logits = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[torch.zeros(shape.supervised, dtype=torch.long)])
     return F.cross_entropy(logits.float(), torch.zeros(shape.supervised, dtype=torch.long))
 
-# %% ../../nbs/54_training.plan.ipynb #aa72e5f7
+# %% ../../nbs/54_training.plan.ipynb #b24f5049
 @dataclass(frozen=True)
 class Passes:
     "Bytes above weights and gradients, at the peak of forward and backward, in the first micro-batch of a step and in later ones."
@@ -184,7 +184,7 @@ class Passes:
     def times(self, factor: float) -> "Passes":
         return Passes(*(factor * value for value in astuple(self)))
 
-
+# %% ../../nbs/54_training.plan.ipynb #cf42c9c1
 @lru_cache(maxsize=256)
 def passes(
     base: str,
@@ -293,7 +293,7 @@ def weight_bytes(
             embeddings += many if "embed_tokens" in name else 0
     return Weights(stored, gradients, int(trained), int(embeddings), dequantised)
 
-# %% ../../nbs/54_training.plan.ipynb #05f458f0
+# %% ../../nbs/54_training.plan.ipynb #273ffa19
 MOST_PICTURES = 64
 FOREACH = ("adamw_torch", "rmsprop", "adagrad", "sgd")  # on CUDA their fastest form makes a temporary the size of what trains
 WIDE_EMBEDDINGS = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "ademamix_8bit", "paged_ademamix_8bit", "lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit")
@@ -319,7 +319,7 @@ def on_cuda(
     "Whether the recipe is for a GPU, be there one here or not."
     return config.model.device.startswith("cuda") or pick_device(config.model.device).type == "cuda"
 
-
+# %% ../../nbs/54_training.plan.ipynb #68d6d472
 def pictures_at_once(
     config: RunConfig,
     shape: Shape,
@@ -332,7 +332,7 @@ def pictures_at_once(
     one = tower_bytes(config.model.base, compute_dtype(config.model), shape.picture)
     return most if memory is None else int(min(most, max(1, (memory - weights) // one)))
 
-
+# %% ../../nbs/54_training.plan.ipynb #e3699b62
 def estimate(
     config: RunConfig,
     shape: Shape,
@@ -429,7 +429,7 @@ def usable_memory(
         total = psutil.virtual_memory().available
     return None if total is None else total * (1 - config.plan.reserve) - (CUDA_OVERHEAD if cuda else 0)
 
-# %% ../../nbs/54_training.plan.ipynb #29c92e25
+# %% ../../nbs/54_training.plan.ipynb #169966f3
 def planned(
     config: RunConfig,
     sizes: np.ndarray,  # from `sample_sizes`
@@ -454,7 +454,7 @@ def _largest(config: RunConfig, sizes: np.ndarray, recompute: bool, memory: floa
         found, low, high = (plan, middle + 1, high) if plan.fits else (found, low, middle - 1)
     return found
 
-
+# %% ../../nbs/54_training.plan.ipynb #bf087d13
 def memory_plan(
     config: RunConfig,
     sizes: np.ndarray,  # from `sample_sizes`
@@ -481,7 +481,7 @@ def _lighter(config: RunConfig) -> str:
     lighter = {"full": "use method.name=lora or qlora, or optimizer=adamw_bnb_8bit", "lora": "use method.name=qlora", "qlora": "use a smaller model"}
     return lighter[config.method.name]
 
-
+# %% ../../nbs/54_training.plan.ipynb #ece0ad98
 def resolved(
     config: RunConfig,
     micro_batch: int,
@@ -557,7 +557,7 @@ class HalvingTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         return sum(super(HalvingTrainer, self).floating_point_ops(part) for part in _parts(inputs))
 
-# %% ../../nbs/54_training.plan.ipynb #f33ede52
+# %% ../../nbs/54_training.plan.ipynb #c294acd8
 def _random_state() -> list[torch.Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
 
@@ -582,7 +582,7 @@ def make_smaller(
     trainer.step_batches[:] = islice(trainer.smaller, len(trainer.step_batches))
     trainer.on_smaller(trainer.state.global_step, trainer.size, reason)
 
-
+# %% ../../nbs/54_training.plan.ipynb #0a8ed9ed
 def smaller_batches(
     trainer: HalvingTrainer,
     size: int,

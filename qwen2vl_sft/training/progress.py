@@ -140,7 +140,7 @@ def figures_text(
     speed = f"{in_short(logs['samples_per_second'])} samples/s {in_short(logs['tokens_per_second'])} tokens/s"
     return f"loss {logs['loss']:.3f} lr {logs['learning_rate']:.1e} {speed} {logs['memory_gb']:.1f} GB"
 
-# %% ../../nbs/55_training.progress.ipynb #beba8e60
+# %% ../../nbs/55_training.progress.ipynb #05816a49
 LINE_SECONDS = 30.0  # between two lines of a log, at least
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
@@ -151,7 +151,7 @@ def has_bar() -> bool:
         return "TQDM_MININTERVAL" not in os.environ
     return sys.stderr.isatty()
 
-
+# %% ../../nbs/55_training.progress.ipynb #9b26a2c3
 class ProgressLine:
     "The line of a run in a terminal, or lines in a log."
 
@@ -308,7 +308,7 @@ class RunCallback(TrainerCallback):
         if self.picture:
             self.picture.show(now=True, state=INTERRUPTED if self.ending == INTERRUPTED else "finished")
 
-# %% ../../nbs/55_training.progress.ipynb #7f78b968
+# %% ../../nbs/55_training.progress.ipynb #e59af482
 def write_figures(
     callback: RunCallback,
     step: int,
@@ -326,7 +326,7 @@ def write_figures(
         with callback.speed.pause():
             callback.picture.show()
 
-
+# %% ../../nbs/55_training.progress.ipynb #ba3c3516
 def decide(
     callback: RunCallback,
     step: int,
@@ -342,7 +342,7 @@ def decide(
     steps, callback.kept, callback.ending = from_first(decision)
     return steps
 
-
+# %% ../../nbs/55_training.progress.ipynb #56cd3d02
 def validate_now(
     callback: RunCallback,
     model: Any,

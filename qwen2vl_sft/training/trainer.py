@@ -183,7 +183,7 @@ class Between(TrainerCallback):
         control.should_save = control.should_save or self.is_due
         return control
 
-# %% ../../nbs/56_training.trainer.ipynb #8b21537c
+# %% ../../nbs/56_training.trainer.ipynb #0ada74b0
 def training_arguments(
     config: RunConfig,
     folder: Path,
@@ -205,7 +205,7 @@ def training_arguments(
         arguments._n_gpu = 1  # one process trains on one GPU; the Trainer would split batches over all it sees
     return arguments
 
-
+# %% ../../nbs/56_training.trainer.ipynb #e36f1b9b
 def check_optimizer(
     config: RunConfig,
 ) -> None:
@@ -344,7 +344,7 @@ def memory_named() -> Iterator[None]:
             raise
         raise RunFailure(f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]}); the optimiser's states or another process need it: choose optimizer=adamw_bnb_8bit, a smaller micro_batch or a lighter method; the run continues from its last checkpoint") from error
 
-# %% ../../nbs/56_training.trainer.ipynb #3891c4ef
+# %% ../../nbs/56_training.trainer.ipynb #41674d8f
 def train(
     config: RunConfig,
 ) -> RunDir:
@@ -374,7 +374,7 @@ def train(
             train_steps(run, config, prepared, status)
     return run
 
-
+# %% ../../nbs/56_training.trainer.ipynb #b7d99b5d
 def train_steps(
     run: RunDir,
     config: RunConfig,
@@ -402,7 +402,7 @@ def train_steps(
         from_first(lambda: report_cache(run, data, first, trainer.state.global_step, samples_per_step(config)))
     report_end(trainer, status)
 
-
+# %% ../../nbs/56_training.trainer.ipynb #5a603440
 def report_end(
     trainer: LabelTrainer,
     status: Status,

@@ -8,7 +8,7 @@ __all__ = ['SHORT_NAMES', 'SCORING_PARAMETERS', 'PLANS', 'OFFLINE_PAGE', 'workbe
            'plan_prepare', 'plan_score', 'plan_compare', 'plan_notebook', 'kernel_environment', 'kernel_manager_class',
            'execute', 'terminate_as_interrupt', 'write_html', 'mark_unfinished', 'settle_status', 'run_notebook']
 
-# %% ../../nbs/70_workflow.notebook.ipynb #6850574d
+# %% ../../nbs/70_workflow.notebook.ipynb #8413faf0
 import ast
 import json
 import os
@@ -26,16 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 import qwen2vl_sft
 from qwen2vl_sft.config import (
     RunConfig,
     ScoringConfig,
-    explain,
     load_recipe,
     parse_overrides,
     setting_path,
+    validated,
 )
 from ..core import InputError, RunFailure, did_you_mean, project_root, say, write_atomically
 from ..rundir import RunDir, write_status
@@ -114,16 +114,13 @@ def training_config(
         config.suite = str(workbench_file(config.suite))
     return config
 
-# %% ../../nbs/70_workflow.notebook.ipynb #bc6aba14
+# %% ../../nbs/70_workflow.notebook.ipynb #b4be472b
 def scoring_config(
     **parameters: Any,  # rule, split, batch, limit, ...; None keeps the default
 ) -> ScoringConfig:
     "The validated settings of a scoring run."
     chosen = {name: value for name, value in parameters.items() if value is not None}
-    try:
-        return ScoringConfig(**chosen)
-    except ValidationError as error:
-        raise InputError(f"scoring: {explain(error, chosen, ScoringConfig)}") from error
+    return validated(chosen, "scoring", ScoringConfig)
 
 # %% ../../nbs/70_workflow.notebook.ipynb #e5864a7d
 @dataclass

@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'WHOLE_NUMBERS', 'run_line', 'runs', 'runs_text', 'difference', 'folder_bytes', 'delete', 'untidy', 'tidy',
            'difference_text', 'clear']
 
-# %% ../../nbs/72_workflow.runs.ipynb #7961c20f
+# %% ../../nbs/72_workflow.runs.ipynb #d1c8765e
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +18,7 @@ import pandas as pd
 import yaml
 
 import qwen2vl_sft.watch  # gives a run its `watch`
+from ..config import flattened
 from ..core import InputError, project_root
 from ..rundir import Run, RunDir
 from .notebook import experiment_folder
@@ -78,12 +79,7 @@ def runs_text(
         shown[name] = ["" if pd.isna(value) else str(value) for value in shown[name]]
     return shown.to_string(index=False, na_rep="", float_format="{:.3g}".format)
 
-# %% ../../nbs/72_workflow.runs.ipynb #447105d2
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        yield from _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [(prefix + name, value)]
-
-
+# %% ../../nbs/72_workflow.runs.ipynb #56cbde9b
 def difference(
     first: RunDir,
     second: RunDir,
@@ -92,7 +88,7 @@ def difference(
     for run in (first, second):
         if not _configuration(run):
             raise InputError(f"{run.config_path}: missing or unreadable, so {run.experiment}/{run.name} can't be compared")
-    left, right = (dict(_flat(_configuration(run))) for run in (first, second))
+    left, right = (flattened(_configuration(run)) for run in (first, second))
     names = [name for name in left | right if name not in ("experiment", "run") and left.get(name) != right.get(name)]
     titles = [f"{run.experiment}/{run.name}" for run in (first, second)]
     return pd.DataFrame([[name, left.get(name), right.get(name)] for name in names], columns=["setting", *titles], dtype=object)

@@ -8,7 +8,7 @@ __all__ = ['START', 'RayConfig', 'Sweep', 'load_sweep', 'Planned', 'planned_run'
            'Progress', 'slot_environment', 'run_in_slots', 'check_reachable', 'run_on_ray', 'sweep_table', 'run_sweep',
            'with_options', 'sweep_text']
 
-# %% ../../nbs/73_workflow.sweep.ipynb #74d40b57
+# %% ../../nbs/73_workflow.sweep.ipynb #e5b86f49
 import itertools
 import json
 import os
@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from ..config import RunConfig, Settings, explain, read_yaml, setting_path, validated
+from ..config import RunConfig, Settings, read_yaml, setting_path, validated
 from ..core import InputError, project_root, say
 from ..rundir import RunDir
 from .demo import is_trained
 from .notebook import run_notebook, training_config, workbench_file
 
-# %% ../../nbs/73_workflow.sweep.ipynb #b3f667e2
+# %% ../../nbs/73_workflow.sweep.ipynb #5c055942
 class RayConfig(Settings):
     "Where the runs go if Ray places them, and what each needs."
 
@@ -42,7 +42,7 @@ class RayConfig(Settings):
     gpus: float = Field(0, ge=0, description="of each run")
     resources: dict[str, float] = Field(default_factory=dict, description="other Ray resources of each run")
 
-
+# %% ../../nbs/73_workflow.sweep.ipynb #c76866f8
 class Sweep(Settings):
     "What a sweep file says."
 
@@ -67,17 +67,14 @@ class Sweep(Settings):
             raise ValueError(f"{self.slots} slots but {len(self.devices)} devices")
         return self
 
-
+# %% ../../nbs/73_workflow.sweep.ipynb #36424f63
 def load_sweep(
     path: Path | str,
 ) -> Sweep:
     "Read and validate a sweep file. Raises `InputError` that names file and setting."
     file = workbench_file(path)
     content = read_yaml(file, "a sweep is a mapping with `experiment`, and `matrix` or `runs`")
-    try:
-        return Sweep(**content)
-    except ValidationError as error:
-        raise InputError(f"{file}: {explain(error, content, Sweep)}") from error
+    return validated(content, file, Sweep)
 
 # %% ../../nbs/73_workflow.sweep.ipynb #335f1011
 @dataclass
@@ -251,7 +248,7 @@ def train_in_process(
         planned.notes = last_line(log).removeprefix("error: ")
     return child.returncode
 
-# %% ../../nbs/73_workflow.sweep.ipynb #85a4ffb6
+# %% ../../nbs/73_workflow.sweep.ipynb #e5269c52
 @dataclass
 class Progress:
     "How far a sweep has come; shared by its slots."
@@ -277,7 +274,7 @@ def slot_environment(
         chosen["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // sweep.slots))
     return chosen
 
-
+# %% ../../nbs/73_workflow.sweep.ipynb #9f581a63
 def run_in_slots(
     sweep: Sweep,
     planned: list[Planned],
@@ -403,7 +400,7 @@ def run_sweep(
         run_notebook("compare", {"experiment": sweep.experiment})
     return sweep_table(planned)
 
-# %% ../../nbs/73_workflow.sweep.ipynb #7e17ca68
+# %% ../../nbs/73_workflow.sweep.ipynb #12233780
 def with_options(
     sweep: Sweep,
     slots: int | None,  # None: the file's
@@ -414,10 +411,7 @@ def with_options(
     if ray:
         changes["ray"] = {**(sweep.ray.model_dump() if sweep.ray else {}), "address": ray}
     content = sweep.model_dump() | changes
-    try:
-        return Sweep(**content)
-    except ValidationError as error:
-        raise InputError(f"sweep '{sweep.experiment}': {explain(error, content, Sweep)}") from error
+    return validated(content, f"sweep '{sweep.experiment}'", Sweep)
 
 
 def sweep_text(
