@@ -1096,6 +1096,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                        'qwen2vl_sft/data/sources.py'),
                                           'qwen2vl_sft.data.sources.class_names': ( 'data.sources.html#class_names',
                                                                                     'qwen2vl_sft/data/sources.py'),
+                                          'qwen2vl_sft.data.sources.code_hash': ( 'data.sources.html#code_hash',
+                                                                                  'qwen2vl_sft/data/sources.py'),
                                           'qwen2vl_sft.data.sources.column_names': ( 'data.sources.html#column_names',
                                                                                      'qwen2vl_sft/data/sources.py'),
                                           'qwen2vl_sft.data.sources.content_of_turn': ( 'data.sources.html#content_of_turn',

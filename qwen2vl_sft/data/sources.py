@@ -15,7 +15,7 @@ __all__ = ['READERS', 'LAZY_READERS', 'COLUMNS', 'FILE_OPTIONS', 'IMAGE_PLACEHOL
            'row_of_chat', 'chat_records', 'csv_records', 'list_or_text', 'taken', 'rows_of_chat', 'chat_contents',
            'read_llamafactory', 'read_llava', 'llava_source', 'studio_path', 'studio_answers', 'studio_label',
            'is_short', 'short_label', 'read_labelstudio', 'huggingface_dataset', 'undecoded', 'huggingface_contents',
-           'read_huggingface', 'source_contents']
+           'read_huggingface', 'code_hash', 'source_contents']
 
 # %% ../../nbs/20_data.sources.ipynb #e88180a6
 import base64
@@ -885,9 +885,19 @@ def read_huggingface(source: dict, folder: Path) -> Iterator[Row]:
                 record[column] = classes[column][index] if index is not None and index >= 0 else None
             yield row_of_record(record, names, place / "dataset", number, source, Path(folder))
 
-# %% ../../nbs/20_data.sources.ipynb #74db6247
+# %% ../../nbs/20_data.sources.ipynb #c89895c1
+def code_hash(function: Callable) -> str:
+    "SHA-256 of the file that defines `function`; of its own code where no such file is, as in a notebook's cell."
+    file = Path(inspect.getfile(function))
+    if file.is_file():
+        return sha256_of(file)
+    try:
+        return sha256_of(inspect.getsource(function).encode())
+    except OSError:  # typed at a prompt
+        return sha256_of(function.__code__.co_code + repr(function.__code__.co_consts).encode())
+
+
 def source_contents(source: dict, folder: Path) -> list:
     "A JSON-able value that changes when the source's rows or images do."
     found = reader_of(source)
-    state = found.contents(source, Path(folder)) if found.contents else sha256_of(Path(inspect.getfile(found.read)))
-    return [source, state]
+    return [source, found.contents(source, Path(folder)) if found.contents else code_hash(found.read)]
