@@ -54,7 +54,7 @@ test quick: export MPLBACKEND := Agg
 test: dev
 	$(BIN)/ruff check qwen2vl_sft tests
 	$(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/python -m pytest -n 2 --dist loadscope --durations 10
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations 25
 
 # The same without what is marked slow.
 quick: dev
