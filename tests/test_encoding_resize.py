@@ -14,6 +14,26 @@ from qwen2vl_sft.encoding.resize import fast_squares, kernels, resized_squares
 IMAGES = ImageEncoder(patch=14, merge=2, temporal=2, min_pixels=3136, max_pixels=756 * 756, mean=(0.5,) * 3, std=(0.5,) * 3, resample=3)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def from_the_first_picture_on():
+    "Compiled at once, not only where many pictures make it worth while."
+    before, module.WORTH = module.WORTH, 0
+    yield
+    module.WORTH = before
+
+
+def test_a_few_pictures_are_not_worth_compiling(monkeypatch):
+    "Nor importing numba: Pillow resizes them."
+    asked = []
+    monkeypatch.setattr(module, "kernels", lambda: asked.append(1))
+    monkeypatch.setattr(module, "WORTH", 3)
+    monkeypatch.setattr(module, "SO_FAR", iter(range(10)))
+    image = picture(700, 500, 1, "noise")
+    for _ in range(5):
+        assert (as_picture(resized_squares(image, 560, 392, 14, 2)) == pillow(image, 560, 392)).all()
+    assert len(asked) == 2
+
+
 def picture(width: int, height: int, seed: int, kind: str) -> Image.Image:
     "Noise, hard edges of black and white, or one colour."
     rng = np.random.default_rng(seed)
