@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['PROJECTIONS', 'TOWER_LINEARS', 'MERGER_LINEARS', 'PEFT_HERE', 'PEFT_REFUSED', 'PEFT_INITIAL', 'OPTIMIZERS',
-           'SCHEDULERS', 'NOT_WHAT_IS_TRAINED', 'OTHER_NAMES', 'S', 'Settings', 'explain', 'ModelConfig',
-           'PreprocessingConfig', 'MethodConfig', 'MixtureConfig', 'ScheduleConfig', 'ScoringConfig', 'PlanConfig',
-           'ExportConfig', 'RunConfig', 'settings_paths', 'setting_path', 'parse_overrides', 'validated', 'flattened',
-           'with_overrides', 'read_yaml', 'load_recipe']
+           'SCHEDULERS', 'NOT_WHAT_IS_TRAINED', 'VALIDATED_ON', 'OTHER_NAMES', 'S', 'Settings', 'explain',
+           'ModelConfig', 'PreprocessingConfig', 'MethodConfig', 'MixtureConfig', 'ScheduleConfig', 'ScoringConfig',
+           'PlanConfig', 'ExportConfig', 'RunConfig', 'settings_paths', 'setting_path', 'parse_overrides', 'validated',
+           'flattened', 'with_overrides', 'read_yaml', 'load_recipe']
 
-# %% ../nbs/01_config.ipynb #7c22cdf6
+# %% ../nbs/01_config.ipynb #b170b1cc
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from .core import InputError, did_you_mean, fingerprint, project_root
+from .core import InputError, did_you_mean, fingerprint, process_count, project_root
 
 # %% ../nbs/01_config.ipynb #5a694d3c
 class Settings(BaseModel):
@@ -170,7 +170,7 @@ class MixtureConfig(Settings):
     balance_labels: bool = Field(False, description="within a closed task, each label equally often")
     replacement: bool = Field(False, description="draw each sample anew, instead of each row once before any comes again")
 
-# %% ../nbs/01_config.ipynb #0c7d4f5d
+# %% ../nbs/01_config.ipynb #38079dda
 OPTIMIZERS: dict[str, float] = {  # name -> bytes of state a trained float32 weight; 8-bit states have a float32 scale per 256 weights
     "adamw_torch": 8, "adamw_torch_fused": 8, "sgd": 0, "adagrad": 4, "rmsprop": 4, "adafactor": 0.1,
     "adamw_8bit": 2.04, "adamw_bnb_8bit": 2.04, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2.04,
@@ -192,6 +192,17 @@ def _known(value: str, known: Iterable[str], what: str) -> str:
     return value
 
 
+def _number(value: Any, name: str) -> Any:
+    "YAML 1.1 and papermill's `-p` give `1e-06` as text."
+    if name in ("warmup_type", "decay_type") or not isinstance(value, str):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"scheduler_options: {name} '{value}' is not a number") from None
+    return int(number) if name.endswith("_steps") and number.is_integer() else number
+
+
 def _check_scheduler(schedule: "ScheduleConfig") -> None:
     known = SCHEDULERS[schedule.scheduler]
     if unknown := [name for name in schedule.scheduler_options if name not in known]:
@@ -202,7 +213,7 @@ def _check_scheduler(schedule: "ScheduleConfig") -> None:
     if "min_lr" in known and not {"min_lr", "min_lr_rate"} & set(schedule.scheduler_options):
         raise ValueError(f"scheduler_options: {schedule.scheduler} needs min_lr or min_lr_rate")
 
-# %% ../nbs/01_config.ipynb #6b117c30
+# %% ../nbs/01_config.ipynb #05b7705f
 class ScheduleConfig(Settings):
     "Steps, batches and the optimiser."
 
@@ -212,7 +223,7 @@ class ScheduleConfig(Settings):
     keep_last: int = Field(1, ge=1, description="how many of those are kept; named checkpoints always stay")
     micro_batch: PositiveInt | Literal["auto"] = Field(8, description="samples in one forward pass; auto: the most that the memory plan allows")
     accumulation: int = Field(1, ge=1, description="micro-batches that a process takes for one optimiser step; a step has micro_batch x accumulation x processes samples")
-    effective_batch: int | None = Field(None, ge=1, description="samples in one optimiser step, for micro_batch=auto; None: micro_batch x accumulation")
+    effective_batch: int | None = Field(None, ge=1, description="samples in one optimiser step of all processes together, for micro_batch=auto; None: micro_batch x accumulation x processes")
     learning_rate: float = Field(1e-4, gt=0)
     tower_learning_rate: float | None = Field(None, gt=0, description="of the vision tower's weights or adapters; None: learning_rate")
     merger_learning_rate: float | None = Field(None, gt=0, description="of the merger's weights or adapters; None: learning_rate")
@@ -248,8 +259,18 @@ class ScheduleConfig(Settings):
 
     @property
     def batch(self) -> int:
-        "Samples in one optimiser step."
-        return self.effective_batch or self.micro_batch * self.accumulation
+        "Samples in one optimiser step, of all processes together."
+        return self.effective_batch or self.micro_batch * self.accumulation * process_count()
+
+    @property
+    def process_batch(self) -> int:
+        "The part of them that one process takes."
+        return self.batch // process_count()
+
+    @field_validator("scheduler_options")
+    @classmethod
+    def _options_are_numbers(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return {name: _number(value, name) for name, value in options.items()}
 
     @model_validator(mode="after")
     def _names_are_known(self) -> "ScheduleConfig":
@@ -264,8 +285,8 @@ class ScheduleConfig(Settings):
             raise ValueError("micro_batch=auto needs effective_batch, the samples in one optimiser step")
         if self.micro_batch == "auto" and self.accumulation != 1:
             raise ValueError("micro_batch=auto chooses accumulation too; leave it out")
-        if self.micro_batch != "auto" and self.effective_batch not in (None, self.micro_batch * self.accumulation):
-            raise ValueError(f"effective_batch {self.effective_batch} is not micro_batch {self.micro_batch} x accumulation {self.accumulation}; leave it out, or set micro_batch=auto")
+        if self.micro_batch != "auto" and self.effective_batch and self.effective_batch % (self.micro_batch * self.accumulation):
+            raise ValueError(f"effective_batch {self.effective_batch} is not micro_batch {self.micro_batch} x accumulation {self.accumulation} x processes; leave it out, or set micro_batch=auto")
         return self
 
     @model_validator(mode="after")
@@ -304,11 +325,12 @@ class ExportConfig(Settings):
     least_agreement: float = Field(0.98, ge=0, le=1, description="share of the answers that must stay")
     most_shift: float = Field(0.05, ge=0, le=1, description="mean change of the label probabilities (total variation distance) that is allowed")
 
-# %% ../nbs/01_config.ipynb #c99069fe
+# %% ../nbs/01_config.ipynb #81255acf
 NOT_WHAT_IS_TRAINED = (  # settings that change speed and memory; of the batch, only its effective size counts
     "workers", "log_every", "vision_cache", "vision_cache_gb", "pixel_cache_gb", "tensorboard", "keep_best", "save_every", "keep_last",
-    "micro_batch", "accumulation", "activation_checkpointing",
+    "micro_batch", "accumulation", "effective_batch", "activation_checkpointing",
 )  # fmt: skip
+VALIDATED_ON = ("schedule.validation_samples", "scoring.sample_seed", "scoring.max_new_tokens")  # change them, and the best step isn't the best of all
 
 
 class RunConfig(Settings):
@@ -359,10 +381,12 @@ class RunConfig(Settings):
 
     @property
     def fingerprint(self) -> str:
-        "Changes when what is trained could change; names, scoring, and what only costs time or memory don't count."
+        "Changes when what is trained could change; names, test scores, and what only costs time or memory don't count."
         content = self.model_dump(mode="json", exclude={"experiment", "run", "scoring", "plan", "export"})
         left_out = {*NOT_WHAT_IS_TRAINED}
-        if not self.schedule.early_stopping_patience:  # validation alone changes nothing
+        if self.schedule.early_stopping_patience:  # validation decides how many steps there are
+            content["validation"] = [self.scoring.sample_seed, self.scoring.max_new_tokens]
+        else:
             left_out |= {"validate_every", "validation_samples", "early_stopping_patience"}
         learns = {name: value for name, value in content["schedule"].items() if name not in left_out}
         return fingerprint({**content, "schedule": {**learns, "effective_batch": self.schedule.batch}})
@@ -404,7 +428,7 @@ def setting_path(
     known = [word for path in paths for word in (".".join(path), path[-1])]
     raise InputError(f"unknown setting '{name}'.{did_you_mean(name, known)}")
 
-# %% ../nbs/01_config.ipynb #8c41674e
+# %% ../nbs/01_config.ipynb #496aed96
 S = TypeVar("S", bound=Settings)
 
 
@@ -434,7 +458,7 @@ def validated(
     except ValidationError as error:
         raise InputError(f"{origin}: {explain(error, content, model)}") from error
 
-# %% ../nbs/01_config.ipynb #81d303d9
+# %% ../nbs/01_config.ipynb #af5dd01e
 def flattened(
     values: Mapping[str, Any],
     prefix: str = "",

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
+from qwen2vl_sft.cli import main
 from qwen2vl_sft.config import MethodConfig, ModelConfig, load_recipe
 from qwen2vl_sft.model.load import load_base, trainable
-from qwen2vl_sft.training.trainer import train
+from qwen2vl_sft.training.trainer import LabelTrainer, train
 
 torch.set_num_threads(1)
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # threads that load weights find torch's pool as it was before the fork, now and then
@@ -26,6 +27,35 @@ FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def prints_to(log: str) -> None:
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1), os.dup2(out, 2)
+
+
+def go_together(
+    rank: int,
+    port: int,
+    recipe: str,
+    root: str,
+    log: str,
+    exhausted: bool,  # whether the second process's memory runs out, in the second step
+) -> None:
+    "Train as one of two processes, with the variables that `torchrun` sets."
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["QWEN2VL_SFT_ROOT"] = root
+    prints_to(log)
+    real, first = LabelTrainer.compute_loss, []
+
+    def compute_loss(self: LabelTrainer, model: torch.nn.Module, inputs: dict, **options: object) -> torch.Tensor:
+        first.append(self.state.global_step)
+        if exhausted and rank == 1 and self.state.global_step > first[0]:
+            torch.empty(2**60)
+        return real(self, model, inputs, **options)
+
+    LabelTrainer.compute_loss = compute_loss
+    sys.exit(main(["train", recipe]))
 
 
 def go(
@@ -38,8 +68,7 @@ def go(
 ) -> None:
     "Train; the planned kill comes on the way."
     os.environ["QWEN2VL_SFT_ROOT"] = root
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1), os.dup2(out, 2)
+    prints_to(log)
     config = load_recipe(recipe)
     folder, seen, started = str(config.experiment_folder / config.run), {"event": 0, "rename": 0}, time.monotonic()
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,16 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from qwen2vl_sft.cli import main
 from qwen2vl_sft.config import MethodConfig, ModelConfig, RunConfig, ScoringConfig
-from qwen2vl_sft.core import ASSETS, RunFailure
+from qwen2vl_sft.core import ASSETS, InputError, RunFailure
 from qwen2vl_sft.data.prepare import prepare
 from qwen2vl_sft.data.toy import write_toy_suite
 from qwen2vl_sft.encoding.images import load_image_processor
 from qwen2vl_sft.encoding.prompt import load_encoder
 from qwen2vl_sft.model.load import add_adapters, load_adapter, load_base
 from qwen2vl_sft.rundir import RunDir
+from qwen2vl_sft.scoring.calibration import Wanted, calibrate_run, calibration_path
 from qwen2vl_sft.scoring.experiment import score_run
+from qwen2vl_sft.scoring.labeler import Checkpoint, decision_for
 from qwen2vl_sft.tasks import load_suite
 from qwen2vl_sft.training.checkpoints import save_model
 from qwen2vl_sft.training.export import export_run
@@ -48,8 +51,9 @@ def trained(tmp_path_factory) -> RunDir:
             mixture={"name": "equal"}, schedule={"steps": 40, "micro_batch": 8, "learning_rate": 5e-3, "log_every": 10}, export={"samples": 9},
         )  # fmt: skip
         run = train(config)
-        for rule in ("closed", "free"):
-            score_run(run, prepare(load_suite(suite)), ScoringConfig(rule="auto" if rule == "closed" else "free", max_new_tokens=8))
+        for more in ({}, {"rule": "free"}, {"split": "validation"}):
+            score_run(run, prepare(load_suite(suite)), ScoringConfig(max_new_tokens=8, **more))
+        calibrate_run(run, load_suite(suite).tasks, Wanted(recall=0.5))
         yield run
 
 
@@ -92,18 +96,46 @@ def test_the_cards_own_code_answers_as_the_checkpoint_did_without_this_package(t
         assert {value.dtype for value in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
 
 
-def test_a_merge_that_moves_more_than_the_recipe_allows_is_refused(trained, tmp_path):
+@pytest.fixture
+def changed(trained) -> Callable[..., None]:
+    "Other settings in the run's `config.yaml`, for one test."
     text = trained.config_path.read_text()
     content = yaml.safe_load(text)
-    content["export"] |= {"most_shift": 0.0}
-    trained.config_path.write_text(yaml.safe_dump(content))
-    try:
-        with pytest.raises(RunFailure, match=r"label probabilities move by .* above the 0.0 allowed"):
-            export_run(trained, 40, True, tmp_path / "out")
-    finally:
-        trained.config_path.write_text(text)
+    yield lambda section=None, **settings: (content[section] if section else content).update(settings) or trained.config_path.write_text(yaml.safe_dump(content))
+    trained.config_path.write_text(text)
+
+
+def test_a_merge_that_moves_more_than_the_recipe_allows_is_refused(trained, changed, tmp_path):
+    changed("export", most_shift=0.0)
+    with pytest.raises(RunFailure, match=r"label probabilities move by .* above the 0.0 allowed"):
+        export_run(trained, 40, True, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert main(["export", "toy/mix/step-4"]) == 2
+
+
+def test_an_8_bit_run_is_called_so(trained, changed, tmp_path):
+    changed("method", quantisation="int8")
+    changed("export", samples=1, least_agreement=0.0, most_shift=1.0)
+    merged = export_run(trained, 40, True, tmp_path / "merged")
+    assert json.loads((merged / "export.json").read_text())["trained_on"] == "8-bit weights (LLM.int8())"
+    card = (export_run(trained, 40, False, tmp_path / "adapter") / "README.md").read_text()
+    assert "BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules" in card and "nf4" not in card
+
+
+def test_the_held_out_fold_is_the_runs(trained, changed, tmp_path):
+    changed(fold=1)
+    with pytest.raises(InputError, match="fold"):  # the data have none
+        export_run(trained, 40, False, tmp_path / "out")
+
+
+def test_calibration_goes_along_and_the_labeler_finds_it(trained, tmp_path):
+    out = export_run(trained, 40, False, tmp_path / "out")
+    stored = json.loads(calibration_path(trained, "step-40", "colour").read_text())
+    assert json.loads((out / "calibration" / "colour.json").read_text()) == stored and not (out / "calibration" / "word.json").exists()
+    task = load_suite(trained.path.parents[2] / "toy" / "toy.yaml").task("colour")
+    decision = decision_for(Checkpoint(out), task)
+    assert (decision.temperature, decision.threshold) == (stored["temperature"], stored["operating_point"]["threshold"])
+    assert f"| colour | {decision.temperature:.3f} | recall 0.5 | {decision.threshold:.3f} |" in (out / "README.md").read_text()
 
 
 # --- what others wrote ---------------------------------------------------------------------------

@@ -4,17 +4,20 @@ import math
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from transformers import TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from qwen2vl_sft.config import OPTIMIZERS, SCHEDULERS, MethodConfig, ModelConfig, RunConfig, ScheduleConfig, validated
+from qwen2vl_sft.config import OPTIMIZERS, SCHEDULERS, MethodConfig, ModelConfig, RunConfig, ScheduleConfig, validated, with_overrides
 from qwen2vl_sft.core import InputError
 from qwen2vl_sft.data.toy import write_toy_suite
 from qwen2vl_sft.model.load import changes_outputs, load_adapter, load_base, parameter_groups, part_of, trainable
-from qwen2vl_sft.training.trainer import check_optimizer, train
+from qwen2vl_sft.training.checkpoints import changed_settings
+from qwen2vl_sft.training.plan import resolved
+from qwen2vl_sft.training.trainer import check_batch, check_optimizer, train
 
 SMALL = ModelConfig(device="cpu")
 IDS = torch.arange(1, 33)[None]
@@ -213,3 +216,42 @@ def test_the_effective_batch_decides_what_is_trained_and_its_parts_do_not():
 
     same = {fingerprint(micro_batch=8, accumulation=4), fingerprint(micro_batch=2, accumulation=16), fingerprint(micro_batch="auto", effective_batch=32)}
     assert len(same) == 1 and fingerprint(micro_batch=16) not in same
+
+
+def test_the_effective_batch_is_that_of_all_processes(monkeypatch):
+    alone = RunConfig(suite="x.yaml", schedule={"micro_batch": 4, "accumulation": 4})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    two = RunConfig(suite="x.yaml", schedule={"micro_batch": 4, "accumulation": 2})
+    assert (alone.schedule.process_batch, two.schedule.batch, two.schedule.process_batch) == (16, 16, 8)
+    stated = resolved(two, 2, False).schedule
+    assert (stated.micro_batch, stated.accumulation, stated.effective_batch) == (2, 4, 16)
+    same = [resolved(two, 8, False), two, RunConfig(suite="x.yaml", schedule={"micro_batch": "auto", "effective_batch": 16})]
+    assert len({config.fingerprint for config in same}) == 1 and not changed_settings(same[0], same[2], (2, 2))
+    assert changed_settings(RunConfig(suite="x.yaml", schedule={"micro_batch": 4, "accumulation": 4}), two, (1, 2)) == []
+    for schedule, message in (({"micro_batch": "auto", "effective_batch": 15}, "15 can't be divided among 2 processes"), ({"micro_batch": 2, "effective_batch": 2}, "2 is not micro_batch 2 x accumulation 1 x 2 processes")):
+        with pytest.raises(InputError, match=message):
+            check_batch(RunConfig(suite="x.yaml", schedule=schedule))
+
+
+def test_numbers_that_came_as_text_are_numbers():
+    "YAML 1.1 reads 1e-06 as text, and so does papermill's -p."
+    content = yaml.safe_load("{suite: x.yaml, schedule: {scheduler: polynomial, scheduler_options: {lr_end: 1e-06, power: '2'}}}")
+    assert isinstance(content["schedule"]["scheduler_options"]["lr_end"], str)
+    assert validated(content, "recipe").schedule.scheduler_options == {"lr_end": 1e-6, "power": 2.0}
+    decay = validated({"suite": "x.yaml", "schedule": {"scheduler": "warmup_stable_decay", "scheduler_options": {"num_decay_steps": "10", "decay_type": "cosine"}}}, "recipe").schedule
+    assert repr(decay.scheduler_options) == "{'num_decay_steps': 10, 'decay_type': 'cosine'}"
+    with pytest.raises(InputError, match="power 'two' is not a number"):
+        validated({"suite": "x.yaml", "schedule": {"scheduler": "polynomial", "scheduler_options": {"power": "two"}}}, "recipe")
+
+
+@pytest.mark.parametrize(("name", "value"), [("validation_samples", 50), ("sample_seed", 1), ("max_new_tokens", 8)])
+def test_what_steers_a_run_through_its_validation_is_part_of_it(name, value):
+    def config(**schedule) -> RunConfig:
+        return RunConfig(suite="x.yaml", schedule=schedule)
+
+    plain, seen, stopping = config(), config(validate_every=5), config(validate_every=5, early_stopping_patience=2)
+    assert plain.fingerprint == seen.fingerprint == with_overrides(seen, {name: value}).fingerprint  # the same weights
+    assert stopping.fingerprint != with_overrides(stopping, {name: value}).fingerprint
+    assert not changed_settings(plain, with_overrides(seen, {name: value})) and not changed_settings(plain, with_overrides(plain, {name: value}))
+    for validated_twice in (seen, stopping):  # else the best step would be chosen from figures that don't compare
+        assert len(changed := changed_settings(validated_twice, with_overrides(validated_twice, {name: value}))) == 1 and f"{name}=" in changed[0]

@@ -1,9 +1,11 @@
 """Two processes train, score, continue and fail as one would, under `accelerate launch` on the CPU (gloo)."""
 
 import json
+import multiprocessing
 import os
+import re
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from qwen2vl_sft.config import RunConfig, ScoringConfig
@@ -81,6 +84,10 @@ def test_two_processes_train_and_score_as_one_with_twice_the_accumulation(projec
         assert (held["processes"], held["samples"]) == (2, 4 * 12)
         assert len(torch.load(there.checkpoints()[4] / "random.pt", weights_only=True)) == 2
     said = (project / "output.txt").read_text()
+    assert said.count("micro-batch 3 x accumulation 2 x 2 processes: 12 samples a step") == 3
+    for method in runs:  # one meaning wherever it is stored
+        there = project / "runs" / "by-two" / method
+        assert yaml.safe_load((there / "config.yaml").read_text())["schedule"]["effective_batch"] == json.loads((there / "plan.json").read_text())["effective_batch"] == 12
     assert said.count("million weights train") == 3 and said.count("scoring plain base (base, ") == 1
 
     # predictions: scored again by this one process from the very same checkpoints
@@ -108,26 +115,58 @@ def test_two_processes_train_and_score_as_one_with_twice_the_accumulation(projec
     assert two["lora"].status().state == "finished"
 
 
+def together(project, recipe: str, exhausted: bool = False) -> list[int]:
+    "Exit codes of `train` in two processes, forked from a server that has everything imported."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killed_run"])
+    from killed_run import go_together
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [context.Process(target=go_together, args=(rank, port, recipe, str(project), str(project / "together.txt"), exhausted)) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    return [process.exitcode for process in both]
+
+
 @pytest.mark.slow
-def test_when_one_of_two_is_killed_the_other_ends_and_says_so(project):
-    settings = config(project, "killed", steps=400, save_at=[], save_every=2)
-    group = launched(project, "-m", "qwen2vl_sft.cli", "train", recipe(project, settings))
-    run, until = RunDir(project / "runs" / "two" / "killed"), time.monotonic() + 120
-    while len(run.metrics()) < 4 and time.monotonic() < until and group.poll() is None:
-        time.sleep(0.1)
-    with pytest.raises(RunFailure, match="another process"):  # refused while it runs
-        train(config(project, "killed", steps=400, save_at=[], save_every=2, accumulation=4))
+def test_when_one_of_two_ends_the_run_says_so_and_the_same_command_continues(project, monkeypatch):
+    "kill -9, then memory that runs out in one of them; the end is that of one process that nothing happened to."
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)]))  # the server imports `killed_run`
+    settings = config(project, "killed", steps=12, save_at=[], save_every=2)
+    path, run, until = recipe(project, settings), RunDir(project / "runs" / "two" / "killed"), time.monotonic() + 120
+    group = launched(project, "-m", "qwen2vl_sft.cli", "train", path)
+    while len(run.metrics()) < 3 and time.monotonic() < until and group.poll() is None:
+        time.sleep(0.01)
     second = next(child for child in psutil.Process(group.pid).children(recursive=True) if child.environ().get("RANK") == "1")
-    second.send_signal(signal.SIGKILL)
+    second.suspend()  # the first waits for it
+    with pytest.raises(RunFailure, match="another process"):  # refused while it runs
+        train(config(project, "killed", steps=12, save_at=[], save_every=2, accumulation=4))
+    second.kill()
     assert group.wait(60) != 0
     assert psutil.pid_exists(second.pid) is False
     status, said = run.status(), (project / "output.txt").read_text()
     assert status.state in ("failed", "interrupted"), status
     assert "lost another one" in status.message or "another of its 2 processes ended" in status.message
-    assert "error: " in said
+    reached = max(resume_points(run))
+    assert "error: " in said and 2 <= reached <= 8
 
-    points = resume_points(run)
-    assert points and all((folder / "adapter_model.safetensors").exists() for folder in points.values())
+    assert together(project, path, exhausted=True) == [1, 1]
+    said = (project / "together.txt").read_text()
+    assert re.search(rf"error: process 1 of 2, step {reached + 2}: out of memory at micro_batch=3 .*; the same command continues from the last checkpoint with micro_batch=1", said)
+    event = json.loads((run.path / "plan.json").read_text())["out_of_memory"][-1]
+    assert (event["after_step"], event["micro_batch"]) == (reached + 1, 1) and "allocate" in event["reason"]
+    status = run.status()
+    assert status.state == "failed" and "another of 2 processes was out of memory" in status.message and "micro_batch=1" in status.message
+
+    assert together(project, path) == [0, 0], (project / "together.txt").read_text()[-2000:]
+    assert "micro-batch 1 x accumulation 6 x 2 processes: 12 samples a step" in (project / "together.txt").read_text()
+    shutil.move(run.path, project / "runs" / "two" / "continued")
+    last, whole = (weights(one.checkpoints()[12]) for one in (RunDir(project / "runs" / "two" / "continued"), train(config(project, "killed", steps=12, save_at=[], accumulation=4))))
+    assert all(torch.allclose(last[name], whole[name], atol=1e-4) for name in whole)
 
 
 def test_the_sharding_configuration_is_one_that_accelerate_reads():

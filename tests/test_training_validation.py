@@ -108,12 +108,14 @@ def test_the_loss_of_each_task_is_the_stock_loss_of_its_samples(project):
 # --- the best checkpoint, and stopping early -------------------------------------------------------
 
 
-def planted(monkeypatch, means: dict[int, float]) -> None:
-    "Let the validations, one after the other, find these accuracies of the task `colour`."
+def planted(monkeypatch, means: dict[int, float | None]) -> None:
+    "Let the validations, one after the other, find these accuracies of the task `colour`; None: SIGTERM comes meanwhile."
     left = sorted(means)
 
     def found(*arguments):
         mean = means[left.pop(0)]
+        if mean is None:
+            return signal.raise_signal(signal.SIGTERM)
         return {"validation/colour/accuracy": mean, "validation/colour/macro_f1": mean, "validation/colour/collapsed": "red" if mean < 0.4 else "", "validation/mean": mean}
 
     monkeypatch.setattr(progress, "validate", found)
@@ -171,20 +173,32 @@ def test_a_stopped_run_goes_on_to_the_same_bits(project):
     assert run.validations()["mean"].tolist() == whole.validations()["mean"].tolist()
 
 
-def test_stopping_during_a_validation_validates_after_continuing(project, monkeypatch):
-    settings = config(project, "during", steps=4, validate_every=2)
-    honest = progress.validate
+def test_a_checkpoint_saved_during_its_validation_is_kept_if_it_is_the_best(project, monkeypatch):
+    settings, folder = config(project, "during", steps=4, validate_every=2), project / "runs" / "default" / "during" / "checkpoints"
+    for _ in range(2):  # the second time while the validation is made up for
+        planted(monkeypatch, {2: None})
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 2 and is saved"):
+            train(settings)
+        assert [path.name for path in folder.iterdir()] == ["resume-2"]
+    saved = load_file(folder / "resume-2" / "adapter_model.safetensors")
+    planted(monkeypatch, {2: 0.8, 4: 0.5})
+    run = train(settings)
+    assert list(run.checkpoints()) == [2, 4] and run.best()["overall"] == {"step": 2, "mean_accuracy": 0.8}
+    assert run.validations()["step"].tolist() == [2, 4] and same(weights(run, 2), saved)
 
-    def interrupted(validation, model, stop):
-        signal.raise_signal(signal.SIGTERM)
-        return honest(validation, model, stop)
 
-    monkeypatch.setattr(progress, "validate", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="stopped after step 2 and is saved"):
+def test_a_run_stopped_during_the_validation_that_ends_it_ends_there(project, monkeypatch, capsys):
+    settings = config(project, "ended", steps=20, validate_every=2, early_stopping_patience=1)
+    planted(monkeypatch, {2: 0.8, 4: None})
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 4 and is saved"):
         train(settings)
-    monkeypatch.undo()
-    monkeypatch.setenv("QWEN2VL_SFT_ROOT", str(project))
-    assert train(settings).validations()["step"].tolist() == [2, 4]
+    planted(monkeypatch, {4: 0.7})
+    run = train(settings)
+    assert list(run.checkpoints()) == [2, 4] and run.metrics()["step"].max() == 4 and run.best()["overall"]["step"] == 2
+    assert run.status().state == "finished" and "stopped early at step 4" in run.status().message
+    before = run.metrics_path.read_bytes()
+    train(settings)
+    assert "already trained" in capsys.readouterr().out and run.metrics_path.read_bytes() == before
 
 
 # --- TensorBoard ----------------------------------------------------------------------------------

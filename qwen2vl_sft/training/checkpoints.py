@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LIBRARIES', 'save_model', 'explained_write', 'save_checkpoint', 'random_states', 'set_random_states', 'Inputs',
            'base_weights', 'inputs_of', 'changed_settings', 'changed_data', 'refuse_another', 'note_inputs', 'versions',
-           'position', 'check_position', 'resume_points', 'rotate', 'remove_leftovers', 'last_checkpoint']
+           'position', 'check_position', 'resume_points', 'name_checkpoint', 'rotate', 'remove_leftovers',
+           'last_checkpoint']
 
-# %% ../../nbs/51_training.checkpoints.ipynb #217dc886
+# %% ../../nbs/51_training.checkpoints.ipynb #79c118fc
 import json
 import random
 import shutil
@@ -26,7 +27,7 @@ import yaml
 from safetensors import SafetensorError
 from torch import nn
 
-from ..config import NOT_WHAT_IS_TRAINED, RunConfig, flattened, validated
+from ..config import NOT_WHAT_IS_TRAINED, VALIDATED_ON, RunConfig, flattened, validated
 from ..core import InputError, RunFailure, fingerprint, process_count, published_folder, say, sha256_of, write_atomically
 from ..data.prepare import Prepared
 from ..encoding.prompt import Encoder, check_contract, preprocessing_contract
@@ -148,22 +149,23 @@ def inputs_of(
     base = base_weights(base_location(config.model.base), config.model.revision)
     return Inputs(base, prepared.audit["fingerprint"], tasks, process_count())
 
-# %% ../../nbs/51_training.checkpoints.ipynb #8704c5ff
+# %% ../../nbs/51_training.checkpoints.ipynb #78d859c5
 def changed_settings(
     there: RunConfig,
     now: RunConfig,
     processes: tuple[int, int] = (1, 1),  # then and now
 ) -> list[str]:  # such as "schedule.steps=4, now 6"
-    "The settings that decide what is trained and differ. Of the batch, only the samples in a step of all processes count."
-    steps = [config.schedule.batch * count for config, count in zip((there, now), processes, strict=True)]
+    "The settings that differ and decide what is trained, or which step is the best. Of the batch, only the samples in a step of all processes count."
+    steps = [config.schedule.effective_batch or config.schedule.micro_batch * config.schedule.accumulation * count for config, count in zip((there, now), processes, strict=True)]
     same_batch = {name: getattr(now.schedule, name) for name in ("micro_batch", "accumulation", "effective_batch")}
     there = there.model_copy(update={"schedule": there.schedule.model_copy(update=same_batch)})
     changed = [] if steps[0] == steps[1] else [f"samples in a step={steps[0]} on {_processes(processes[0])}, now {steps[1]} on {_processes(processes[1])} (micro_batch x accumulation x processes)"]
-    if there.fingerprint == now.fingerprint:
-        return changed
-    flat = [flattened(config.model_dump(mode="json", exclude={"experiment", "run", "scoring", "plan", "export"})) for config in (there, now)]
-    names = [name for name in flat[1] | flat[0] if name.removeprefix("schedule.") not in NOT_WHAT_IS_TRAINED]
-    return changed + [f"{name}={flat[0].get(name)}, now {flat[1].get(name)}" for name in names if flat[0].get(name) != flat[1].get(name)]
+    flat = [flattened(config.model_dump(mode="json", exclude={"experiment", "run", "plan", "export"})) for config in (there, now)]
+    differ = [name for name in flat[1] | flat[0] if flat[0].get(name) != flat[1].get(name)]
+    trained = [name for name in differ if not name.startswith("scoring.") and name.removeprefix("schedule.") not in NOT_WHAT_IS_TRAINED]
+    validated_on = [name for name in differ if name in VALIDATED_ON and there.schedule.validate_every and now.schedule.validate_every]
+    names = dict.fromkeys([*([] if there.fingerprint == now.fingerprint else trained), *validated_on])
+    return changed + [f"{name}={flat[0].get(name)}, now {flat[1].get(name)}" for name in names]
 
 
 def _processes(count: int) -> str:
@@ -255,13 +257,23 @@ def check_position(
         differ = ", ".join(f"{name} {old.get(name)}, now {new[name]}" for name in new if old.get(name) != new[name]) or "the same versions"
         raise InputError(f"{folder}: was trained on other samples than would be drawn now ({differ}); choose another run name")
 
-# %% ../../nbs/51_training.checkpoints.ipynb #17a480bd
+# %% ../../nbs/51_training.checkpoints.ipynb #2d6590b1
 def resume_points(
     run: RunDir,
 ) -> dict[int, Path]:  # step -> folder, ascending
     "Every checkpoint that training could continue from, the named one where a step has both."
     between = {int(path.name[7:]): path for path in (run.path / "checkpoints").glob("resume-*") if path.name[7:].isdigit()}
     return dict(sorted((between | run.checkpoints()).items()))
+
+
+def name_checkpoint(
+    run: RunDir,
+    step: int,
+) -> None:
+    "Rename `resume-N` to `step-N`, if it is there: what was only there to continue from has turned out to be one to keep."
+    folder = run.path / "checkpoints" / f"resume-{step}"
+    if folder.exists() and step not in run.checkpoints():
+        folder.rename(folder.with_name(f"step-{step}"))
 
 
 def rotate(

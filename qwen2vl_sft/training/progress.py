@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LINE_SECONDS', 'BAR', 'INTERRUPTED', 'check_finite', 'check_logs', 'with_tasks', 'Tally', 'memory_gb', 'Speed',
            'in_short', 'figures_text', 'has_bar', 'ProgressLine', 'event_writer', 'StopRequest', 'RunCallback',
-           'write_figures', 'decide', 'validate_now']
+           'write_figures', 'decide', 'settle', 'validate_now']
 
-# %% ../../nbs/55_training.progress.ipynb #72df07ec
+# %% ../../nbs/55_training.progress.ipynb #5247d04c
 import importlib.util
 import math
 import os
@@ -31,6 +31,7 @@ from ..core import InputError, RunFailure, process_rank, say
 from ..encoding.batch import Sample
 from ..processes import from_first, gathered
 from ..rundir import RunDir, Status
+from .checkpoints import name_checkpoint
 from .loss import sample_index
 from .validation import Validation, early_stop, is_due, settle_best, steps_kept, validate
 from ..watch import LivePicture, duration, in_notebook
@@ -140,7 +141,7 @@ def figures_text(
     speed = f"{in_short(logs['samples_per_second'])} samples/s {in_short(logs['tokens_per_second'])} tokens/s"
     return f"loss {logs['loss']:.3f} lr {logs['learning_rate']:.1e} {speed} {logs['memory_gb']:.1f} GB"
 
-# %% ../../nbs/55_training.progress.ipynb #05816a49
+# %% ../../nbs/55_training.progress.ipynb #5b34a230
 LINE_SECONDS = 30.0  # between two lines of a log, at least
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
@@ -151,7 +152,7 @@ def has_bar() -> bool:
         return "TQDM_MININTERVAL" not in os.environ
     return sys.stderr.isatty()
 
-# %% ../../nbs/55_training.progress.ipynb #9b26a2c3
+# %% ../../nbs/55_training.progress.ipynb #5d3460f6
 class ProgressLine:
     "The line of a run in a terminal, or lines in a log."
 
@@ -242,7 +243,7 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-# %% ../../nbs/55_training.progress.ipynb #98ac31cb
+# %% ../../nbs/55_training.progress.ipynb #dd202278
 INTERRUPTED = "interrupted"
 
 
@@ -260,17 +261,25 @@ class RunCallback(TrainerCallback):
         self.kept: set[int] = set()  # steps whose checkpoints stay
         self.ending = ""  # why the run ends before its last step: INTERRUPTED, or the reason of an early stop
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> Any:
+        "Open what is shown; make up for a validation that a stop or a kill left out, and stop here if it says so."
         self.logged = state.global_step
         self.events = event_writer(self.run, self.config.schedule.tensorboard, state.global_step)
         self.line = ProgressLine(self.run.name, state.max_steps, state.global_step)
         self.picture = LivePicture(self.run) if in_notebook() and not process_rank() else None
         known = self.decide(state.global_step)
-        if self.validation and state.global_step and is_due(state.global_step, self.config.schedule) and state.global_step not in known:
+        if self.validation and is_due(state.global_step, self.config.schedule) and state.global_step not in [0, *known]:
             self.validate(model, state)  # stopped or killed between training this step and validating it
+        elif self.validation and state.global_step:
+            self.settle(state.global_step)
+        if any(gathered(self.request())) and not self.ending:
+            self.ending = INTERRUPTED
+        control.should_training_stop = control.should_training_stop or bool(self.ending)
         self.speed = Speed()
+        return control
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> Any:
+        "Validate if it is time to; say whether a checkpoint is written, whether it is one to keep, and whether the run ends."
         step, schedule = state.global_step, self.config.schedule
         self.line.step()
         self.status.progress |= {"step": step, "steps": state.max_steps}
@@ -299,7 +308,7 @@ class RunCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.validation:
-            from_first(lambda: settle_best(self.run, state.global_step, self.config.schedule))
+            self.settle(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.line.close()
@@ -308,7 +317,7 @@ class RunCallback(TrainerCallback):
         if self.picture:
             self.picture.show(now=True, state=INTERRUPTED if self.ending == INTERRUPTED else "finished")
 
-# %% ../../nbs/55_training.progress.ipynb #e59af482
+# %% ../../nbs/55_training.progress.ipynb #619a9c3e
 def write_figures(
     callback: RunCallback,
     step: int,
@@ -326,7 +335,7 @@ def write_figures(
         with callback.speed.pause():
             callback.picture.show()
 
-# %% ../../nbs/55_training.progress.ipynb #ba3c3516
+# %% ../../nbs/55_training.progress.ipynb #1dab1aea
 def decide(
     callback: RunCallback,
     step: int,
@@ -342,7 +351,22 @@ def decide(
     steps, callback.kept, callback.ending = from_first(decision)
     return steps
 
-# %% ../../nbs/55_training.progress.ipynb #56cd3d02
+# %% ../../nbs/55_training.progress.ipynb #30588820
+def settle(
+    callback: RunCallback,
+    step: int,
+) -> None:
+    "Give this step's checkpoint its lasting name if it is one to keep, write `best.json`, remove what was the best once."
+    is_kept, schedule = step in callback.kept or callback.ending not in ("", INTERRUPTED), callback.config.schedule
+
+    def work() -> None:
+        if is_kept:
+            name_checkpoint(callback.run, step)
+        settle_best(callback.run, step, schedule)
+
+    from_first(work)
+
+# %% ../../nbs/55_training.progress.ipynb #a71d853f
 def validate_now(
     callback: RunCallback,
     model: Any,
@@ -359,7 +383,7 @@ def validate_now(
         if key.endswith("/collapsed") and label:
             callback.line.say(f"{name}: step {step}: {key.split('/')[1]} has collapsed: nearly every answer is '{label}', whatever the picture")
     callback.decide(step)
-    from_first(lambda: settle_best(callback.run, step, callback.config.schedule))
+    callback.settle(step)
 
 
-RunCallback.write, RunCallback.decide, RunCallback.validate = write_figures, decide, validate_now
+RunCallback.write, RunCallback.decide, RunCallback.settle, RunCallback.validate = write_figures, decide, settle, validate_now

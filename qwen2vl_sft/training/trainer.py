@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['Setting', 'LabelTrainer', 'joined_shards', 'write_checkpoint', 'Between', 'training_arguments', 'check_optimizer',
-           'check_devices', 'prepared_suite', 'recompute_activations', 'with_plan', 'plan_run', 'build_trainer',
-           'last_step', 'memory_named', 'train', 'train_steps', 'report_end']
+           'check_batch', 'check_devices', 'prepared_suite', 'recompute_activations', 'out_of_memory',
+           'note_out_of_memory', 'with_plan', 'plan_run', 'build_trainer', 'last_step', 'memory_named', 'train',
+           'train_steps', 'report_end']
 
 # %% ../../nbs/56_training.trainer.ipynb #5e3d8f0b
 from ..core import InputError, Interrupted, RunFailure, fingerprint, pick_device, process_count, process_rank, project_root, say, seed_everything, write_atomically  # first: it quietens what follows
 
-# %% ../../nbs/56_training.trainer.ipynb #e733ca9d
+# %% ../../nbs/56_training.trainer.ipynb #86ca8522
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -51,10 +53,10 @@ from qwen2vl_sft.training.checkpoints import (
     versions,
 )
 from .loss import averaged, token_losses
-from .order import TrainingOrder, collator, filled_cache, report_cache, samples_per_step
+from .order import TrainingOrder, collator, filled_cache, report_cache
 from .plan import HalvingTrainer, Plan, is_out_of_memory, memory_plan, plan_lines, plan_record, resolved, sample_sizes
 from .progress import INTERRUPTED, RunCallback, StopRequest, Tally, check_finite, with_tasks
-from .validation import Validation, early_stop, settle_best, validation_of
+from .validation import Validation, early_stop, largest_reading, settle_best, validation_of
 
 # %% ../../nbs/56_training.trainer.ipynb #c7a7fcf0
 @dataclass
@@ -69,7 +71,7 @@ class Setting:
     validation: Validation | None = None
     request: StopRequest = field(default_factory=StopRequest)
 
-# %% ../../nbs/56_training.trainer.ipynb #f3c01feb
+# %% ../../nbs/56_training.trainer.ipynb #3f617c8a
 class LabelTrainer(HalvingTrainer):
     "The stock Trainer, with the supervised-position loss and whole checkpoints in the run directory."
 
@@ -84,9 +86,10 @@ class LabelTrainer(HalvingTrainer):
         return SequentialSampler(self.train_dataset)
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
+        "The micro-batch's part of the effective batch's average loss (a number, nats); its losses are counted by task."
         config = self.setting.config
         average, world = config.schedule.loss_average, self.accelerator.num_processes
-        total = num_items_in_batch if average == "token" else samples_per_step(config)
+        total = num_items_in_batch if average == "token" else config.schedule.batch
         tasks = inputs.pop("tasks")
         losses = token_losses(model, inputs, config.method.tower_is_frozen)
         self.setting.tally.add(losses, inputs, tasks)
@@ -119,25 +122,30 @@ class LabelTrainer(HalvingTrainer):
 
     def on_smaller(self, step: int, size: int, reason: str) -> None:
         "Memory ran out: the run directory says so, and a continued run starts with the smaller micro-batch."
-        run, config = self.setting.run, self.setting.config
-        batch = config.schedule.batch
-        say(f"{run.name}, step {step + 1}: out of memory; going on with micro-batches of {size} x {batch // size}, {batch} samples a step as before")
-        run.log(step, micro_batch=size)
+        run, config, status = self.setting.run, self.setting.config, self.watcher.status
+        if process_count() > 1:  # the run ends
+            return note_out_of_memory(run, step, size, reason)
         smaller = resolved(config, size, bool(config.schedule.activation_checkpointing))
+        status.message = f"out of memory at step {step + 1}; since then micro-batches of {size} x accumulation {smaller.schedule.accumulation}, {config.schedule.batch} samples a step as before"
+        say(f"{run.name}: {status.message}")
+        run.log(step, micro_batch=size)
         write_atomically(run.config_path, smaller.to_yaml())
-        record = json.loads((run.path / "plan.json").read_text())
         self.setting.tally.sums = None if self.counted is None else self.counted.clone()
-        record["out_of_memory"] = [*record.get("out_of_memory", []), {"after_step": step, "micro_batch": size, "reason": reason}]
-        write_atomically(run.path / "plan.json", json.dumps(record, indent=1))
+        note_out_of_memory(run, step, size, reason)
+
+    def _run_epoch(self, **options: Any) -> None:
+        if not self.control.should_training_stop:  # else the step that it continues from turned out to be the last
+            super()._run_epoch(**options)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        kept = torch.load(Path(checkpoint) / "random.pt", weights_only=True)
+        folder = resume_points(self.setting.run)[self.state.global_step]  # `resume-N` may be `step-N` by now
+        kept = torch.load(folder / "random.pt", weights_only=True)
         if len(kept) == process_count():
             set_random_states(kept[process_rank()])
         else:  # the processes are others: new dice, the same at each such start
             seed_everything(int(fingerprint([self.args.seed, self.state.global_step, process_count(), process_rank()]), 16) % 2**32)
 
-# %% ../../nbs/56_training.trainer.ipynb #e933616e
+# %% ../../nbs/56_training.trainer.ipynb #068e3418
 def joined_shards(
     trainer: LabelTrainer,
 ) -> tuple[dict | None, dict | None]:  # weights and optimiser state, on the CPU; None where they aren't sharded
@@ -160,11 +168,12 @@ def write_checkpoint(
     setting, step = trainer.setting, trainer.state.global_step
 
     def save_state(folder: Path) -> None:
+        "Optimiser, scheduler, random states of all processes, the Trainer's state and the place in the mixture."
         torch.save(trainer.optimizer.state_dict() if optimizer is None else optimizer, folder / ("optimizer.pt" if optimizer is None else "optimizer.bin"))
         torch.save(trainer.lr_scheduler.state_dict(), folder / "scheduler.pt")
         torch.save(states, folder / "random.pt")
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        stand = position(trainer.train_dataset.order, step, samples_per_step(setting.config))
+        stand = position(trainer.train_dataset.order, step, setting.config.schedule.batch)
         (folder / "position.json").write_text(json.dumps({**stand, "processes": process_count(), "versions": versions()}, indent=1))
 
     named = trainer.watcher.is_named and not trainer.between.is_due
@@ -183,7 +192,7 @@ class Between(TrainerCallback):
         control.should_save = control.should_save or self.is_due
         return control
 
-# %% ../../nbs/56_training.trainer.ipynb #0ada74b0
+# %% ../../nbs/56_training.trainer.ipynb #0d4f8c18
 def training_arguments(
     config: RunConfig,
     folder: Path,
@@ -205,7 +214,7 @@ def training_arguments(
         arguments._n_gpu = 1  # one process trains on one GPU; the Trainer would split batches over all it sees
     return arguments
 
-# %% ../../nbs/56_training.trainer.ipynb #e36f1b9b
+# %% ../../nbs/56_training.trainer.ipynb #07f16b8a
 def check_optimizer(
     config: RunConfig,
 ) -> None:
@@ -217,6 +226,18 @@ def check_optimizer(
         kind([weight], **options).step()
     except Exception as error:
         raise InputError(f"schedule.optimizer={config.schedule.optimizer} does not run on {weight.device}: {str(error).splitlines()[0]}; choose adamw_torch or another of config.OPTIMIZERS") from error
+
+
+def check_batch(
+    config: RunConfig,
+) -> None:
+    "Raises `InputError` if the processes can't share the effective batch as the settings say."
+    schedule, count = config.schedule, process_count()
+    here = f"{count} process{'es' * (count > 1)}"
+    if schedule.micro_batch == "auto" and schedule.batch % count:
+        raise InputError(f"effective_batch={schedule.batch} can't be divided among {here}; choose a multiple of {count}")
+    if schedule.micro_batch != "auto" and schedule.batch != schedule.micro_batch * schedule.accumulation * count:
+        raise InputError(f"effective_batch={schedule.batch} is not micro_batch {schedule.micro_batch} x accumulation {schedule.accumulation} x {here}; change accumulation, or leave effective_batch out")
 
 
 def check_devices(
@@ -252,15 +273,40 @@ def recompute_activations(
     for part in [inner.language_model] if config.method.tower_is_frozen else [inner.language_model, inner.visual]:
         part.gradient_checkpointing_enable({"use_reentrant": False})
 
-# %% ../../nbs/56_training.trainer.ipynb #dec80c93
+# %% ../../nbs/56_training.trainer.ipynb #50c1592d
+def out_of_memory(
+    run: RunDir,
+    plan: Plan | None = None,  # the present one; None: whatever it is
+) -> list[dict]:  # of each time: after_step, micro_batch from then on, reason, time
+    "What earlier starts of this run met, if it goes on from a checkpoint or is planned as it was."
+    path = run.path / "plan.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    as_before = plan is None or bool(resume_points(run)) or record.get("estimate", {}).get("peak") == plan.estimate.peak
+    return record.get("out_of_memory", []) if as_before else []
+
+
+def note_out_of_memory(
+    run: RunDir,
+    step: int,  # the last finished one
+    size: int,  # the micro-batch from then on
+    reason: str,  # the allocator's message
+) -> None:
+    "Add to `out_of_memory` in `plan.json`."
+    record = json.loads((run.path / "plan.json").read_text())
+    event = {"after_step": step, "micro_batch": size, "reason": reason, "time": time.time()}
+    write_atomically(run.path / "plan.json", json.dumps({**record, "out_of_memory": [*out_of_memory(run), event]}, indent=1))
+
+# %% ../../nbs/56_training.trainer.ipynb #da3ee54b
 def with_plan(
     config: RunConfig,
     data: TrainingOrder,
     run: RunDir,
+    validation: Validation | None = None,
 ) -> tuple[RunConfig, Plan]:
     "The configuration with the plan's micro-batch and checkpointing; the plan is written to the run directory. Raises `InputError`."
-    plan, before = memory_plan(config, sample_sizes(data)), _out_of_memory(run)
-    size = min([plan.micro_batch, *(event["micro_batch"] for event in before if config.schedule.batch % event["micro_batch"] == 0)])
+    plan = memory_plan(config, sample_sizes(data), validation and largest_reading(validation))
+    before = out_of_memory(run, plan)
+    size = min([plan.micro_batch, *(event["micro_batch"] for event in before if config.schedule.process_batch % event["micro_batch"] == 0)])
     config = resolved(config, size, plan.activation_checkpointing)
     write_atomically(run.path / "plan.json", json.dumps({**json.loads(plan_record(plan)), "out_of_memory": before}, indent=1))
     write_atomically(run.config_path, config.to_yaml())
@@ -268,25 +314,21 @@ def with_plan(
     say(f"{config.run}: {plan_lines(plan)[0]}; about {plan.estimate.peak / 1e9:.2f} GB{may}")
     return config, plan
 
-
-def _out_of_memory(run: RunDir) -> list[dict]:
-    "What an earlier start of this run met, if it has checkpoints to continue from."
-    path = run.path / "plan.json"
-    return json.loads(path.read_text()).get("out_of_memory", []) if resume_points(run) and path.exists() else []
-
-# %% ../../nbs/56_training.trainer.ipynb #b8c85a42
+# %% ../../nbs/56_training.trainer.ipynb #3354d9df
 def plan_run(
     config: RunConfig,
 ) -> Plan:
     "What a run would plan, without one. Where the model's tokenizer isn't at hand, the small model's stands in for a published size."
+    check_batch(config)
     prepared = prepared_suite(config.suite_path, config.fold)
     try:
         encoder = load_encoder(base_location(config.model.base), config.preprocessing, config.schedule.supervise_newline, config.model.revision)
     except (OSError, ValueError):
         encoder = plan_of_recipe(config).encoder
-    return memory_plan(config, sample_sizes(TrainingOrder(prepared, encoder, config)))
+    validation = validation_of(prepared, config, encoder)
+    return memory_plan(config, sample_sizes(TrainingOrder(prepared, encoder, config)), validation and largest_reading(validation))
 
-# %% ../../nbs/56_training.trainer.ipynb #a6015ec7
+# %% ../../nbs/56_training.trainer.ipynb #2445f4f7
 def build_trainer(
     setting: Setting,
     data: TrainingOrder,
@@ -312,7 +354,7 @@ def build_trainer(
     learning = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     say(f"{config.run}: {config.method.name}, {learning / 1e6:.2f} million weights train, {config.schedule.steps} steps")
     if setting.validation and data.cache:
-        first_then_others(lambda: setting.validation.use_cache(model, data.cache))
+        first_then_others(lambda: setting.validation.use_cache(model, data.cache, at_once))
     watcher = RunCallback(setting.run, config, status, setting.tally, setting.validation, setting.request)
     trainer = LabelTrainer(
         setting, watcher, model=model, args=training_arguments(config, setting.run.path), train_dataset=data,
@@ -322,33 +364,37 @@ def build_trainer(
         setting.validation.autocast = trainer.accelerator.autocast
     return trainer
 
-# %% ../../nbs/56_training.trainer.ipynb #b5d43880
+# %% ../../nbs/56_training.trainer.ipynb #4b7228ac
 def last_step(
     run: RunDir,
     config: RunConfig,
 ) -> int:
     "The step that the run ends with: an early stop's, if its checkpoint is there."
-    stop = early_stop(run.validations(max(run.checkpoints(), default=0)), config.schedule.early_stopping_patience)
-    return stop.step if stop and stop.step in run.checkpoints() else config.schedule.steps
+    last = max(run.checkpoints(), default=0)
+    stop = early_stop(run.validations(last), config.schedule.early_stopping_patience)
+    return last if stop else config.schedule.steps
 
-# %% ../../nbs/56_training.trainer.ipynb #23a4cd1b
+# %% ../../nbs/56_training.trainer.ipynb #7da5a855
 @contextmanager
-def memory_named() -> Iterator[None]:
-    "An out-of-memory error that smaller micro-batches don't mend, as a `RunFailure`: the optimiser's states, or one of several processes."
+def memory_named(run: RunDir) -> Iterator[None]:
+    "An out-of-memory error that smaller micro-batches don't mend, as a `RunFailure`: the optimiser's states', or another process's."
+    started = time.time()
     try:
         yield
-    except RunFailure:
-        raise
     except Exception as error:
-        if not is_out_of_memory(error):
+        there = [event for event in out_of_memory(run) if event["time"] >= started]
+        if process_count() > 1 and there and "out of memory" not in str(error):
+            raise RunFailure(f"another of {process_count()} processes was out of memory ({there[-1]['reason']}); the same command continues from the last checkpoint with micro_batch={there[-1]['micro_batch']}") from error
+        if isinstance(error, RunFailure) or not is_out_of_memory(error):
             raise
-        raise RunFailure(f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]}); the optimiser's states or another process need it: choose optimizer=adamw_bnb_8bit, a smaller micro_batch or a lighter method; the run continues from its last checkpoint") from error
+        raise RunFailure(f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]}); the optimiser's states or another program need it: choose optimizer=adamw_bnb_8bit, a smaller micro_batch or a lighter method; the run continues from its last checkpoint") from error
 
-# %% ../../nbs/56_training.trainer.ipynb #41674d8f
+# %% ../../nbs/56_training.trainer.ipynb #43cf93bd
 def train(
     config: RunConfig,
 ) -> RunDir:
     "Train a run to its last step, from its last checkpoint if there is one. Raises `InputError` before any weight loads."
+    check_batch(config)
     check_devices(config)
     join_processes(config.model.device)
     if config.method.name != "full":
@@ -374,7 +420,7 @@ def train(
             train_steps(run, config, prepared, status)
     return run
 
-# %% ../../nbs/56_training.trainer.ipynb #b7d99b5d
+# %% ../../nbs/56_training.trainer.ipynb #31af0890
 def train_steps(
     run: RunDir,
     config: RunConfig,
@@ -386,23 +432,26 @@ def train_steps(
     encoder = load_encoder(location, config.preprocessing, config.schedule.supervise_newline, config.model.revision)
     image_processor = load_image_processor(location, config.preprocessing, config.model.revision)
     start, data = last_checkpoint(run, encoder), TrainingOrder(prepared, encoder, config)
-    config, plan = from_first(lambda: with_plan(config, data, run))
-    setting = Setting(run, config, encoder, image_processor, Tally(list(data.questions)), validation_of(prepared, config, encoder))
+    validation = validation_of(prepared, config, encoder)
+    config, plan = from_first(lambda: with_plan(config, data, run, validation))
+    if validation:
+        validation.read_at_once(plan.estimate.validation_batch)
+    setting = Setting(run, config, encoder, image_processor, Tally(list(data.questions)), validation)
     if start:
-        check_position(start, data.order, samples_per_step(config))
+        check_position(start, data.order, config.schedule.batch)
     seed_everything(config.schedule.seed)
     trainer = build_trainer(setting, data, status, plan.estimate.pictures_at_once or 1, start)
     trainer.remove_callback(PrinterCallback)
     if process_rank():  # its own dropout; the weights are the first process's
         seed_everything(int(fingerprint([config.schedule.seed, process_rank()]), 16) % 2**32)
-    with setting.request.listening(), memory_named():
+    with setting.request.listening(), memory_named(run):
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     if data.cache:
         first = int(start.name.split("-")[1]) if start else 0  # step-N or resume-N
-        from_first(lambda: report_cache(run, data, first, trainer.state.global_step, samples_per_step(config)))
+        from_first(lambda: report_cache(run, data, first, trainer.state.global_step, config.schedule.batch))
     report_end(trainer, status)
 
-# %% ../../nbs/56_training.trainer.ipynb #5a603440
+# %% ../../nbs/56_training.trainer.ipynb #b5a2ab74
 def report_end(
     trainer: LabelTrainer,
     status: Status,
@@ -412,5 +461,5 @@ def report_end(
     if ending == INTERRUPTED:
         raise Interrupted(f"{name} stopped after step {step} and is saved; the same command continues from there")
     if ending:
-        status.message = ending
+        status.message = "; ".join(filter(None, [ending, status.message]))
         say(f"{name}: {ending}")
