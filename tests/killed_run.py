@@ -1,4 +1,4 @@
-"""A training that is killed at a planned moment: started by `test_training_kills.py` from a server that has everything imported.
+"""A training that is killed at a planned moment: forked by `test_training_kills.py` from a process that has everything imported and has trained once.
 
 The product's code is not touched. A Python audit hook sees each file operation in the run directory before it
 happens and sends SIGKILL at the chosen one; a thread sends it after the chosen time. What comes out is a process that is
@@ -10,13 +10,17 @@ import signal
 import sys
 import threading
 import time
+import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from qwen2vl_sft.cli import main
-from qwen2vl_sft.config import MethodConfig, ModelConfig, load_recipe
+from qwen2vl_sft.config import MethodConfig, ModelConfig, ScoringConfig, load_recipe
 from qwen2vl_sft.model.load import load_base, trainable
+from qwen2vl_sft.scoring.experiment import score_experiment
 from qwen2vl_sft.training.trainer import LabelTrainer, train
 
 torch.set_num_threads(1)
@@ -37,12 +41,12 @@ def prints_to(log: str) -> None:
 def go_together(
     rank: int,
     port: int,
-    recipe: str,
     root: str,
     log: str,
-    exhausted: bool,  # whether the second process's memory runs out, in the second step
+    recipes: list[str],
+    act: str,  # "train" the first; "exhausted": the second process's memory runs out in its second step; "score": train all, then score
 ) -> None:
-    "Train as one of two processes, with the variables that `torchrun` sets."
+    "Work as one of two processes, with the variables that `torchrun` sets."
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["QWEN2VL_SFT_ROOT"] = root
     prints_to(log)
@@ -50,12 +54,16 @@ def go_together(
 
     def compute_loss(self: LabelTrainer, model: torch.nn.Module, inputs: dict, **options: object) -> torch.Tensor:
         first.append(self.state.global_step)
-        if exhausted and rank == 1 and self.state.global_step > first[0]:
+        if act == "exhausted" and rank == 1 and self.state.global_step > first[0]:
             torch.empty(2**60)
         return real(self, model, inputs, **options)
 
     LabelTrainer.compute_loss = compute_loss
-    sys.exit(main(["train", recipe]))
+    if act == "score":
+        runs = [train(load_recipe(recipe)) for recipe in recipes]
+        score_experiment(runs[0].path.parent, ScoringConfig(batch=4, max_new_tokens=4))
+    else:
+        sys.exit(main(["train", recipes[0]]))
 
 
 def go(
@@ -89,3 +97,22 @@ def go(
     train(config)
     if events:
         Path(events).write_text(f"{seen['event']} {time.monotonic() - started}")
+
+
+def serve(requests: Connection, recipe: str, root: str, log: str) -> None:
+    "Train once; then fork a process for each request (the arguments of `go`) and answer with its exit code."
+    tqdm.monitor_interval = 0  # no thread of its own
+    go(recipe, root, log, "none", 0)
+    requests.send(0)
+    for request in iter(requests.recv, None):
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                go(*request)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        requests.send(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

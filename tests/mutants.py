@@ -437,6 +437,30 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_training_kills.py::test_killed_at_random_times_a_run_ends_as_if_never_stopped[lora]',),
     ),
     Mutation(
+        '7', 'a checkpoint saved during its validation stays one to continue from', 'qwen2vl_sft/training/progress.py',
+        '            name_checkpoint(callback.run, step)',
+        '            pass',
+        ('tests/test_training_validation.py::test_a_checkpoint_saved_during_its_validation_is_kept_if_it_is_the_best',),
+    ),
+    Mutation(
+        '7', 'a run whose last validation was interrupted trains on', 'qwen2vl_sft/training/trainer.py',
+        'if not self.control.should_training_stop:',
+        'if True:',
+        ('tests/test_training_validation.py::test_a_run_stopped_during_the_validation_that_ends_it_ends_there',),
+    ),
+    Mutation(
+        '7', "the effective batch is one process's", 'qwen2vl_sft/config.py',
+        'self.effective_batch or self.micro_batch * self.accumulation * process_count()',
+        'self.effective_batch or self.micro_batch * self.accumulation',
+        ('tests/test_model_load.py::test_the_effective_batch_is_that_of_all_processes',),
+    ),
+    Mutation(
+        '6', 'the memory plan leaves validation out', 'qwen2vl_sft/training/plan.py',
+        'states + weights.gradients + pictures, states + reads)',
+        'states + weights.gradients + pictures)',
+        ('tests/test_training_plan.py::test_what_a_validation_reads_is_in_the_plan_and_made_to_fit',),
+    ),
+    Mutation(
         '7', 'gradients of several processes are averaged once too often', 'qwen2vl_sft/training/trainer.py',
         'return averaged(losses, inputs, average, total) * world',
         'return averaged(losses, inputs, average, total)',

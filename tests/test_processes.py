@@ -1,4 +1,4 @@
-"""Two processes train, score, continue and fail as one would, under `accelerate launch` on the CPU (gloo)."""
+"""Two processes train, score, continue and fail as one would, on the CPU (gloo), under `accelerate launch` and with the variables that `torchrun` sets."""
 
 import json
 import multiprocessing
@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -27,15 +28,6 @@ from qwen2vl_sft.training.checkpoints import resume_points
 from qwen2vl_sft.training.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN_AND_SCORE = """
-import sys
-from qwen2vl_sft.config import ScoringConfig, load_recipe
-from qwen2vl_sft.scoring.experiment import score_experiment
-from qwen2vl_sft.training.trainer import train
-for recipe in sys.argv[1:]:
-    run = train(load_recipe(recipe))
-score_experiment(run.path.parent, ScoringConfig(batch=4, max_new_tokens=4))
-"""
 
 
 def config(project, name: str, method: str = "lora", **schedule) -> RunConfig:
@@ -67,12 +59,33 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(next(path for name in ("adapter_model", "model") if (path := folder / f"{name}.safetensors").exists()))
 
 
+@pytest.fixture
+def together(project, monkeypatch) -> Callable[..., list[int]]:
+    "Trains the recipes in two processes, forked from a server that has everything imported; their exit codes. What they print is in `output.txt`."
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)]))  # the server imports `killed_run`
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killed_run"])
+    from killed_run import go_together
+
+    def together(*recipes: str, act: str = "train") -> list[int]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        both = [context.Process(target=go_together, args=(rank, port, str(project), str(project / "output.txt"), list(recipes), act)) for rank in (0, 1)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join(120)
+        return [process.exitcode for process in both]
+
+    return together
+
+
 @pytest.mark.slow
-def test_two_processes_train_and_score_as_one_with_twice_the_accumulation(project):
-    (project / "both.py").write_text(TRAIN_AND_SCORE)
+def test_two_processes_train_and_score_as_one_with_twice_the_accumulation(project, together):
     runs = {method: config(project, method, method, packing=method != "full") for method in ("lora", "qlora", "full")}
-    done = launched(project, "both.py", *[recipe(project, one) for one in runs.values()])
-    assert done.wait(300) == 0, (project / "output.txt").read_text()[-3000:]
+    codes = together(*[recipe(project, one) for one in runs.values()], act="score")
+    assert codes == [0, 0], (project / "output.txt").read_text()[-3000:]
     two = {method: RunDir(project / "runs" / "two" / method) for method in runs}
     shutil.move(project / "runs" / "two", project / "runs" / "by-two")
 
@@ -115,27 +128,9 @@ def test_two_processes_train_and_score_as_one_with_twice_the_accumulation(projec
     assert two["lora"].status().state == "finished"
 
 
-def together(project, recipe: str, exhausted: bool = False) -> list[int]:
-    "Exit codes of `train` in two processes, forked from a server that has everything imported."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed_run"])
-    from killed_run import go_together
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    both = [context.Process(target=go_together, args=(rank, port, recipe, str(project), str(project / "together.txt"), exhausted)) for rank in (0, 1)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(120)
-    return [process.exitcode for process in both]
-
-
 @pytest.mark.slow
-def test_when_one_of_two_ends_the_run_says_so_and_the_same_command_continues(project, monkeypatch):
+def test_when_one_of_two_ends_the_run_says_so_and_the_same_command_continues(project, together):
     "kill -9, then memory that runs out in one of them; the end is that of one process that nothing happened to."
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)]))  # the server imports `killed_run`
     settings = config(project, "killed", steps=12, save_at=[], save_every=2)
     path, run, until = recipe(project, settings), RunDir(project / "runs" / "two" / "killed"), time.monotonic() + 120
     group = launched(project, "-m", "qwen2vl_sft.cli", "train", path)
@@ -154,16 +149,16 @@ def test_when_one_of_two_ends_the_run_says_so_and_the_same_command_continues(pro
     reached = max(resume_points(run))
     assert "error: " in said and 2 <= reached <= 8
 
-    assert together(project, path, exhausted=True) == [1, 1]
-    said = (project / "together.txt").read_text()
+    assert together(path, act="exhausted") == [1, 1]
+    said = (project / "output.txt").read_text()
     assert re.search(rf"error: process 1 of 2, step {reached + 2}: out of memory at micro_batch=3 .*; the same command continues from the last checkpoint with micro_batch=1", said)
     event = json.loads((run.path / "plan.json").read_text())["out_of_memory"][-1]
     assert (event["after_step"], event["micro_batch"]) == (reached + 1, 1) and "allocate" in event["reason"]
     status = run.status()
     assert status.state == "failed" and "another of 2 processes was out of memory" in status.message and "micro_batch=1" in status.message
 
-    assert together(project, path) == [0, 0], (project / "together.txt").read_text()[-2000:]
-    assert "micro-batch 1 x accumulation 6 x 2 processes: 12 samples a step" in (project / "together.txt").read_text()
+    assert together(path) == [0, 0], (project / "output.txt").read_text()[-2000:]
+    assert "micro-batch 1 x accumulation 6 x 2 processes: 12 samples a step" in (project / "output.txt").read_text()
     shutil.move(run.path, project / "runs" / "two" / "continued")
     last, whole = (weights(one.checkpoints()[12]) for one in (RunDir(project / "runs" / "two" / "continued"), train(config(project, "killed", steps=12, save_at=[], accumulation=4))))
     assert all(torch.allclose(last[name], whole[name], atol=1e-4) for name in whole)

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,21 +58,42 @@ def check_what_is_left(run: RunDir, code: int, newest: int) -> int:
     return max(points, default=0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", list(KILLS))
-def test_killed_at_random_times_a_run_ends_as_if_never_stopped(project, method, monkeypatch):
+@pytest.fixture
+def start(project, monkeypatch) -> Callable[..., int]:
+    "Start `go` in a process of its own, forked from one that has trained; its exit code. The first call gives the recipe to train there."
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)]))  # the server imports `killed_run`
-    write_toy_suite(project / "toy", rows=12)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["killed_run"])
-    from killed_run import go
+    from killed_run import serve
 
-    def start(path: Path, kind: str, when: float, *more: str) -> int:
-        process = context.Process(target=go, args=(str(path), str(project), str(project / "log.txt"), kind, when, *more))
-        process.start()
-        process.join(120)
-        return process.exitcode
+    requests, theirs = context.Pipe()
+    servers = []
 
+    def answer() -> int:
+        assert requests.poll(120), (project / "log.txt").read_text()[-2000:]
+        return requests.recv()
+
+    def start(path: Path, kind: str = "none", when: float = 0, *more: str) -> int:
+        if not servers:
+            servers.append(context.Process(target=serve, args=(theirs, str(path), str(project), str(project / "log.txt"))))
+            servers[0].start()
+            theirs.close()
+        else:
+            requests.send((str(path), str(project), str(project / "log.txt"), kind, when, *more))
+        return answer()
+
+    yield start
+    for server in servers:
+        requests.send(None)
+        server.join(20)
+        server.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", list(KILLS))
+def test_killed_at_random_times_a_run_ends_as_if_never_stopped(project, method, start):
+    write_toy_suite(project / "toy", rows=12)
+    start(recipe(project, "warm-up", method)[0])
     path, reference = recipe(project, "reference", method)
     assert start(path, "none", 0, str(project / "events.txt")) == 0, (project / "log.txt").read_text()[-2000:]
     events, seconds = (float(word) for word in (project / "events.txt").read_text().split())
@@ -92,7 +114,7 @@ def test_killed_at_random_times_a_run_ends_as_if_never_stopped(project, method, 
                 break
             kills, chain_kills = kills + 1, chain_kills + 1
             in_save += any((run.path / "checkpoints").glob(".*.staging"))
-        assert start(path, "none", 0) == 0, (project / "log.txt").read_text()[-2000:]
+        assert start(path) == 0, (project / "log.txt").read_text()[-2000:]
         check_what_is_left(run, 0, newest)
         assert all(same(weights(run.checkpoints()[step]), whole[step]) for step in whole), f"other weights after {chain_kills} kills"
         assert sorted(folder.name for folder in (run.path / "checkpoints").iterdir()) == [f"step-{NAMED}", f"step-{STEPS}"]

@@ -1,5 +1,6 @@
 """Memory: estimates against measured peaks, the plan's choices, and runs that go on after memory ran out."""
 
+import gc
 import json
 import os
 import subprocess
@@ -82,6 +83,7 @@ def allocated(monkeypatch) -> Callable[[RunConfig], int]:
     loaded, load = {}, trainer.load_base
 
     def load_base(*arguments, **options):
+        gc.collect()  # what is freed later must not have been there before
         model = load(*arguments, **options)
         loaded["weights"], loaded["profile"] = model.get_memory_footprint(), profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         loaded["profile"].start()
@@ -160,6 +162,7 @@ def test_one_sample_that_does_not_fit_ends_the_run_with_a_remedy(project, monkey
 
 
 LIMITED = """
+import gc
 import json
 content = json.loads(sys.argv[1])
 config = RunConfig(**content)

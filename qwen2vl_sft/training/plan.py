@@ -173,15 +173,13 @@ def forward_pass(
     logits = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[torch.zeros(shape.supervised, dtype=torch.long)])
     return F.cross_entropy(logits.float(), torch.zeros(shape.supervised, dtype=torch.long))
 
-# %% ../../nbs/54_training.plan.ipynb #113b43d9
+# %% ../../nbs/54_training.plan.ipynb #3d6b17ce
 @dataclass(frozen=True)
 class Passes:
-    "Bytes above weights and gradients, at the peak of forward and backward, in the first micro-batch of a step and in later ones."
+    "Bytes at the peak of forward and backward, above what is there before: the weights, and from a step's second micro-batch on the gradients."
 
-    first_forward: float
-    first_backward: float
-    later_forward: float
-    later_backward: float
+    forward: float
+    backward: float
 
     def __add__(self, other: "Passes") -> "Passes":
         return Passes(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
@@ -189,7 +187,7 @@ class Passes:
     def times(self, factor: float) -> "Passes":
         return Passes(*(factor * value for value in astuple(self)))
 
-# %% ../../nbs/54_training.plan.ipynb #db2c7bf0
+# %% ../../nbs/54_training.plan.ipynb #f0e05e2e
 @lru_cache(maxsize=256)
 def passes(
     base: str,
@@ -199,18 +197,19 @@ def passes(
     blocks: int,
     shape: Shape,
     recompute: bool,  # activation checkpointing
+    again: bool,  # the pass of a second micro-batch instead of a first
 ) -> Passes:
-    "Run two forward and backward passes of a thin model on fake tensors, and count."
+    "Run forward and backward passes of a thin model on fake tensors, and count."
     method = MethodConfig.model_validate_json(method_json)
     model = skeleton(base, method, dtype, layers, blocks)
-    inner, peaks = unwrapped(model), []
+    inner, peaks = unwrapped(model), [0, 0]
     if recompute:
         for part in [inner.model.language_model] if method.tower_is_frozen else [inner.model.language_model, inner.model.visual]:
             part.gradient_checkpointing_enable({"use_reentrant": False})
     with FakeTensorMode(), LiveBytes() as live, torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
         faked(model)
-        for _ in range(2):
-            there = live.now
+        for _ in range(2 if again else 1):
+            peaks, there = [], live.now
             loss = forward_pass(inner, shape, not method.tower_is_frozen)
             peaks.append(live.peak - there)
             live.peak = live.now
@@ -220,20 +219,21 @@ def passes(
             live.peak = live.now
     return Passes(*peaks)
 
-# %% ../../nbs/54_training.plan.ipynb #85e2b10d
+# %% ../../nbs/54_training.plan.ipynb #733cd11f
 def activation_passes(
     base: str,
     method: MethodConfig,
     dtype: torch.dtype,
     shape: Shape,
     recompute: bool = False,
+    again: bool = False,
 ) -> Passes:
     "The passes of the whole model, from those of thin ones: linear in the number of layers and of blocks."
     config, stated = model_config(base), method.model_dump_json()
     shape = replace(shape, picture=0, pictures=0, all_patches=0)  # no part of the passes
 
     def thin(layers: int, blocks: int) -> Passes:
-        return passes(base, stated, dtype, layers, blocks, shape, recompute)
+        return passes(base, stated, dtype, layers, blocks, shape, recompute, again)
 
     two = thin(2, 2)
     found = two + (thin(3, 2) + two.times(-1)).times(config.text_config.num_hidden_layers - 2)
@@ -408,7 +408,7 @@ def validation_batch(
             return samples, need
         samples //= 2
 
-# %% ../../nbs/54_training.plan.ipynb #1d32c5a8
+# %% ../../nbs/54_training.plan.ipynb #6b38dea6
 def estimate(
     config: RunConfig,
     shape: Shape,
@@ -423,20 +423,19 @@ def estimate(
     states = OPTIMIZERS[config.schedule.optimizer] * weights.trained
     if config.schedule.optimizer in WIDE_EMBEDDINGS:
         states += 3 * OPTIMIZERS[config.schedule.optimizer] * weights.trained_embeddings
-    found = activation_passes(base, method, dtype, shape, recompute)
-    later = max(found.later_forward, found.later_backward) + weights.dequantised
-    first = max(found.first_forward, found.first_backward) + weights.dequantised
+    found = activation_passes(base, method, dtype, shape, recompute, accumulates)
+    activations = max(found.forward, found.backward) + weights.dequantised
     fills = method.tower_is_frozen and bool(config.schedule.vision_cache)
     at_once = pictures_at_once(config, shape, weights.stored, memory) if fills else 0
     computes = method.tower_is_frozen and not (fills and held_by_cache(config, shape))  # while it trains
     fill, pictures = tower_bytes(base, dtype, at_once * shape.picture), tower_bytes(base, dtype, shape.patches) if computes else 0
     step = weights.gradients + (weights.trained * 4 if cuda and config.schedule.optimizer in FOREACH else 0)
-    passes_need = weights.gradients + later if accumulates else max(weights.gradients, first)
+    passes_need = weights.gradients + activations if accumulates else max(weights.gradients, activations)
     rows, reads = validation_batch(config, reading, not (fills and not computes), memory and memory - weights.stored - states) if reading else (0, 0)
     peak = weights.stored + max(states + passes_need, states + step, fill, states + weights.gradients + pictures, states + reads)
     vocabulary = model_config(base).text_config.vocab_size
     logits = shape.supervised * vocabulary * (dtype.itemsize + 12)
-    return Estimate(weights.stored, weights.gradients, states, later if accumulates else first, min(logits, later), max(fill, pictures), peak, at_once, reads, rows)
+    return Estimate(weights.stored, weights.gradients, states, activations, min(logits, activations), max(fill, pictures), peak, at_once, reads, rows)
 
 # %% ../../nbs/54_training.plan.ipynb #dfbb3a22
 def sample_sizes(
