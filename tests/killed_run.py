@@ -5,6 +5,7 @@ happens and sends SIGKILL at the chosen one; a thread sends it after the chosen 
 gone between two of its own instructions, as if by the kernel's hand.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -104,6 +105,8 @@ def serve(requests: Connection, recipe: str, root: str, log: str) -> None:
     tqdm.monitor_interval = 0  # no thread of its own
     go(recipe, root, log, "none", 0)
     requests.send(0)
+    gc.collect()
+    gc.freeze()  # a collection in a forked process would copy every page of what is there
     for request in iter(requests.recv, None):
         child = os.fork()
         if not child:
