@@ -177,6 +177,6 @@ def say(
 
 # %% ../nbs/00_core.ipynb #12ac6ef3
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels" not in record.getMessage())
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing(_enable)?` is deprecated")
 if process_rank() > 0:
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: one progress bar, not one a process

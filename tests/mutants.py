@@ -565,6 +565,12 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_scoring_remote.py::test_the_budget_ends_the_run_and_more_money_continues_it',),
     ),
     Mutation(
+        '8.api', 'the store of responses is bound to the thread that opened it', 'qwen2vl_sft/scoring/responses.py',
+        ', check_same_thread=False)',
+        ')',
+        ('tests/test_scoring_remote.py::test_a_notebook_whose_event_loop_runs_may_ask',),
+    ),
+    Mutation(
         '8.api', 'a request that a killed process left is taken to be in flight', 'qwen2vl_sft/scoring/responses.py',
         'if not (is_gone(owner) or now > latest):',
         'if not now > latest:',

@@ -1,9 +1,15 @@
-"""The notebooks as data, for tests; `python tests/notebooks.py clean` removes outputs and stray metadata."""
+"""The notebooks as data, for tests.
+
+`python tests/notebooks.py clean` removes outputs and stray metadata; `python tests/notebooks.py tutorials [NAME ...]` runs
+the tutorials from top to bottom and keeps what a reader should see: no progress bars, hours or temporary folders.
+"""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +26,11 @@ def library_notebooks() -> list[Path]:
 def run_notebooks() -> list[Path]:
     "The notebooks that papermill runs."
     return sorted((NOTEBOOKS / "runs").glob("*.ipynb"))
+
+
+def tutorials() -> list[Path]:
+    "The lessons."
+    return sorted((NOTEBOOKS / "tutorials").glob("*.ipynb"))
 
 
 def outputless_notebooks() -> list[Path]:
@@ -56,7 +67,38 @@ def clean() -> None:
     subprocess.run([Path(sys.executable).parent / "nbdev_clean"], cwd=ROOT, check=True)
 
 
+PASSING = re.compile(  # the hour, a temporary folder, how long something took here
+    rf"(?m)^\[\d\d:\d\d:\d\d\] |(?:{re.escape(tempfile.gettempdir())}|/tmp)/tmp\w+/?| [\d.k]+ samples/s .*left$|, \d+ s to fill, .*$| in \d+ s$"
+)
+
+
+def without_passing(output: dict) -> dict:
+    "A cell's output without what differs from run to run and says nothing."
+    tidied = lambda lines: PASSING.sub("", "".join(lines)).splitlines(keepends=True)
+    if "text" in output:
+        return {**output, "text": tidied(output["text"])}
+    data = {kind: tidied(value) if kind.startswith("text/") else value for kind, value in output.get("data", {}).items()}
+    return {**output, "data": data} if data else output
+
+
+def run_tutorials(names: list[str]) -> None:
+    "Run tutorials (none named: all) on one thread and keep their outputs."
+    quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    for path in [path for path in tutorials() if not names or path.stem in names]:
+        command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", path, "--log-level", "WARN"]
+        subprocess.run(command, cwd=ROOT, check=True, env=os.environ | quiet)
+        notebook = read(path)
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "code":
+                cell["outputs"] = [without_passing(output) for output in cell["outputs"]]
+        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        subprocess.run([Path(sys.executable).parent / "nbdev_clean", "--fname", path], cwd=ROOT, check=True)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] != ["clean"]:
+    if sys.argv[1:] == ["clean"]:
+        clean()
+    elif sys.argv[1:2] == ["tutorials"]:
+        run_tutorials(sys.argv[2:])
+    else:
         sys.exit(__doc__)
-    clean()

@@ -1,5 +1,6 @@
 """API models: faults of every kind, nothing asked twice, the key nowhere, money and time kept, kill -9."""
 
+import asyncio
 import io
 import json
 import logging
@@ -139,6 +140,17 @@ def test_every_sample_has_one_outcome_and_no_answer_is_asked_for_twice(project, 
     assert guessed == {"sorry", "cannot infer"} and all(row["reason"] for row in rows if row["outcome"] not in ("correct", "wrong"))
     assert rows[17]["model_answered"] == "faulty-1-2026-01-01" and rows[17]["system_fingerprint"] == "fp_7"
     assert json.loads(rows[17]["settings"]) == {"model": "faulty", "max_tokens": 128, "temperature": 0.0, "base_url": f"{address}/v1"}
+
+
+def test_a_notebook_whose_event_loop_runs_may_ask(project, key):
+    "In a running loop the requests go out from another thread than the one that opened the store."
+    async def cell(address: str):
+        return asked(config_for(address), project / "store.sqlite", numbered([17, 34]))
+
+    with served("faulty_server.py") as address:
+        session, reasons = asyncio.run(cell(address))
+        assert reasons == {} and sum(counts(address)["answered"].values()) == 2
+    assert session.store.usage("faults/faulty")["states"] == {"answered": 2}
 
 
 CHILD = """

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from notebooks import (
     outputless_notebooks,
     read,
     run_notebooks,
+    tutorials,
 )
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "_modidx.py"))
@@ -102,6 +104,16 @@ def test_package_and_notebooks_in_sync_and_clean(tmp_path):
 def test_no_outputs_in_library_and_run_notebooks(path):
     left = [i for i, cell in enumerate(code_cells(path)) if cell["outputs"] or cell["execution_count"]]
     assert not left, f"run `make export`; cells {left} carry outputs"
+
+
+@pytest.mark.parametrize("path", tutorials(), ids=name_of)
+def test_tutorials_show_what_a_reader_should_see(path):
+    "Run top to bottom, without errors, warnings, progress bars, hours and places on somebody's disk."
+    outputs = [output for cell in code_cells(path) for output in cell["outputs"]]
+    assert outputs and not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+    text = json.dumps([{**o, "data": {k: v for k, v in o.get("data", {}).items() if k.startswith("text/")}} for o in outputs])
+    assert not re.search(r"/tmp/|/home/|/root/|[Ww]arning|\[\d\d:\d\d:\d\d\]|/site-packages/", text)
+    assert path.stat().st_size < 300_000
 
 
 @pytest.mark.parametrize("path", run_notebooks(), ids=name_of)

@@ -24,7 +24,7 @@ import psutil
 from .metrics import Judged, judge
 from ..tasks import Task
 
-# %% ../../nbs/46_scoring.responses.ipynb #b5612253
+# %% ../../nbs/46_scoring.responses.ipynb #5bafce75
 TABLES = """
 CREATE TABLE IF NOT EXISTS responses (image TEXT, asked TEXT, response TEXT NOT NULL, PRIMARY KEY (image, asked)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS requests (
@@ -49,7 +49,7 @@ class ResponseStore:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.owner = this_process()
-        self.database = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+        self.database = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)  # notebooks ask from a second thread, one at a time
         self.database.execute("PRAGMA journal_mode=WAL")
         self.database.execute("PRAGMA synchronous=NORMAL")  # survives a killed process; a power cut may cost the last answers
         self.database.executescript(TABLES)
