@@ -153,6 +153,7 @@ def test_a_step_is_done_again_with_smaller_micro_batches_and_ends_with_the_same_
     stated = yaml.safe_load(run.config_path.read_text())["schedule"]
     assert (stated["micro_batch"], stated["accumulation"]) == (above, 8 // above)
     assert above in run.metrics().micro_batch.tolist()
+    assert run.status().state == "finished" and f"out of memory at step {record[-1]['after_step'] + 1}; since then micro-batches of {above} x accumulation {8 // above}, 8 samples" in run.status().message
 
 
 def test_one_sample_that_does_not_fit_ends_the_run_with_a_remedy(project, monkeypatch):

@@ -296,7 +296,7 @@ def note_out_of_memory(
     event = {"after_step": step, "micro_batch": size, "reason": reason, "time": time.time()}
     write_atomically(run.path / "plan.json", json.dumps({**record, "out_of_memory": [*out_of_memory(run), event]}, indent=1))
 
-# %% ../../nbs/56_training.trainer.ipynb #da3ee54b
+# %% ../../nbs/56_training.trainer.ipynb #02edd006
 def with_plan(
     config: RunConfig,
     data: TrainingOrder,
@@ -311,7 +311,8 @@ def with_plan(
     write_atomically(run.path / "plan.json", json.dumps({**json.loads(plan_record(plan)), "out_of_memory": before}, indent=1))
     write_atomically(run.config_path, config.to_yaml())
     may = "" if plan.fits else f"; above the {plan.memory / 1e9:.2f} GB that may be used: micro-batches are halved if memory runs out"
-    say(f"{config.run}: {plan_lines(plan)[0]}; about {plan.estimate.peak / 1e9:.2f} GB{may}")
+    smaller = "" if size == plan.micro_batch else f"; memory ran out before, so micro-batches of {size} x accumulation {config.schedule.accumulation}"
+    say(f"{config.run}: {plan_lines(plan)[0]}; about {plan.estimate.peak / 1e9:.2f} GB{may}{smaller}")
     return config, plan
 
 # %% ../../nbs/56_training.trainer.ipynb #3354d9df
