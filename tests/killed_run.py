@@ -48,6 +48,7 @@ def go_together(
     act: str,  # "train" the first; "exhausted": the second process's memory runs out in its second step; "score": train all, then score
 ) -> None:
     "Work as one of two processes, with the variables that `torchrun` sets."
+    gc.freeze()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["QWEN2VL_SFT_ROOT"] = root
     prints_to(log)
