@@ -212,6 +212,8 @@ def test_full_7b_does_not_fit_24_gb_and_is_refused_before_anything_loads():
     config = RunConfig(suite="x.yaml", model={"base": "Qwen/Qwen2-VL-7B-Instruct", "device": "cuda", "dtype": "bfloat16"}, method={"name": "full"}, plan={"memory_gb": 24})
     with pytest.raises(InputError, match="full training of .*7B-Instruct needs about .* GB; use method.name=lora|needs about .*use method.name=lora"):
         memory_plan(config, sizes)
+    with pytest.raises(InputError, match="or qlora$"):  # nothing that is done already is advised
+        memory_plan(with_overrides(config, {"optimizer": "adamw_bnb_8bit"}), sizes)
 
 
 @pytest.mark.gpu

@@ -211,7 +211,7 @@ def label_table(sizes: dict[str, int], settings: MixtureConfig, order: Order, la
     table = pd.DataFrame(found, columns=["task", "label", "rows", "expected", "actual", "samples"]).set_index(["task", "label"])
     return table.assign(epochs=table["samples"] / table["rows"])
 
-# %% ../../nbs/24_data.mixture.ipynb #950c4f02
+# %% ../../nbs/24_data.mixture.ipynb #e01068a9
 def bars_of_shares(axis, table: pd.DataFrame, names: list[str]) -> None:
     "Expected (outline) and actual (bar) shares, with the epochs on top."
     axis.bar(names, table["actual"], color="#9dbbe6", label="actual")
@@ -219,6 +219,7 @@ def bars_of_shares(axis, table: pd.DataFrame, names: list[str]) -> None:
     for place, (actual, epochs) in enumerate(zip(table["actual"], table["epochs"], strict=True)):
         axis.annotate(f"{epochs:.1f}x", (place, actual), ha="center", va="bottom", fontsize=8)
     axis.tick_params(axis="x", labelrotation=30)
+    axis.margins(y=0.12)  # room for the numbers
 
 
 def plot_shares(sizes: dict[str, int], mixtures: dict[str, MixtureConfig], n: int, seed: int = 0, labels: dict[str, list[str]] | None = None):

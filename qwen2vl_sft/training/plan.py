@@ -537,7 +537,7 @@ def _largest(config: RunConfig, sizes: np.ndarray, recompute: bool, memory: floa
         found, low, high = (plan, middle + 1, high) if plan.fits else (found, low, middle - 1)
     return found
 
-# %% ../../nbs/54_training.plan.ipynb #f5cce5bb
+# %% ../../nbs/54_training.plan.ipynb #49469ca3
 def memory_plan(
     config: RunConfig,
     sizes: np.ndarray,  # from `sample_sizes`
@@ -562,7 +562,8 @@ def memory_plan(
 
 
 def _lighter(config: RunConfig) -> str:
-    lighter = {"full": "use method.name=lora or qlora, or optimizer=adamw_bnb_8bit", "lora": "use method.name=qlora", "qlora": "use a smaller model"}
+    smaller_states = ", or optimizer=adamw_bnb_8bit" if OPTIMIZERS[config.schedule.optimizer] > OPTIMIZERS["adamw_bnb_8bit"] else ""
+    lighter = {"full": f"use method.name=lora or qlora{smaller_states}", "lora": "use method.name=qlora", "qlora": "use a smaller model"}
     return lighter[config.method.name]
 
 # %% ../../nbs/54_training.plan.ipynb #b1f6f066
