@@ -1,5 +1,6 @@
 """The command line's manners: exit codes, one clear line, help with defaults and an example."""
 
+import inspect
 import io
 import json
 import os
@@ -16,13 +17,27 @@ from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.rundir import RunDir, Status, write_status
 from qwen2vl_sft.workflow.runs import runs, runs_text
 
-COMMANDS = ["prepare", "train", "score", "score-api", "label", "calibrate", "compare", "runs", "demo"]
+COMMANDS = [one.name or one.callback.__name__.replace("_", "-") for one in cli.app.registered_commands]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example(command, capsys):
+def test_help_has_an_example_exit_codes_and_json(command, capsys):
     assert cli.main([command, "--help"]) == 0
-    assert f"Example: qwen2vl-sft {command}" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"Example: qwen2vl-sft {command}" in shown
+    assert "Exit codes: 0 done, 1 failed, 2 bad input" in shown and "130 interrupted" in shown
+    assert "--json" in shown, "every command has a result that a script can read"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_states_every_default(command, capsys):
+    "An option that may be left out says what it is then, a flag and an optional argument aside."
+    cli.main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    function = next(one.callback for one in cli.app.registered_commands if (one.name or one.callback.__name__.replace("_", "-")) == command)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if isinstance(parameter.default, (int, float, str)) and not isinstance(parameter.default, bool):
+            assert f"[default: {parameter.default}]" in shown, f"{command}: {name}"
 
 
 def test_help_states_defaults(capsys):
@@ -43,6 +58,9 @@ def test_every_command_is_listed(capsys):
         (["trian"], "No such command 'trian'. Did you mean 'train'?"),
         (["train"], "Missing argument 'recipe'"),
         (["train", "recipes/nowhere.yaml"], "recipes/nowhere.yaml: no such file"),
+        (["train", "recipes/demo-mxi.yaml"], "Did you mean 'recipes/demo-mix.yaml'?"),
+        (["score", "demo", "--limt", "3"], "No such option: --limt (Possible options: --limit, --split)"),
+        (["score", "demo", "--rule", "fre"], "Input should be 'auto', 'closed', 'free' or 'both'"),
         (["train", "recipe.yaml", "setps=3"], "unknown setting 'setps'. Did you mean 'steps'?"),
         (["train", "recipe.yaml", "steps=many"], "schedule > steps: Input should be a valid integer"),
         (["train", "recipe.yaml", "steps"], "override 'steps' is not of the form setting=value"),

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['IGNORED', 'TURN_END', 'IMAGE_TOKEN', 'load_tokenizer', 'chat_text', 'Encoded', 'Encoder', 'text_ids', 'prompt_ids',
-           'encode', 'label_mask_html', 'load_encoder', 'preprocessing_contract', 'check_contract']
+           'encode', 'label_mask_html', 'encoded_html', 'load_encoder', 'preprocessing_contract', 'check_contract']
 
-# %% ../../nbs/11_encoding.prompt.ipynb #23fb3f32
+# %% ../../nbs/11_encoding.prompt.ipynb #7cda7e06
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ def chat_text(
         messages.append({"role": "assistant", "content": answer})
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
 
-# %% ../../nbs/11_encoding.prompt.ipynb #da5aa4b3
+# %% ../../nbs/11_encoding.prompt.ipynb #77eb626c
 @dataclass
 class Encoded:
     "One sample as token ids. Pixels travel beside it."
@@ -63,6 +64,10 @@ class Encoded:
     image_start: int  # index of the first image token
     grid: tuple[int, int, int]  # patches (t, h, w)
     merge: int  # patches, the side of a token's square
+    encoder: "Encoder | None" = field(default=None, repr=False, compare=False)  # that made it, so that a notebook can show the text
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "encoder": None}  # no tokenizer travels between processes
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -117,7 +122,7 @@ def prompt_ids(
         encoder._prompts[question] = np.array(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
     return encoder._prompts[question]
 
-# %% ../../nbs/11_encoding.prompt.ipynb #a4c2ac59
+# %% ../../nbs/11_encoding.prompt.ipynb #e21e45dd
 def encode(
     encoder: Encoder,
     question: str,
@@ -136,35 +141,42 @@ def encode(
         newline = np.array(encoder.tokenizer("\n", add_special_tokens=False)["input_ids"])
         parts += [target, newline]
         labels += [target, newline if encoder.supervise_newline else np.full(len(newline), IGNORED)]
-    return Encoded(np.concatenate(parts).astype(np.int64), np.concatenate(labels).astype(np.int64), start, grid, encoder.images.merge)
+    return Encoded(np.concatenate(parts).astype(np.int64), np.concatenate(labels).astype(np.int64), start, grid, encoder.images.merge, encoder)
 
 
 Encoder.text_ids = text_ids
 Encoder.prompt_ids = prompt_ids
 Encoder.encode = encode
 
-# %% ../../nbs/11_encoding.prompt.ipynb #076aa029
+# %% ../../nbs/11_encoding.prompt.ipynb #37be6bd0
 def label_mask_html(
     encoder: Encoder,
     sample: Encoded,
 ) -> str:
-    "The sample's text as HTML: supervised tokens on a coloured ground, the image as one box."
-    from html import escape
-
+    "The sample's text as HTML, a box a token: supervised tokens on a coloured ground, the image as one box."
     cells, i = [], 0
     while i < len(sample):
         if i == sample.image_start:
             cells.append(f'<span style="background:#8884;padding:0 .4em">image: {sample.image_tokens} tokens</span>')
             i += sample.image_tokens
             continue
-        text = escape(encoder.tokenizer.decode([int(sample.input_ids[i])])).replace("\n", "⏎<br>")
-        style = ' style="background:#e69f00;color:#000"' if sample.labels[i] != IGNORED else ""
-        cells.append(f"<span{style}>{text}</span>")
-        i += 1
-    return f'<div style="font-family:monospace;line-height:1.6">{"".join(cells)}</div>'
+        end = i + 1
+        while "\ufffd" in (text := encoder.tokenizer.decode(sample.input_ids[i:end])) and end < min(len(sample), i + 4):
+            end += 1  # a character may be spread over several tokens
+        ground = "background:#e69f00;color:#000;" if sample.labels[i] != IGNORED else ""
+        shown = escape(text).replace("\n", "⏎<br>")
+        cells.append(f'<span style="{ground}border-left:1px solid #8886">{shown}</span>')
+        i = end
+    return f'<div style="font-family:monospace;line-height:1.6;white-space:pre-wrap;overflow-wrap:anywhere">{"".join(cells)}</div>'
 
 
-Encoder.label_mask_html = label_mask_html
+def encoded_html(sample: Encoded) -> str:
+    "How many tokens, and which of them carry loss; the text where the encoder is at hand."
+    head = f"<p><b>{len(sample)} tokens</b>, {sample.image_tokens} of them the picture ({sample.grid[1]} x {sample.grid[2]} patches), {int((sample.labels != IGNORED).sum())} supervised</p>"
+    return head + (label_mask_html(sample.encoder, sample) if sample.encoder else "")
+
+
+Encoder.label_mask_html, Encoded._repr_html_ = label_mask_html, encoded_html
 
 # %% ../../nbs/11_encoding.prompt.ipynb #b4f35bd6
 def load_encoder(

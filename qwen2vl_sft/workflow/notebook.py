@@ -41,7 +41,7 @@ from ..core import InputError, RunFailure, did_you_mean, project_root, say, writ
 from ..rundir import RunDir, write_status
 from ..tasks import load_suite
 
-# %% ../../nbs/70_workflow.notebook.ipynb #94b628eb
+# %% ../../nbs/70_workflow.notebook.ipynb #98c887a8
 def workbench_file(
     name: str | Path,  # such as "recipes/demo-mix.yaml"; an absolute path stands for itself
 ) -> Path:
@@ -52,7 +52,8 @@ def workbench_file(
     for place in places:
         if place.is_file():
             return place.resolve()
-    raise InputError(f"{name}: no such file in {project_root()}; it may also be given as an absolute path")
+    beside = {f"{Path(name).parent / path.name}" for place in places if place.parent.is_dir() for path in place.parent.glob(f"*{place.suffix}")}
+    raise InputError(f"{name}: no such file in {project_root()}.{did_you_mean(str(name), beside)} It may also be given as an absolute path")
 
 # %% ../../nbs/70_workflow.notebook.ipynb #d6d20597
 def notebook_parameters(

@@ -33,7 +33,7 @@ from ..rundir import RunDir
 from .demo import is_trained
 from .notebook import run_notebook, training_config, workbench_file
 
-# %% ../../nbs/73_workflow.sweep.ipynb #5c055942
+# %% ../../nbs/73_workflow.sweep.ipynb #7d34d689
 class RayConfig(Settings):
     "Where the runs go if Ray places them, and what each needs."
 
@@ -42,7 +42,7 @@ class RayConfig(Settings):
     gpus: float = Field(0, ge=0, description="of each run")
     resources: dict[str, float] = Field(default_factory=dict, description="other Ray resources of each run")
 
-# %% ../../nbs/73_workflow.sweep.ipynb #c76866f8
+# %% ../../nbs/73_workflow.sweep.ipynb #d7ee9d69
 class Sweep(Settings):
     "What a sweep file says."
 
@@ -67,7 +67,7 @@ class Sweep(Settings):
             raise ValueError(f"{self.slots} slots but {len(self.devices)} devices")
         return self
 
-# %% ../../nbs/73_workflow.sweep.ipynb #36424f63
+# %% ../../nbs/73_workflow.sweep.ipynb #e7be15d2
 def load_sweep(
     path: Path | str,
 ) -> Sweep:
@@ -248,7 +248,7 @@ def train_in_process(
         planned.notes = last_line(log).removeprefix("error: ")
     return child.returncode
 
-# %% ../../nbs/73_workflow.sweep.ipynb #e5269c52
+# %% ../../nbs/73_workflow.sweep.ipynb #258b6e7a
 @dataclass
 class Progress:
     "How far a sweep has come; shared by its slots."
@@ -274,7 +274,7 @@ def slot_environment(
         chosen["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // sweep.slots))
     return chosen
 
-# %% ../../nbs/73_workflow.sweep.ipynb #9f581a63
+# %% ../../nbs/73_workflow.sweep.ipynb #cf689a3e
 def run_in_slots(
     sweep: Sweep,
     planned: list[Planned],
@@ -286,6 +286,7 @@ def run_in_slots(
     progress = Progress(len(planned))
 
     def work(slot: int) -> None:
+        "One slot: train waiting runs until none is left, or the sweep is stopped."
         while not progress.stop.is_set():
             try:
                 one = waiting.get_nowait()
