@@ -1,11 +1,12 @@
 # make demo    the whole pipeline on the small model: data, two trainings, scores, report
 # make test    everything that proves the project works (at most 15 minutes on 2 cores)
-# The rest: make lint | lab | export | mutants | clean. Each installs what it needs into .venv first.
+# make docs    the documentation as a site in build/docs (open build/docs/index.html)
+# The rest: make lint | lab | export | mutants | docs-serve | clean. Each installs what it needs into .venv first.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint lab export mutants install dev clean
+.PHONY: help demo test quick lint lab export docs docs-serve mutants install dev clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -52,7 +53,7 @@ test quick: export MPLBACKEND := Agg
 # The library notebooks' examples, then pytest: structure (notebooks clean, package in sync, import
 # order), edge cases, and the demo pipeline at reduced size through papermill.
 test: dev
-	$(BIN)/ruff check qwen2vl_sft tests
+	$(BIN)/ruff check qwen2vl_sft tests docs
 	$(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations 25
 
@@ -72,6 +73,14 @@ lab: install
 export: dev
 	$(BIN)/python tests/notebooks.py clean
 	$(BIN)/nbdev_export
+
+# README, notebooks and docstrings as a site that needs no network; then every link is followed.
+docs: dev
+	$(BIN)/python docs/build.py build/docs
+	$(BIN)/python docs/links.py build/docs
+
+docs-serve: docs
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory build/docs 8000
 
 # Break one line of the package at a time; the named test must turn red (tests/mutants.py).
 mutants: dev

@@ -58,7 +58,7 @@ def as_lesson(notebook: dict, module: str | None) -> dict:
         cells.append({**cell, "source": text})
     if module:
         note = f"*Lesson and source of* `qwen2vl_sft.{module}`*: cells with a bar at their left are exported to it.* [API of this module](/api/{module}.md)"
-        cells.insert(1, {"cell_type": "markdown", "metadata": {}, "source": note})
+        cells.insert(1, {"cell_type": "markdown", "id": "api-of-this", "metadata": {}, "source": note})
     return {**notebook, "cells": cells}
 
 
@@ -77,7 +77,7 @@ def api_page(path: Path, module: str) -> str:
     "What autodoc makes of a module, with its first line as summary."
     summary = ast.get_docstring(ast.parse((ROOT / "qwen2vl_sft" / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))) or ""
     lines = [f"# {module}", "", summary, "", f"Lesson: [{path.stem}](/nbs/{path.stem}.ipynb)", "", "```{eval-rst}"]
-    return "\n".join([*lines, f".. automodule:: qwen2vl_sft.{module}", "   :members:", "   :no-docstring:", "```", ""])
+    return "\n".join([*lines, f".. automodule:: qwen2vl_sft.{module}", "   :members:", "```", ""])
 
 
 def command_line() -> str:
@@ -90,7 +90,7 @@ def command_line() -> str:
     command = typer.main.get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="qwen2vl-sft", title="Command line")
     parts = re.split(r"(```.*?```|`[^`\n]*`)", text, flags=re.S)
-    parts[::2] = [re.sub(r"([<*_])(?=\w)", r"\\\1", part) if not part.startswith("\n\n**") else part for part in parts[::2]]
+    parts[::2] = [re.sub(r"<(?=\w)", r"\\<", part) for part in parts[::2]]  # `prepared/<suite>/` is no HTML
     return re.sub(r"^Example: (.*)$", r"```console\n$ \1\n```", "".join(parts), flags=re.M)
 
 

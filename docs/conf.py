@@ -21,7 +21,7 @@ nb_render_markdown_format = "myst"
 myst_heading_anchors = 4
 myst_enable_extensions = ["dollarmath", "strikethrough"]
 myst_dmath_allow_labels = False
-suppress_warnings = ["myst.strikethrough", "mystnb.unknown_mime_type"]
+suppress_warnings = ["myst.strikethrough", "mystnb.unknown_mime_type", "ref.python"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
@@ -49,12 +49,15 @@ def restructured(text: str) -> str:
     "A docstring's Markdown as reStructuredText: code stays, everything else is literal text."
     parts = re.split(r"(`[^`]*`)", text)
     parts[::2] = [re.sub(r"([\\*|_`])", r"\\\1", part) for part in parts[::2]]
-    parts[1::2] = [f"`{part}`" for part in parts[1::2]]  # double backticks: as it stands
+    parts[1::2] = [f"\\ `{part}`\\ " for part in parts[1::2]]  # double backticks: as it stands, also beside letters
     return "".join(parts)
 
 
 def describe(app: Sphinx, kind: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     "Add what stands beside the parameters and fields in the source: comments, and the descriptions of settings."
+    if kind == "module":  # its docstring is the page's first line already
+        lines.clear()
+        return
     lines[:] = restructured("\n".join(lines)).split("\n")
     if kind in ("function", "method"):
         lines += parameters(obj)
