@@ -26,6 +26,7 @@ suppress_warnings = ["myst.strikethrough", "mystnb.unknown_mime_type", "ref.pyth
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
 python_maximum_signature_line_length = 90
 add_module_names = False
 python_use_unqualified_type_names = True
@@ -55,8 +56,8 @@ def restructured(text: str) -> str:
 
 def describe(app: Sphinx, kind: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     "Add what stands beside the parameters and fields in the source: comments, and the descriptions of settings."
-    if kind == "module":  # its docstring is the page's first line already
-        lines.clear()
+    if kind == "module" or not (getattr(obj, "__module__", None) or "").startswith("qwen2vl_sft"):
+        lines.clear()  # a module's docstring is the page's first line already; others' docstrings are written in others' markup
         return
     lines[:] = restructured("\n".join(lines)).split("\n")
     if kind in ("function", "method"):

@@ -8,7 +8,8 @@ __all__ = ['HEARTBEAT_SECONDS', 'DEAD_AFTER_SECONDS', 'Run', 'RULES', 'Status', 
            'prediction_parts', 'next_part', 'write_predictions', 'rules', 'predictions', 'Predictions', 'run_html',
            'predicted', 'decided_path', 'decided', 'note_decided']
 
-# %% ../nbs/03_rundir.ipynb #ff93cb97
+# %% ../nbs/03_rundir.ipynb #b2b80a62
+import itertools
 import json
 import os
 import re
@@ -325,7 +326,7 @@ def prediction_parts(
     "The part files of one rule on one split, in order."
     return sorted(predictions_folder(run, checkpoint, task).glob(f"part-{split}-{rule}-*.parquet"))
 
-# %% ../nbs/03_rundir.ipynb #c1f0ca48
+# %% ../nbs/03_rundir.ipynb #1109228f
 def next_part(
     run: RunDir,
     checkpoint: str,
@@ -354,7 +355,7 @@ def write_predictions(
     path = predictions_folder(run, checkpoint, task) / f"part-{splits[0]}-{rules[0]}-{part:05d}.parquet"
     return write_atomically(path, rows.to_parquet(index=False))
 
-# %% ../nbs/03_rundir.ipynb #cc845d7d
+# %% ../nbs/03_rundir.ipynb #780eed96
 def rules(
     run: RunDir,
     checkpoint: str,
@@ -395,7 +396,7 @@ class Predictions(pd.DataFrame):
         head = f"<p><b>{len(self)} predictions</b>{f', rule {escape(rules)}' if rules else ''}: {100 * accuracy:.1f} % correct ({escape(counts)})</p>"
         return head + pd.DataFrame(self[shown]).head(10).to_html(index=False, escape=True, na_rep="–", border=0)
 
-# %% ../nbs/03_rundir.ipynb #3b2377ae
+# %% ../nbs/03_rundir.ipynb #2bcbb4e1
 def run_html(run: RunDir) -> str:
     "A run as a notebook shows it: state, checkpoints, and percent correct by checkpoint and task on the test sets."
     status = run.status()
@@ -403,11 +404,16 @@ def run_html(run: RunDir) -> str:
     for checkpoint, task in predicted(run):
         for rule in rules(run, checkpoint, task):
             outcomes = pd.concat([pd.read_parquet(part, columns=["outcome"]) for part in prediction_parts(run, checkpoint, task, rule)])["outcome"]
-            lines.append({"checkpoint": checkpoint, "task": task, "rule": rule, "n": len(outcomes), "correct, %": round(100 * float((outcomes == "correct").mean()), 1)})
+            lines.append({"checkpoint": checkpoint, "rule": rule, "task": f"{task} (n={len(outcomes)})", "correct": f"{100 * float((outcomes == 'correct').mean()):.1f}"})
     steps = ", ".join(map(str, run.checkpoints())) or "none"
     doing = " ".join(filter(None, [status.state, f"({status.stage})" if status.stage else "", status.message]))
     head = f"<p><b>{escape(run.experiment)}/{escape(run.name)}</b>: {escape(doing)}; checkpoints: {steps}</p>"
-    return head + (pd.DataFrame(lines).to_html(index=False, escape=True, border=0) if lines else "<p>no predictions yet</p>")
+    if not lines:
+        return head + "<p>no predictions yet</p>"
+    names = {name: list(dict.fromkeys(line[name] for line in lines)) for name in ("checkpoint", "rule", "task")}
+    table = pd.DataFrame(lines).pivot(index=["checkpoint", "rule"], columns="task", values="correct")
+    table = table.reindex([pair for pair in itertools.product(names["checkpoint"], names["rule"]) if pair in table.index])[names["task"]]
+    return f"{head}<p>correct, in percent</p>{table.reset_index().to_html(index=False, escape=True, border=0, na_rep='–')}"
 
 # %% ../nbs/03_rundir.ipynb #ae44f235
 def predicted(

@@ -88,49 +88,42 @@ def test_the_estimate_is_the_pace_of_earlier_runs_times_what_is_left(toy):
 
 
 @pytest.mark.slow
-def test_a_failure_stops_no_other_and_is_retried_only_on_request(toy):
-    runs = [{"run": "too-long", "max_tokens": 1}, {"run": "good"}, {"run": "other", "seed": 1}]
-    file = write_sweep(toy, runs=runs, slots=2, scoring={"limit": 2})
-    first = started(toy, file)
-    text = first.communicate(timeout=400)[0]
-    assert first.returncode == 1 and "above schedule.max_tokens=1" in text, text
-    states = {name: RunDir(toy / "runs/e" / name).status().state for name in ("too-long", "good", "other")}
-    assert states == {"too-long": "failed", "good": "finished", "other": "finished"}
-    assert (toy / "runs/e/good/notebook.ipynb").exists() and (toy / "runs/e/good/train.log").exists()
-    board = (toy / "runs/e/scoreboard.csv").read_text()
-    assert "good,3" in board and "other,2" in board and (toy / "runs/e/report.html").exists()
-    again = run_sweep(file, compare=False)
-    assert list(again.state) == ["failed", "done", "done"] and "max_tokens=1" in again.notes[0]
-    before = RunDir(toy / "runs/e/too-long").status().started
-    retried = run_sweep(write_sweep(toy, runs=runs[:1]), retry=True, compare=False)
-    assert retried.state[0] == "failed" and RunDir(toy / "runs/e/too-long").status().started != before
-
-
-@pytest.mark.slow
-def test_a_killed_sweep_goes_on_where_it_was(toy):
-    file = write_sweep(toy, settings={"steps": 60, "save_at": [3, 30]}, runs=[{"run": "a"}, {"run": "b", "seed": 1}])
-    run = RunDir(toy / "runs/e/a")
+def test_a_sweep_fails_is_killed_is_stopped_and_goes_on(toy):
+    "Three starts of one sweep: killed in the second of three runs, then stopped in the third, then to its end."
+    runs = [{"run": "too-long", "max_tokens": 1}, {"run": "a"}, {"run": "b", "seed": 1}]
+    file = write_sweep(toy, settings={"steps": 40, "save_at": [3]}, runs=runs, scoring={"limit": 2})
+    bad, a, b = (RunDir(toy / "runs/e" / one["run"]) for one in runs)
     killed = started(toy, file, "--no-compare")
-    wait_for(lambda: 3 in run.checkpoints())
+    wait_for(lambda: 3 in a.checkpoints())
     killed.kill()  # its training goes on by itself
     killed.wait()
-    assert run.status().state == "running"
-    stopped = started(toy, file, "--no-compare")  # waits for the one that is left over, then trains the other
-    wait_for(lambda: 3 in RunDir(toy / "runs/e/b").checkpoints())
-    assert run.status().state == "finished" and list(run.checkpoints()) == [3, 30, 60]
+    assert a.status().state == "running"
+    assert bad.status().state == "failed", "a failure stops no other"
+    before = bad.status().started
+    stopped = started(toy, file, "--no-compare", "--retry", "--slots", "2")  # waits for the one that is left over
+    wait_for(lambda: 3 in b.checkpoints())
     stopped.send_signal(signal.SIGTERM)
-    assert stopped.wait(60) == 130
-    assert RunDir(toy / "runs/e/b").status().state == "interrupted"
-    table = run_sweep(file, compare=False)
-    assert list(table.state) == ["done", "done"] and list(table.step) == [60, 60]
+    text = stopped.communicate(timeout=60)[0]
+    assert stopped.returncode == 130 and "above schedule.max_tokens=1" in text, text
+    assert bad.status().state == "failed" and bad.status().started != before, "failed again, on request"
+    assert a.status().state == "finished" and list(a.checkpoints()) == [3, 40]
+    assert b.status().state == "interrupted"
+    before = bad.status().started
+    table = run_sweep(file)
+    assert list(table.state) == ["failed", "done", "done"] and list(table.step) == [0, 40, 40]
+    assert "max_tokens=1" in table.notes[0] and bad.status().started == before, "left alone without --retry"
+    assert (b.path / "notebook.ipynb").exists() and (b.path / "train.log").exists()
+    board = (toy / "runs/e/scoreboard.csv").read_text()
+    assert "a,40" in board and "b,3" in board and (toy / "runs/e/report.html").exists()
 
 
 @pytest.mark.slow
 def test_ray_places_the_runs(toy):
     pytest.importorskip("ray", reason="lacks ray (pip install 'qwen2vl-sft[ray]')")
-    file = write_sweep(toy, runs=[{"run": "good"}, {"run": "too-long", "max_tokens": 1}], ray={"address": "local", "cpus": 1})
+    (toy / "broken.yaml").write_text("name: broken\ntasks: []\n")
+    file = write_sweep(toy, runs=[{"run": "good"}, {"run": "bad", "suite": "broken.yaml"}], ray={"address": "local", "cpus": 1})
     table = run_sweep(file, compare=False)
-    assert list(table.state) == ["done", "failed"] and "max_tokens=1" in table.notes[1]
+    assert list(table.state) == ["done", "failed"] and "broken.yaml: tasks" in table.notes[1]
     assert json.loads((toy / "runs/e/good/status.json").read_text())["state"] == "finished"
     with pytest.raises(InputError, match="no cluster at '127.0.0.1:1'"):
         run_sweep(write_sweep(toy, runs=[{"run": "new"}], ray={"address": "127.0.0.1:1"}), compare=False)

@@ -820,7 +820,7 @@ def stream(prepared: Prepared, task: str, split: str) -> "datasets.IterableDatas
 
 Prepared.stream = stream
 
-# %% ../../nbs/23_data.prepare.ipynb #01745ecf
+# %% ../../nbs/23_data.prepare.ipynb #7e430057
 def prepared_html(prepared: Prepared) -> str:
     "Counts, a few pictures of each task, and where the audit's page is."
     rows, sources = prepared.counts(), prepared.counts("sources")
@@ -829,8 +829,8 @@ def prepared_html(prepared: Prepared) -> str:
         name = f"<b>{escape(task.name)}</b><br><small>{escape(task.question)}</small>"
         numbers = [f"{rows.loc[task.name, split]:,}<br><small>{sources.loc[task.name, split]:,} sources</small>" for split in SPLITS]
         cells = [name, *numbers, pictures_html(prepared.split(task.name, "train"))]
-        body += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-    head = "".join(f"<th>{name}</th>" for name in ("task", *SPLITS, "pictures"))
+        body += "<tr>" + "".join(f'<td style="text-align:left">{cell}</td>' for cell in cells) + "</tr>"
+    head = "".join(f'<th style="text-align:left">{name}</th>' for name in ("task", *SPLITS, "pictures"))
     audit = prepared.audit
     return (f"<b>{escape(prepared.suite.name)}</b>: {audit['rows_read']:,} rows read, {audit['repaired']:,} repaired, "
             f"{audit['quarantined']:,} quarantined; audit.html in {escape(str(prepared.folder))}"
@@ -840,7 +840,7 @@ def prepared_html(prepared: Prepared) -> str:
 def pictures_html(rows: Rows, count: int = 6) -> str:
     "Small pictures of rows spread over a split, the label as their title."
     places = range(0, len(rows), max(1, len(rows) // count))
-    return "".join(f'<img height="40" title="{escape(rows[i]["label"])}" src="{thumbnail(rows.image(i), 60)}">' for i in places)
+    return "".join(f'<img height="40" style="max-width:9em;object-fit:contain" title="{escape(rows[i]["label"])}" src="{thumbnail(rows.image(i), 60)}">' for i in places)
 
 
 Prepared._repr_html_ = prepared_html

@@ -112,7 +112,7 @@ def pack(
         **image_inputs(samples, images),
     })  # fmt: skip
 
-# %% ../../nbs/12_encoding.batch.ipynb #5379b8bb
+# %% ../../nbs/12_encoding.batch.ipynb #041be04d
 KINDS = {"padding": "#8883", "prompt": "#56b4e9", "picture": "#999999", "supervised": "#e69f00"}  # what a position is: its colour
 
 
@@ -132,8 +132,8 @@ def sample_html(sample: Sample) -> str:
     if sample.pixels is not None:
         file = io.BytesIO()
         picture_of(sample.pixels).save(file, "PNG")
-        shown = f'<img style="max-width:100%;image-rendering:pixelated" alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
-    return f'<div style="display:flex;gap:1em;align-items:flex-start"><div style="flex:0 1 16em">{shown}</div><div style="flex:1">{sample.encoded._repr_html_()}</div></div>'
+        shown = f'<img style="width:100%;max-height:16em;object-fit:contain;object-position:top left;image-rendering:pixelated" alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return f'<div style="display:flex;gap:1em;align-items:flex-start"><div style="flex:0 1 12em">{shown}</div><div style="flex:1;min-width:0">{sample.encoded._repr_html_()}</div></div>'
 
 
 Sample._repr_html_ = sample_html

@@ -76,7 +76,7 @@ def load_sweep(
     content = read_yaml(file, "a sweep is a mapping with `experiment`, and `matrix` or `runs`")
     return validated(content, file, Sweep)
 
-# %% ../../nbs/73_workflow.sweep.ipynb #335f1011
+# %% ../../nbs/73_workflow.sweep.ipynb #98c2eea0
 @dataclass
 class Planned:
     "One run of a sweep."
@@ -86,6 +86,7 @@ class Planned:
     changes: dict[str, Any]  # settings that differ from the recipe's
     config: RunConfig
     notes: str = ""  # why it failed, or what is going on
+    code: int | None = None  # the exit code of its training in this sweep
 
     @property
     def state(self) -> str:
@@ -95,7 +96,8 @@ class Planned:
             return "running"
         if is_trained(self.config):
             return "done"
-        return "failed" if status.state == "failed" else "missing"
+        was_refused = self.code is not None and self.code not in (0, 130)  # maybe before there was anything to fail
+        return "failed" if status.state == "failed" or was_refused else "missing"
 
 # %% ../../nbs/73_workflow.sweep.ipynb #c0af3cec
 def _short(value: Any) -> str:
@@ -248,7 +250,7 @@ def train_in_process(
         planned.notes = last_line(log).removeprefix("error: ")
     return child.returncode
 
-# %% ../../nbs/73_workflow.sweep.ipynb #258b6e7a
+# %% ../../nbs/73_workflow.sweep.ipynb #90eecea6
 @dataclass
 class Progress:
     "How far a sweep has come; shared by its slots."
@@ -259,6 +261,7 @@ class Progress:
 
     def ended(self, planned: Planned, code: int, seconds: float) -> None:
         "Note and say how a run ended."
+        planned.code = code
         self.results[planned.run.name] = code
         how = {0: "done", 130: "interrupted"}.get(code, f"FAILED: {planned.notes or f'exit code {code}'}")
         say(f"{len(self.results)}/{self.total} {planned.run.name}: {how} ({seconds / 60:.1f} min)")
