@@ -74,10 +74,22 @@ def copy_notebook(path: Path, target: Path, module: str | None = None) -> None:
 
 
 def api_page(path: Path, module: str) -> str:
-    "What autodoc makes of a module, with its first line as summary."
-    summary = ast.get_docstring(ast.parse((ROOT / "qwen2vl_sft" / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))) or ""
-    lines = [f"# {module}", "", summary, "", f"Lesson: [{path.stem}](/nbs/{path.stem}.ipynb)", "", "```{eval-rst}"]
-    return "\n".join([*lines, f".. automodule:: qwen2vl_sft.{module}", "   :members:", "```", ""])
+    "A table of what the module has, then what autodoc makes of it."
+    tree = ast.parse((ROOT / "qwen2vl_sft" / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
+    lines = [f"# {module}", "", ast.get_docstring(tree) or "", "", f"Lesson: [{path.stem}](/nbs/{path.stem}.ipynb)", ""]
+    public = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")]
+    rows = [(node.name, first_line(ast.get_docstring(node) or "")) for node in public]
+    if rows:
+        lines += ["| | |", "|---|---|", *(f"| {{py:obj}}`{name} <qwen2vl_sft.{module}.{name}>` | {text} |" for name, text in rows), ""]
+    return "\n".join([*lines, "```{eval-rst}", f".. automodule:: qwen2vl_sft.{module}", "   :members:", "```", ""])
+
+
+def first_line(docstring: str) -> str:
+    "The first line, as a cell of a Markdown table."
+    line = docstring.partition("\n")[0]
+    parts = re.split(r"(`[^`]+`)", line)
+    parts[::2] = [re.sub(r"([<*_\[\]$`])", r"\\\1", part) for part in parts[::2]]
+    return "".join(parts).replace("|", "\\|")
 
 
 def command_line() -> str:

@@ -30,7 +30,7 @@ autodoc_inherit_docstrings = False
 python_maximum_signature_line_length = 90
 add_module_names = False
 python_use_unqualified_type_names = True
-toc_object_entries_show_parents = "hide"
+toc_object_entries = False  # an API page starts with a table of its own; the side bar would be copied into every page
 default_role = "code"
 
 html_theme = "furo"
@@ -48,7 +48,7 @@ pygments_dark_style = "monokai"
 
 def restructured(text: str) -> str:
     "A docstring's Markdown as reStructuredText: code stays, everything else is literal text."
-    parts = re.split(r"(`[^`]*`)", text)
+    parts = re.split(r"(`[^`]+`)", text)
     parts[::2] = [re.sub(r"([\\*|_`])", r"\\\1", part) for part in parts[::2]]
     parts[1::2] = [f"\\ `{part}`\\ " for part in parts[1::2]]  # double backticks: as it stands, also beside letters
     return "".join(parts)

@@ -19,7 +19,7 @@ def toy(project):
     (project / "recipes").mkdir()
     (project / "recipes/toy.yaml").write_text(yaml.safe_dump(recipe))
     (project / "sweep.yaml").write_text(yaml.safe_dump({"experiment": "s", "recipe": "recipes/toy.yaml", "matrix": {"seed": [0, 1]}}))
-    api = {"suite": str(suite), "model": "m", "base_url": "http://127.0.0.1:1/v1"}
+    api = {"suite": str(suite), "model": "m", "base_url": "http://127.0.0.1:1/v1", "key_variable": None}
     (project / "api.yaml").write_text(yaml.safe_dump(api))
     return project
 

@@ -1,5 +1,6 @@
 """run_notebook: nothing starts with bad parameters, nothing ends with a false status."""
 
+import ast
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from notebooks import run_notebooks
 
 from qwen2vl_sft.config import RunConfig, setting_path
@@ -99,6 +101,28 @@ def test_bad_parameters_start_nothing(training, project, parameters, message):
         run_notebook("train", parameters)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (project / "runs").exists()
+
+
+@pytest.mark.parametrize("path", run_notebooks(), ids=lambda path: path.stem)
+def test_papermills_own_help_lists_every_parameter(path):
+    "Annotations such as Literal and X | None vanish from it, so there are none: a comment says what a parameter takes."
+    import papermill
+
+    shown, defaults = papermill.inspect_notebook(str(path)), notebook_parameters(path)
+    assert list(shown) == list(defaults)
+    assert all(ast.literal_eval(one["default"]) == defaults[name] for name, one in shown.items())
+    assert {one["inferred_type_name"] for one in shown.values()} == {"None"}, "papermill's word for no annotation"
+
+
+def test_what_papermill_takes_for_text_is_understood(training):
+    "`1e-4` from YAML and `true` from -p reach a notebook as text."
+    from papermill.cli import _resolve_type
+
+    rate, switch = yaml.safe_load("1e-4"), _resolve_type("true")
+    assert (rate, switch) == ("1e-4", "true"), "papermill reads them otherwise now: this test, and a note in the README, may go"
+    training("print('never')")
+    plan = plan_notebook(workbench_file("nbs/runs/train.ipynb"), {"learning_rate": rate, "overrides": {"double_quantisation": switch}})
+    assert plan.parameters["learning_rate"] == 1e-4 and training_config("recipe.yaml", **plan.parameters).method.double_quantisation is True
 
 
 def test_text_becomes_what_the_setting_is(training):

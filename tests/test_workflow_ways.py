@@ -17,6 +17,7 @@ from qwen2vl_sft.rundir import RunDir
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PROGRAMS = Path(sys.executable).parent
+TUTORIAL = "03_what_the_model_sees"
 RECIPE = """
 suite: suites/demo.yaml
 experiment: demo
@@ -31,6 +32,8 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copy(ROOT / "settings.ini", folder)
     shutil.copytree(ROOT / "nbs/runs", folder / "nbs/runs")
+    (folder / "nbs/tutorials").mkdir()
+    shutil.copy(ROOT / f"nbs/tutorials/{TUTORIAL}.ipynb", folder / "nbs/tutorials")
     (folder / "recipes").mkdir()
     (folder / "recipes/demo-mix.yaml").write_text(RECIPE)
     write_toy_suite(folder / "suites", rows=8).rename(folder / "suites/demo.yaml")
@@ -42,7 +45,7 @@ def opened(checkout, tmp_path_factory):
     "The four notebooks run top to bottom where they lie, parameters as they stand: in JupyterLab if there is a browser."
     names = [f"nbs/runs/{name}.ipynb" for name in ("prepare", "train", "score", "compare")]
     if CHROMIUM:
-        return in_jupyterlab(names, checkout, tmp_path_factory.mktemp("jupyter"))
+        return in_jupyterlab([f"nbs/tutorials/{TUTORIAL}.ipynb", *names], checkout, tmp_path_factory.mktemp("jupyter"))
     executed = {}
     for name in names:
         notebook = nbformat.read(checkout / name, as_version=4)
@@ -62,6 +65,7 @@ def in_jupyterlab(names: list[str], checkout: Path, home: Path) -> dict:
             executed[Path(name).stem] = lab.run_all(name)
             lab.page.screenshot(path=home / f"{Path(name).stem}.png")
             assert not lab.errors(), lab.errors()
+            executed[f"pictures of {Path(name).stem}"] = lab.page.locator(".jp-OutputArea img[src^='data:image/png']").count()
         executed["tables on the page"] = "\n".join(lab.page.locator(".jp-RenderedHTMLCommon table").all_inner_texts())
         chromium.close()
     return executed
@@ -87,11 +91,12 @@ def test_notebooks_run_top_to_bottom_where_they_lie(opened, checkout):
 @pytest.mark.browser
 @pytest.mark.skipif(not CHROMIUM, reason="lacks chromium (apt-get install chromium)")
 def test_jupyterlab_ran_every_cell_and_shows_the_scoreboard(opened):
-    for name in ("prepare", "train", "score", "compare"):
+    for name in (TUTORIAL, "prepare", "train", "score", "compare"):
         cells = [cell for cell in opened[name].cells if cell.cell_type == "code"]
         assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), name
         assert not [out for cell in cells for out in cell.outputs if out.output_type == "error"], name
     assert "mix(2)" in outputs(opened["compare"]) and "models" in opened["tables on the page"]
+    assert opened[f"pictures of {TUTORIAL}"] >= 1 and "background:#e69f00" in outputs(opened[TUTORIAL]), "the label mask"
 
 
 def test_every_way_gives_the_same_run(opened, checkout):
