@@ -300,7 +300,7 @@ def main() -> None:
         sections = {
             "against_generate": lambda: against_generate(folder, base, adapters, prepared, rounds, (2, 4) if tiny else (2, 4, 8)),
             "tree_or_suffixes": lambda: tree_or_suffixes(base, side, 2 if tiny else 8, (2, 10) if tiny else (2, 10, 100, 1000), rounds),
-            "against_one_forward_a_label": lambda: against_forwards(base, side, 2, (2, 6) if tiny else (2, 10, 30), 1),
+            "against_one_forward_a_label": lambda: against_forwards(base, side, 2, (2, 6) if tiny else (2, 10, 30), rounds),
             "bfloat16": lambda: bfloat16_deviation(base, 112 if tiny else 224, 4 if tiny else 48),
         }
         for section, work in sections.items():

@@ -36,6 +36,7 @@ OURS = {  # arm: what it is; `train` of this package but for what is named
     "ours without vision cache": "the tower runs at every step (under no_grad)",
     "ours without packing": "warm cache, padded batches",
     "ours without supervised-position logits": "warm cache, lm_head on every position",
+    "ours without last-layer trimming": "warm cache, the last layer's queries and feed-forward part on every position",
     "ours with checkpointing": "no cache, activation checkpointing of the language model, tower under no_grad outside it",
     "ours with checkpointing, without no_grad tower": "no cache, stock activation checkpointing, tower inside",
 }
@@ -64,7 +65,7 @@ WORDS = ["open", "closed until ten", "no entry", "call 555 0100 for a table", "f
 
 # --- the model -------------------------------------------------------------------------------------
 SHAPES: dict[str, dict[str, Any]] = {  # tower depth and width, layers, width, key-value width, feed-forward width, vocabulary; tokens of the largest picture
-    "ratio": dict(depth=8, embed=192, heads=3, layers=6, hidden=256, q_heads=4, kv_heads=2, ff=1280, vocab=4608, sizes=[(11, 10), (10, 11), (10, 10), (12, 9), (9, 12), (11, 9), (9, 10), (9, 9), (10, 8), (8, 8)]),
+    "ratio": dict(depth=8, embed=192, heads=3, layers=5, hidden=256, q_heads=4, kv_heads=2, ff=1152, vocab=3840, sizes=[(11, 10), (10, 11), (10, 10), (12, 9), (9, 12), (11, 9), (9, 10), (9, 9), (10, 8), (8, 8)]),
     "tiny": dict(depth=1, embed=32, heads=1, layers=1, hidden=64, q_heads=2, kv_heads=1, ff=96, vocab=2304, sizes=[(3, 2), (2, 2)]),
     "2b": dict(depth=32, embed=1280, heads=16, layers=28, hidden=1536, q_heads=12, kv_heads=2, ff=8960, vocab=151936, sizes=[(27, 27), (24, 27), (27, 24), (30, 24), (24, 24), (32, 22)]),
     "7b": dict(depth=32, embed=1280, heads=16, layers=28, hidden=3584, q_heads=28, kv_heads=4, ff=18944, vocab=152064, sizes=[(27, 27), (24, 27), (27, 24), (30, 24), (24, 24), (32, 22)]),
@@ -143,7 +144,7 @@ def run_config(folder: Path, arm: str, settings: dict) -> Any:
 
     schedule = {"steps": settings["steps"], "micro_batch": settings["batch"], "learning_rate": 1e-4, "scheduler": "constant", "warmup_ratio": 0.0,
                 "supervise_newline": True, "log_every": 1, "workers": 0, "packing": arm != "ours without packing",
-                "vision_cache": arm in ("ours, warm cache", "ours, cold cache", "ours without packing", "ours without supervised-position logits"),
+                "vision_cache": arm in ("ours, warm cache", "ours, cold cache", "ours without packing", "ours without supervised-position logits", "ours without last-layer trimming"),
                 "activation_checkpointing": arm.startswith("ours with checkpointing")}
     model = {"base": str(folder / "model"), "device": settings["device"], "dtype": settings["dtype"]}
     method = {"name": settings["method"], "rank": 4, "alpha": 8}
@@ -276,6 +277,8 @@ def train_ours(arm: str, folder: Path, settings: dict, turns: Turns) -> None:
         vision_cache.by_size = filled_in_turns
     if arm == "ours without supervised-position logits":
         room.token_losses = losses_from_all_logits
+    if arm == "ours without last-layer trimming":
+        room.token_losses = losses_from_whole_layers
     if arm == "ours with checkpointing, without no_grad tower":
         room.token_losses = losses_with_the_tower_inside
     room.train(run_config(folder, arm, settings))
@@ -292,6 +295,20 @@ def losses_from_all_logits(model: Any, batch: dict, tower_is_frozen: bool = True
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100).to(logits.device)
     losses = F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.flatten(), reduction="none")
     return losses[labels.flatten() != -100]
+
+
+def losses_from_whole_layers(model: Any, batch: dict, tower_is_frozen: bool = True) -> Any:
+    "What `token_losses` gives, with every layer computed at every position."
+    from torch.nn import functional as F
+
+    from qwen2vl_sft.model.attention import packed_inputs
+    from qwen2vl_sft.model.vision_cache import forward_inputs
+    from qwen2vl_sft.training.loss import predicting
+
+    labels = batch["labels"].to(model.device)
+    keep = predicting(labels)
+    logits = model(**packed_inputs(model, forward_inputs(model, batch, tower_is_frozen)), logits_to_keep=keep, use_cache=False).logits
+    return F.cross_entropy(logits.float(), labels.roll(-1, dims=1)[keep], reduction="none")
 
 
 def losses_with_the_tower_inside(model: Any, batch: dict, tower_is_frozen: bool = True) -> Any:
@@ -497,7 +514,7 @@ def speed_report(arms: list[Arm], settings: dict, work: dict[str, float]) -> dic
             if one in times and other in times:
                 ratios[f"{one} : {other}"] = ratio(times[one], times[other])
     for one, other in (("ours, warm cache", "ours without vision cache"), ("ours, warm cache", "ours without packing"),
-                       ("ours, warm cache", "ours without supervised-position logits"),
+                       ("ours, warm cache", "ours without supervised-position logits"), ("ours, warm cache", "ours without last-layer trimming"),
                        ("ours with checkpointing", "ours with checkpointing, without no_grad tower")):
         if one in times and other in times:
             ratios[f"{one} : {other}"] = ratio(times[one], times[other])

@@ -213,7 +213,7 @@ def _check_scheduler(schedule: "ScheduleConfig") -> None:
     if "min_lr" in known and not {"min_lr", "min_lr_rate"} & set(schedule.scheduler_options):
         raise ValueError(f"scheduler_options: {schedule.scheduler} needs min_lr or min_lr_rate")
 
-# %% ../nbs/01_config.ipynb #05b7705f
+# %% ../nbs/01_config.ipynb #3679ba86
 class ScheduleConfig(Settings):
     "Steps, batches and the optimiser."
 
@@ -250,6 +250,8 @@ class ScheduleConfig(Settings):
     tensorboard: bool | None = Field(None, description="event files in the run directory; None: where tensorboard is installed")
     log_every: int = Field(10, ge=1)
     workers: int = Field(0, ge=0, description="processes that decode images")
+    stream: bool = Field(False, description="read the training pictures as a stream over the shards, shuffled in a buffer")
+    stream_buffer: int = Field(1000, ge=1, description="pictures of a task in that buffer, as files in memory")
     seed: int = 0
 
     @property
@@ -325,7 +327,7 @@ class ExportConfig(Settings):
     least_agreement: float = Field(0.98, ge=0, le=1, description="share of the answers that must stay")
     most_shift: float = Field(0.05, ge=0, le=1, description="mean change of the label probabilities (total variation distance) that is allowed")
 
-# %% ../nbs/01_config.ipynb #81255acf
+# %% ../nbs/01_config.ipynb #58a88efc
 NOT_WHAT_IS_TRAINED = (  # settings that change speed and memory; of the batch, only its effective size counts
     "workers", "log_every", "vision_cache", "vision_cache_gb", "pixel_cache_gb", "tensorboard", "keep_best", "save_every", "keep_last",
     "micro_batch", "accumulation", "effective_batch", "activation_checkpointing",
@@ -356,6 +358,9 @@ class RunConfig(Settings):
             raise ValueError("method full keeps float32 weights, which flash_attention_2 refuses; use model.attention=sdpa")
         if schedule.vision_cache is True and not method.tower_is_frozen:
             raise ValueError("schedule.vision_cache keeps a frozen tower's outputs, but method trains the tower or its merger; leave vision_cache out or freeze both")
+        for name, is_set in {"fold": self.fold is not None, "mixture.balance_labels": self.mixture.balance_labels, "mixture.replacement": self.mixture.replacement}.items():
+            if schedule.stream and is_set:
+                raise ValueError(f"schedule.stream reads rows in the order of the shards, {name} needs them in any order; leave one of them out")
         for part in ("tower", "merger"):
             if getattr(schedule, f"{part}_learning_rate") and not method.trains(part):
                 raise ValueError(f"schedule.{part}_learning_rate is set, but the {part} doesn't train; see method.freeze_{part} and method.{part}_targets")

@@ -89,8 +89,8 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '5.4', 'packed training keeps the cache on', 'qwen2vl_sft/training/loss.py',
-        'logits_to_keep=keep, use_cache=False)',
-        'logits_to_keep=keep, use_cache=True)',
+        'places(inputs, keep)), use_cache=False)',
+        'places(inputs, keep)), use_cache=True)',
         ('tests/test_correctness.py::test_5_4_packed_loss_and_gradients_equal_separate_stock_forwards',),
     ),
     Mutation(
@@ -198,9 +198,33 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '5.10', 'every position goes through the head', 'qwen2vl_sft/training/loss.py',
-        'logits_to_keep=keep, use_cache=False).logits',
-        'use_cache=False).logits[keep]',
+        '**only_at(model, places(inputs, keep)), use_cache=False).logits',
+        'use_cache=False).logits[keep][None]',
         ('tests/test_correctness.py::test_5_10_the_head_runs_on_supervised_positions_only',),
+    ),
+    Mutation(
+        '5.10', 'the last layer sees one token too many', 'qwen2vl_sft/model/last_layer.py',
+        '<= (index - start)[:, None]',
+        '<= (index - start)[:, None] + 1',
+        ('tests/test_model_last_layer.py::test_loss_and_gradients_are_those_of_the_stock_forward',),
+    ),
+    Mutation(
+        '5.10', 'the last layer takes padding for text', 'qwen2vl_sft/model/last_layer.py',
+        'if wanted.seen is not None:',
+        'if False:',
+        ('tests/test_model_last_layer.py::test_padding_on_the_left_is_not_seen',),
+    ),
+    Mutation(
+        '7', 'a continued stream reads its first pass again', 'qwen2vl_sft/data/stream.py',
+        'uses.append((seen[row], row))',
+        'uses.append((0, row))',
+        ('tests/test_data_stream.py::test_every_sample_gets_its_own_picture_and_few_are_held',),
+    ),
+    Mutation(
+        '7', 'a stream holds every picture that it passes', 'qwen2vl_sft/training/order.py',
+        'schedule.stream_buffer if schedule.stream else None',
+        'None',
+        ('tests/test_data_stream.py::test_every_sample_gets_its_own_picture_and_few_are_held',),
     ),
     Mutation(
         '5.10', 'labels are not shifted', 'qwen2vl_sft/training/loss.py',

@@ -266,6 +266,32 @@ def test_a_row_that_joins_two_splits_is_quarantined():
     assert records[2].reason == "joins_splits" and records[3].reason is None
 
 
+def test_a_new_picture_between_two_splits_is_quarantined_and_said_so(tmp_path, capsys):
+    def soft(seed):
+        return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((96, 96), Image.Resampling.BICUBIC)
+
+    def save(name, strength, number):  # 18 to 26 of 256 bits lie between strength 0 and 0.2, 8 to 16 from the middle to either
+        Image.blend(soft(2 * number), soft(2 * number + 1), strength).save(tmp_path / "img" / f"{name}-{number}.png")
+        return f"img/{name}-{number}.png,a,"
+
+    write_table(tmp_path, "all.csv", [("ab"[i % 2], i) for i in range(6)])
+    pairs = (0, 2, 3, 6, 9)
+    add_rows(tmp_path / "all.csv", *(save(name, strength, number) for number in pairs for name, strength in (("one", 0.0), ("other", 0.2))))
+    fractions = {"train": 0.5, "validation": 0.0, "test": 0.5}
+    before = splits_of(prepare(suite_of(tmp_path, all="all.csv"), tmp_path / "out", fractions=fractions))
+    apart = [number for i, number in enumerate(pairs) if before[f"all.csv:{7 + 2 * i}"] != before[f"all.csv:{8 + 2 * i}"]]
+    capsys.readouterr()
+    add_rows(tmp_path / "all.csv", save("between", 0.1, apart[0]))
+    prepared = prepare(suite_of(tmp_path, all="all.csv"), tmp_path / "out", fractions=fractions)
+    row = prepared.quarantine().iloc[0]
+    assert len(prepared.quarantine()) == 1 and (row["id"], row["reason"]) == ("all.csv:17", "joins_splits")
+    assert row["detail"] == "nearly equals pictures of test and train"
+    assert splits_of(prepared) == before  # no old row moves
+    assert (prepared.audit["rows_read"], sum(prepared.counts().loc["t"])) == (17, 16)
+    assert "a new row that nearly equals old rows of different splits" in capsys.readouterr().out
+    assert "nearly equals pictures of test and train" in (prepared.folder / "audit.html").read_text()
+
+
 def test_other_fractions_draw_anew(tmp_path):
     write_table(tmp_path, "all.csv", [("a", i) for i in range(40)])
     suite = suite_of(tmp_path, all="all.csv")

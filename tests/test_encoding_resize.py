@@ -65,6 +65,11 @@ def test_every_size_gives_the_bytes_of_pillow_however_often_it_comes(width, heig
         module.LARGE = least
 
 
+def test_a_picture_of_the_wanted_size_is_only_arranged():
+    image = picture(560, 588, 0, "noise")
+    assert (as_picture(resized_squares(image, 560, 588, 14, 2)) == pillow(image, 560, 588)).all() and (560, 588, 560, 588) not in module.CAME
+
+
 @pytest.mark.parametrize("size", [(1024, 768), (640, 480), (1920, 1080), (3000, 4000)])
 def test_photographs_take_the_fast_way(size):
     pytest.importorskip("numba")

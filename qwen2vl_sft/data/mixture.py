@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MIXTURES', 'BLOCK', 'mixture', 'capped', 'weights_by_size', 'equal_weights', 'weights_by_temperature',
-           'weights_by_name', 'expected_shares', 'Order', 'key_of', 'rows_of_epochs', 'subset', 'tasks_of_blocks',
-           'balanced_rows', 'task_sequence', 'sample_order', 'share_table', 'label_table', 'bars_of_shares',
-           'plot_shares']
+           'weights_by_name', 'expected_shares', 'Order', 'key_of', 'shuffled', 'rows_of_epochs', 'subset',
+           'tasks_of_blocks', 'balanced_rows', 'task_sequence', 'sample_order', 'share_table', 'label_table',
+           'bars_of_shares', 'plot_shares']
 
 # %% ../../nbs/24_data.mixture.ipynb #4469200b
 import zlib
@@ -104,17 +104,28 @@ class Order(Sequence):
     def __iter__(self) -> Iterator[tuple[str, int]]:
         return zip([self.names[task] for task in self.tasks], self.rows.tolist(), strict=True)
 
-# %% ../../nbs/24_data.mixture.ipynb #89a59725
+# %% ../../nbs/24_data.mixture.ipynb #9893fb7a
 def key_of(name: str) -> int:
     "A number for a name, the same on every machine."
     return zlib.crc32(name.encode())
 
 
-def rows_of_epochs(size: int, n: int, seed: int, name: str, replacement: bool = False) -> np.ndarray:
+def shuffled(size: int, rng: np.random.Generator, buffer: int | None = None) -> np.ndarray:
+    "int64 [size]: a permutation; with a buffer, one that reading in sequence with so many rows in memory can give."
+    if buffer is None or buffer >= size:
+        return rng.permutation(size)
+    held, given = list(range(buffer)), []
+    for row, place in enumerate(rng.integers(buffer, size=size - buffer).tolist(), start=buffer):
+        given.append(held[place])
+        held[place] = row
+    return np.concatenate([given, rng.permutation(held)]).astype(np.int64)
+
+
+def rows_of_epochs(size: int, n: int, seed: int, name: str, replacement: bool = False, buffer: int | None = None) -> np.ndarray:
     "int64 [n]: permutations of range(size), one epoch after another; with replacement, n independent draws."
     if replacement:
         return (np.random.default_rng([seed, key_of(name), 2**31]).random(n) * size).astype(np.int64)
-    epochs = [np.random.default_rng([seed, key_of(name), epoch]).permutation(size) for epoch in range(-(-n // size))] if n else []
+    epochs = [shuffled(size, np.random.default_rng([seed, key_of(name), epoch]), buffer) for epoch in range(-(-n // size))] if n else []
     return np.concatenate([np.empty(0, np.int64), *epochs])[:n].astype(np.int64)
 
 # %% ../../nbs/24_data.mixture.ipynb #b7f1fc57
@@ -152,7 +163,7 @@ def balanced_rows(labels: list[str], n: int, seed: int, name: str, replacement: 
         drawn[mine] = np.array(rows[label])[places]
     return drawn
 
-# %% ../../nbs/24_data.mixture.ipynb #c59a5054
+# %% ../../nbs/24_data.mixture.ipynb #58ecdb43
 def task_sequence(sizes: dict[str, int], settings: MixtureConfig, n: int, seed: int) -> np.ndarray:
     "int [n]: the task of each sample, as an index into `sizes`."
     shares = expected_shares(sizes, settings)
@@ -168,6 +179,7 @@ def sample_order(
     n: int,
     seed: int,
     labels: dict[str, list[str]] | None = None,  # of the closed tasks' rows; needed for balance_labels
+    buffer: int | None = None,  # rows of a task that a stream is shuffled in; None: any row may come at any time
 ) -> "Order":
     "The first n samples: a function of the arguments only, and the beginning of any longer order with the same seed."
     if settings.balance_labels and labels is None:
@@ -181,7 +193,7 @@ def sample_order(
         if settings.balance_labels and task in labels and count:
             places = balanced_rows([labels[task][row] for row in rows], count, seed, task, settings.replacement)
         else:
-            places = rows_of_epochs(len(rows), count, seed, task, settings.replacement)
+            places = rows_of_epochs(len(rows), count, seed, task, settings.replacement, buffer)
         order[mine] = rows[places]
     return Order(tuple(sizes), tasks, order)
 

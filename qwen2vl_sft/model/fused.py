@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .load import unwrapped
 
-# %% ../../nbs/35_model.fused.ipynb #7e10167c
+# %% ../../nbs/35_model.fused.ipynb #36cf6415
 class LoraProduct(torch.autograd.Function):
     "`x Wᵀ + bias + scaling (x Aᵀ) Bᵀ` with W and the bias frozen (LoRA: arXiv 2106.09685, section 4.1)."
 
@@ -44,6 +44,8 @@ def _fused_forward(layer: nn.Module) -> Any:
         a, b = layer.lora_A[one].weight, layer.lora_B[one].weight
         if {x.dtype, base.weight.dtype, a.dtype} != {torch.float32} or base.weight.requires_grad or torch.is_autocast_enabled(x.device.type):
             return plain(x)
+        if not torch.is_grad_enabled() and x.numel() * sum(base.weight.shape) > x.shape[-1] * base.weight.numel():
+            return F.linear(x, torch.addmm(base.weight, b, a, alpha=layer.scaling[one]), base.bias)
         return LoraProduct.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, layer.scaling[one]).view(*x.shape[:-1], -1)
 
     return forward
@@ -52,7 +54,7 @@ def _fused_forward(layer: nn.Module) -> Any:
 def fuse_lora(
     model: nn.Module,  # a PEFT model, or any other
 ) -> int:  # layers
-    "Let LoRA layers on plain float32 weights compute in two products; all other cases (dropout, DoRA, half precision, several adapters) stay PEFT's."
+    "Let LoRA layers on plain float32 weights compute in two products, or in one without gradients; all other cases (dropout, DoRA, half precision, several adapters) stay PEFT's."
     from peft.tuners.lora import Linear
 
     layers = [part for part in model.modules() if type(part) is Linear and type(part.base_layer) is nn.Linear]

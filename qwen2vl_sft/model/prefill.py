@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prefill', 'prefill', 'read_on', 'forget', 'only']
 
-# %% ../../nbs/39_model.prefill.ipynb #d3a6c6c6
+# %% ../../nbs/39_model.prefill.ipynb #1cff1d24
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,10 +14,11 @@ from transformers import DynamicCache
 
 from ..encoding.batch import Sample, pad
 from ..encoding.prompt import Encoder
+from .last_layer import only_at, places
 from .load import unwrapped
 from .vision_cache import forward_inputs
 
-# %% ../../nbs/39_model.prefill.ipynb #9c5bc6f9
+# %% ../../nbs/39_model.prefill.ipynb #41275945
 @dataclass
 class Prefill:
     "Prompts that the language model has read."
@@ -41,10 +42,10 @@ def prefill(
     inner = unwrapped(model)
     batch = pad(samples, encoder.images, encoder.pad_id)
     seen = batch.pop("attention_mask").bool().to(inner.device)
-    read = inner.model(**forward_inputs(model, batch), use_cache=True)
-    last = read.last_hidden_state[torch.arange(len(samples), device=inner.device), seen.sum(dim=1) - 1]
+    at_end = torch.arange(seen.shape[1], device=inner.device) == seen.sum(dim=1, keepdim=True) - 1
+    read = inner.model(**forward_inputs(model, batch), **only_at(model, places({}, at_end)), use_cache=True)
     after = torch.tensor([int(sample.positions.max()) + 1 for sample in samples], device=inner.device)
-    return Prefill(read.past_key_values, seen, after, last)
+    return Prefill(read.past_key_values, seen, after, read.last_hidden_state[0])
 
 # %% ../../nbs/39_model.prefill.ipynb #084fc543
 @torch.no_grad()

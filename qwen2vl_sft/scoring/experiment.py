@@ -9,7 +9,7 @@ __all__ = ['Group', 'groups_of', 'Loaded', 'scoring_model', 'load_group', 'free_
            'score_untuned', 'trained_runs', 'untuned_settings', 'shared_data', 'rules_table', 'report_rules',
            'progress_of', 'score_experiment']
 
-# %% ../../nbs/45_scoring.experiment.ipynb #383fb6e0
+# %% ../../nbs/45_scoring.experiment.ipynb #87150fa5
 import gc
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +29,7 @@ from ..core import InputError, RunFailure, process_count, process_rank, project_
 from ..data.pixels import PixelCache
 from ..data.prepare import Prepared, prepare
 from ..encoding.prompt import Encoder, check_contract, load_encoder
+from ..model.fused import fuse_lora, fuse_tower
 from ..model.load import base_location, changes_outputs, check_token_ids, checkpoint_kind, load_adapter, load_base, stored_contract, unwrapped
 from ..model.vision_cache import VisionCache, tower_key
 from ..processes import first_then_others, from_first, gathered, join_processes, running_together, wait_for_all
@@ -113,7 +114,7 @@ class Loaded:
     def bytes(self) -> int:
         return sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
 
-# %% ../../nbs/45_scoring.experiment.ipynb #ea020306
+# %% ../../nbs/45_scoring.experiment.ipynb #003300d7
 def scoring_model(
     model: ModelConfig,
 ) -> ModelConfig:
@@ -144,6 +145,8 @@ def load_group(
 
 def _checked(loaded: Loaded, encoder: Encoder) -> Loaded:
     check_token_ids(loaded.model, encoder)
+    fuse_tower(loaded.model)
+    fuse_lora(loaded.model)
     loaded.tower = tower_key(loaded.model, encoder.images) if loaded.group.tower_is_frozen else None
     return loaded
 
@@ -228,7 +231,7 @@ def work_for(
     missing = from_first(lambda: {(str(one), data.task.name, rule): missing_places(one, data, rule, scorer) for one, data, rule in cells})
     return Work(scorer, tests, missing, report)
 
-# %% ../../nbs/45_scoring.experiment.ipynb #34be51c6
+# %% ../../nbs/45_scoring.experiment.ipynb #ebb73733
 def score_places(
     work: Work,
     held: list[Loaded],
@@ -253,7 +256,7 @@ def score_places(
         for one in loaded.group.candidates:
             score_candidate(work, loaded, one, data, places, samples, tree, bar)
 
-# %% ../../nbs/45_scoring.experiment.ipynb #919004fa
+# %% ../../nbs/45_scoring.experiment.ipynb #43cceda2
 def score_candidate(
     work: Work,
     loaded: Loaded,
@@ -283,7 +286,7 @@ def score_candidate(
         bar.update(len(rows))
         work.report(work.done, work.done + work.answers)
 
-# %% ../../nbs/45_scoring.experiment.ipynb #3e25d630
+# %% ../../nbs/45_scoring.experiment.ipynb #b524d2b9
 def score_fitting(
     work: Work,
     held: list[Loaded],
@@ -305,7 +308,7 @@ def score_fitting(
     for part in (places[:half], places[half:]):
         score_fitting(work, held, data, part, bar)
 
-# %% ../../nbs/45_scoring.experiment.ipynb #d2fb32a9
+# %% ../../nbs/45_scoring.experiment.ipynb #ae51319d
 def one_pass(
     work: Work,
     held: list[Loaded],
@@ -326,7 +329,7 @@ def one_pass(
                 work.parts.publish(number)
     wait_for_all()
 
-# %% ../../nbs/45_scoring.experiment.ipynb #fefb151e
+# %% ../../nbs/45_scoring.experiment.ipynb #cace0a12
 def first_parts(
     work: Work,
     candidates: list[Candidate],
@@ -537,7 +540,7 @@ def report_rules(
         say(f"what a model believes (closed) and what it writes (free): {path}")
         print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
 
-# %% ../../nbs/45_scoring.experiment.ipynb #3acb4044
+# %% ../../nbs/45_scoring.experiment.ipynb #3dcd300a
 def progress_of(
     statuses: list[Status],
 ) -> Callable[[int, int], None]:
@@ -551,7 +554,7 @@ def progress_of(
 
     return report
 
-# %% ../../nbs/45_scoring.experiment.ipynb #12899d43
+# %% ../../nbs/45_scoring.experiment.ipynb #12745993
 def score_experiment(
     experiment: Path,  # runs/<experiment>
     settings: ScoringConfig | None = None,

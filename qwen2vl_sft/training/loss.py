@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['predicting', 'token_losses', 'sample_index', 'averaged']
 
-# %% ../../nbs/50_training.loss.ipynb #835d84b4
+# %% ../../nbs/50_training.loss.ipynb #fb6e794e
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..encoding.prompt import IGNORED
 from ..model.attention import packed_inputs
+from ..model.last_layer import only_at, places
 from ..model.vision_cache import forward_inputs
 
 # %% ../../nbs/50_training.loss.ipynb #e0918f97
@@ -21,7 +22,7 @@ def predicting(
     "The positions whose logits predict a supervised token."
     return F.pad(labels[:, 1:] != IGNORED, (0, 1))
 
-# %% ../../nbs/50_training.loss.ipynb #8f0102c3
+# %% ../../nbs/50_training.loss.ipynb #a7015741
 def token_losses(
     model: nn.Module,
     batch: dict[str, torch.Tensor],  # from `pad` or `pack`, with labels
@@ -30,9 +31,9 @@ def token_losses(
     "Cross entropy of each supervised token."
     labels = batch["labels"].to(next(model.parameters()).device)
     keep = predicting(labels)
-    inputs = packed_inputs(model, forward_inputs(model, batch, tower_is_frozen))
-    logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
-    return F.cross_entropy(logits.float(), labels.roll(-1, dims=1)[keep], reduction="none")
+    inputs = forward_inputs(model, batch, tower_is_frozen)
+    logits = model(**packed_inputs(model, inputs), **only_at(model, places(inputs, keep)), use_cache=False).logits
+    return F.cross_entropy(logits[0].float(), labels.roll(-1, dims=1)[keep], reduction="none")
 
 # %% ../../nbs/50_training.loss.ipynb #8cf5a233
 def sample_index(

@@ -11,7 +11,7 @@ __all__ = ['Setting', 'LabelTrainer', 'joined_shards', 'write_checkpoint', 'Betw
 # %% ../../nbs/56_training.trainer.ipynb #5e3d8f0b
 from ..core import InputError, Interrupted, RunFailure, fingerprint, pick_device, process_count, process_rank, project_root, say, seed_everything, write_atomically  # first: it quietens what follows
 
-# %% ../../nbs/56_training.trainer.ipynb #86ca8522
+# %% ../../nbs/56_training.trainer.ipynb #5035262d
 import json
 import os
 import time
@@ -53,7 +53,7 @@ from qwen2vl_sft.training.checkpoints import (
     versions,
 )
 from .loss import averaged, token_losses
-from .order import TrainingOrder, collator, filled_cache, report_cache
+from .order import StreamSampler, TrainingOrder, collator, filled_cache, report_cache
 from .plan import HalvingTrainer, Plan, is_out_of_memory, memory_plan, plan_lines, plan_record, resolved, sample_sizes
 from .progress import INTERRUPTED, RunCallback, StopRequest, Tally, check_finite, with_tasks
 from .validation import Validation, early_stop, largest_reading, settle_best, validation_of
@@ -71,7 +71,7 @@ class Setting:
     validation: Validation | None = None
     request: StopRequest = field(default_factory=StopRequest)
 
-# %% ../../nbs/56_training.trainer.ipynb #3f617c8a
+# %% ../../nbs/56_training.trainer.ipynb #88f52af4
 class LabelTrainer(HalvingTrainer):
     "The stock Trainer, with the supervised-position loss and whole checkpoints in the run directory."
 
@@ -83,7 +83,7 @@ class LabelTrainer(HalvingTrainer):
         self.model_accepts_loss_kwargs = True  # so that supervised tokens are counted over the effective batch
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
+        return StreamSampler(self.train_dataset) if self.setting.config.schedule.stream else SequentialSampler(self.train_dataset)
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
         "The micro-batch's part of the effective batch's average loss (a number, nats); its losses are counted by task."
@@ -214,7 +214,7 @@ def training_arguments(
         arguments._n_gpu = 1  # one process trains on one GPU; the Trainer would split batches over all it sees
     return arguments
 
-# %% ../../nbs/56_training.trainer.ipynb #07f16b8a
+# %% ../../nbs/56_training.trainer.ipynb #65cdc2d2
 def check_optimizer(
     config: RunConfig,
 ) -> None:
@@ -243,7 +243,9 @@ def check_batch(
 def check_devices(
     config: RunConfig,
 ) -> None:
-    "Raises `InputError` for a GPU that isn't the process's first, and for sharding a method that needs none."
+    "Raises `InputError` for a GPU that isn't the process's first, for sharding a method that needs none, and for a stream shared by processes."
+    if config.schedule.stream and process_count() > 1:
+        raise InputError("schedule.stream reads in one process; on several leave it out: each picture is then looked up in the shards")
     name = config.model.device
     if name.startswith("cuda:") and (process_count() > 1 or pick_device(name).index != 0):
         raise InputError(f"model.device={name}: choose the GPU with CUDA_VISIBLE_DEVICES and write device=cuda")
@@ -421,7 +423,7 @@ def train(
             train_steps(run, config, prepared, status)
     return run
 
-# %% ../../nbs/56_training.trainer.ipynb #31af0890
+# %% ../../nbs/56_training.trainer.ipynb #29a2d7ec
 def train_steps(
     run: RunDir,
     config: RunConfig,
@@ -440,6 +442,7 @@ def train_steps(
     setting = Setting(run, config, encoder, image_processor, Tally(list(data.questions)), validation)
     if start:
         check_position(start, data.order, config.schedule.batch)
+        data.start = int(start.name.split("-")[1]) * config.schedule.batch  # step-N or resume-N
     seed_everything(config.schedule.seed)
     trainer = build_trainer(setting, data, status, plan.estimate.pictures_at_once or 1, start)
     trainer.remove_callback(PrinterCallback)
