@@ -201,7 +201,7 @@ def fast_squares(
         planes = fast.along_rows(lines.reshape(-1).view(np.uint32), image.width, width, 0, height, *across)
     return fast.in_squares(planes, patch, merge)
 
-# %% ../../nbs/09_encoding.resize.ipynb #9f4d9fc1
+# %% ../../nbs/09_encoding.resize.ipynb #c5db89eb
 ROWS_FIRST: dict[tuple[int, ...], bool | None] = {}  # old and new size that came twice -> the order that gives Pillow's bytes
 CAME: set[tuple[int, ...]] = set()  # old and new sizes
 SO_FAR = itertools.count()  # large pictures in this process
@@ -232,7 +232,9 @@ def resized_squares(
     patch: int,
     merge: int,
 ) -> np.ndarray:  # uint8 [rows, columns, merge, merge, 3, patch, patch]
-    "`squares_of` the picture that Pillow's bicubic resize gives."
+    "`squares_of` the picture that Pillow's bicubic resize gives; at the same size that is the picture itself."
+    if image.size == (width, height):
+        return squares_of(np.asarray(image), patch, merge)
     if image.width * image.height >= LARGE and next(SO_FAR) >= WORTH and kernels():
         order = rows_first(image.size, (width, height), patch, merge)
         if order is not None:

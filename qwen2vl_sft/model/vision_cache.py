@@ -68,7 +68,7 @@ def tower_key(
     weights = [sha256_of(value.contiguous().view(torch.uint8).cpu().numpy().tobytes()) for value in tower.state_dict().values()]
     return fingerprint([weights, vars(images), str(tower.dtype)])
 
-# %% ../../nbs/31_model.vision_cache.ipynb #ee8ab841
+# %% ../../nbs/31_model.vision_cache.ipynb #89cf5dd8
 class VisionCache:
     "Tower outputs on disk, for one tower and one way of resizing."
 
@@ -107,6 +107,7 @@ class VisionCache:
         if self._owner != os.getpid():
             self._database, self._owner = sqlite3.connect(self.path, timeout=60), os.getpid()
             self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute("PRAGMA synchronous=NORMAL")  # a power cut may lose the last outputs, never damage the others
         return self._database
 
     def make_room(self) -> None:
