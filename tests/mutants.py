@@ -510,8 +510,8 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '4', 'every epoch has the same order', 'qwen2vl_sft/data/mixture.py',
-        'np.random.default_rng([seed, key_of(name), epoch]).permutation(size)',
-        'np.random.default_rng([seed, key_of(name), 0]).permutation(size)',
+        'np.random.default_rng([seed, key_of(name), epoch]), buffer)',
+        'np.random.default_rng([seed, key_of(name), 0]), buffer)',
         ('tests/test_data_mixture.py::test_concatenate_gives_every_row_once_an_epoch',),
     ),
     Mutation(
