@@ -286,12 +286,15 @@ def label(
     else:
         print(counts.to_string(index=False, na_rep="unreadable"), out, sep="\n")
 
-# %% ../nbs/90_cli.ipynb #5f675f62
+# %% ../nbs/90_cli.ipynb #ccb2d1e3
 @_command()
 def compare(
     experiment: Experiment,
     against: Annotated[str | None, typer.Option(help="Row that the others are tested against, such as gpt-4o.", show_default="the untuned model")] = None,
     before: Annotated[str | None, typer.Option(help="Also print what changed since another experiment, or since a scoreboard.csv.", show_default=False)] = None,
+    price: Annotated[list[str] | None, typer.Option(help="What an hour of the machine costs: 2.5 for all local rows, mix=2.5 for one, mix=2.5@40 at 40 images a second. May be repeated.", show_default=False)] = None,
+    precision: Annotated[float, typer.Option(min=0.01, max=1, help="Wanted of automatic decisions.")] = 0.95,
+    recall: Annotated[float, typer.Option(min=0.01, max=1, help="Wanted where a task has a positive label.")] = 0.95,
     notebook: AsNotebook = False,
     as_json: AsJson = False,
 ) -> None:
@@ -300,12 +303,14 @@ def compare(
     Example: qwen2vl-sft compare demo
 
     Example: qwen2vl-sft compare demo --against gpt-4o --before last-week.csv
+
+    Example: qwen2vl-sft compare demo --price 2.5 --precision 0.98
     """
-    if notebook and (against or before):
-        raise InputError("--against and --before don't go with --notebook; leave it out")
+    if notebook and (against or before or price or (precision, recall) != (0.95, 0.95)):
+        raise InputError("--against, --before, --price, --precision and --recall don't go with --notebook; leave it out")
     folder = experiment_folder(experiment)
     with said_aside(as_json):
-        report = run_notebook("compare", {"experiment": experiment}) if notebook else _reported(folder, against)
+        report = run_notebook("compare", {"experiment": experiment}) if notebook else _reported(folder, against, price or [], precision, recall)
     if not (as_json or before):
         print(report)
         return
@@ -320,10 +325,11 @@ def compare(
         print(report, earlier.difference(board).to_markdown(), sep="\n")
 
 
-def _reported(folder: Path, against: str | None) -> Path:
+def _reported(folder: Path, against: str | None, prices: list[str], precision: float, recall: float) -> Path:
+    from qwen2vl_sft.comparison.deployment import Terms, parse_price
     from qwen2vl_sft.comparison.report import write_report
 
-    return write_report(folder, reference=against)
+    return write_report(folder, reference=against, terms=Terms(precision, recall, dict(map(parse_price, prices))))
 
 # %% ../nbs/90_cli.ipynb #896dc496
 @_command()

@@ -49,6 +49,7 @@ class Plan:
     best: dict[str, dict] = field(default_factory=dict)  # run -> content of best.json
     validation: bool = False  # predictions on the validation split
     leaked: dict[str, int] = field(default_factory=dict)  # task -> how many test pictures are trained on too
+    elsewhere: dict[str, tuple[str, int]] = field(default_factory=dict)  # task -> another one that trains on so many of its last test pictures
     noise: dict[str, int] = field(default_factory=dict)  # task -> how many test labels are wrong
     pictures: int = 0  # their side in pixels; 0: none
     baselines: bool = True
@@ -145,8 +146,11 @@ def write_prepared(folder: Path, plan: Plan, truth: dict[str, list[str]]) -> Non
         if plan.pictures:
             table["image"] = [{"bytes": picture(i, plan.pictures), "path": None} for i in range(plan.samples)]
         table.to_parquet(folder / task / "test-00000.parquet", index=False)
-        train = [f"{task}{i}" if i < plan.leaked.get(task, 0) else f"train-{i}" for i in range(plan.samples)]
-        pd.DataFrame({"group": [f"t{i}" for i in range(plan.samples)], "sha256": train, "label": truth[task]}).to_parquet(folder / task / "train-00000.parquet", index=False)
+        train = [f"{task}{i}" if i < plan.leaked.get(task, 0) else f"train-{task}-{i}" for i in range(plan.samples)]
+        for other, (where, count) in plan.elsewhere.items():
+            if where == task:
+                train[-count:] = [f"{other}{i}" for i in range(plan.samples - count, plan.samples)]
+        pd.DataFrame({"group": [f"{task}-t{i}" for i in range(plan.samples)], "sha256": train, "label": truth[task]}).to_parquet(folder / task / "train-00000.parquet", index=False)
 
 
 def write_run(run: RunDir, kind: str | None, settings: dict) -> None:

@@ -1,6 +1,7 @@
 """Mistakes and deployment: trajectories, label noise as cleanlab finds it, thresholds that keep what they promise."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -8,9 +9,11 @@ import pytest
 from synthetic_experiment import LABELS, Plan, build_experiment
 
 from qwen2vl_sft.comparison.board import accuracy_table
-from qwen2vl_sft.comparison.deployment import automatic_line, confidence_table, cost_table, detection_line, thresholds
+from qwen2vl_sft.comparison.deployment import automatic_line, confidence_table, cost_table, detection_line, parse_price, speed_table, thresholds
 from qwen2vl_sft.comparison.mistakes import NO_ANSWER, confident_thresholds, confusion, disagreements, label_noise, mixture_table, trajectories, trajectory_table, votes_of
 from qwen2vl_sft.comparison.scoreboard import Scoreboard
+from qwen2vl_sft.core import InputError
+from qwen2vl_sft.rundir import RunDir
 
 TASKS = {"weapon": LABELS["weapon"], "headwear": LABELS["headwear"], "number": None}
 
@@ -137,6 +140,29 @@ def test_costs_and_speed(board):
     table = cost_table(board).set_index("row")
     assert table.loc["gpt-4o", "cost_per_1000"] == pytest.approx(2.0) and table.loc["gpt-4o", "images_per_second"] == pytest.approx(1 / 1.5)
     assert np.isnan(table.loc["mix(300)", "cost_per_1000"])
-    priced = cost_table(board, price_an_hour=3.6).set_index("row")
+    priced = cost_table(board, dict(map(parse_price, ["3.6", "full=7.2", "mix(200)=3.6@50"]))).set_index("row")
     assert priced.loc["mix(300)", "cost_per_1000"] == pytest.approx(1000 * 0.01 * 3.6 / 3600)
+    assert priced.loc["full(300)", "cost_per_1000"] == pytest.approx(2 * priced.loc["mix(300)", "cost_per_1000"])
+    assert (priced.loc["mix(200)", "images_per_second"], priced.loc["mix(200)", "cost_per_1000"]) == (pytest.approx(50), pytest.approx(1000 / 50 * 3.6 / 3600))
     assert priced.loc["gpt-4o", "cost_per_1000"] == pytest.approx(2.0)
+    speeds = speed_table(board).set_index(["row", "task"])
+    assert len(speeds) == len(board.cells) and speeds.loc[("gpt-4o", "weapon"), "images_per_second"] == pytest.approx(1 / 1.5)
+
+
+@pytest.mark.parametrize("text", ["mix", "mix=", "mix=-1", "mix=2@0", "mix=nan", "mix=2@x"])
+def test_prices_that_make_no_sense_are_said(text):
+    with pytest.raises(InputError, match="write ROW=PRICE"):
+        parse_price(text)
+
+
+def test_a_price_for_a_row_that_is_not_there_is_said(board):
+    with pytest.raises(InputError, match="no row or model is named 'mixx'"):
+        cost_table(board, dict([parse_price("mixx=2")]))
+
+
+def test_predictions_without_probabilities_have_no_thresholds(folder, tmp_path):
+    copy = RunDir(shutil.copytree(folder.parent.parent, tmp_path / "all") / "runs" / folder.name / "mix")
+    for part in copy.predictions_folder("step-300", "weapon").glob("*closed*"):
+        pd.read_parquet(part).drop(columns="probabilities").to_parquet(part)
+    table = confidence_table(copy.path.parent, rows=["mix(300)"])
+    assert set(table["task"]) == {"headwear"}

@@ -12,7 +12,7 @@ from synthetic_experiment import Plan, build_experiment
 
 from qwen2vl_sft.comparison import plots
 from qwen2vl_sft.comparison.board import against
-from qwen2vl_sft.comparison.deployment import confidence_table, cost_table
+from qwen2vl_sft.comparison.deployment import EVERY, Price, confidence_table, cost_table
 from qwen2vl_sft.comparison.scoreboard import Scoreboard
 from qwen2vl_sft.rundir import RunDir
 
@@ -136,6 +136,45 @@ def test_the_heat_map_survives_a_grey_printer_and_its_figures_can_be_read():
         assert (high + 0.05) / (low + 0.05) >= 3.6
 
 
+MACHADO = {  # severity 1.0; Machado, Oliveira & Fernandes 2009, IEEE TVCG 15:1291, on linear RGB
+    "normal": np.eye(3),
+    "protanopia": np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]),
+    "deuteranopia": np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]),
+}
+
+
+def apart(first: str, second: str) -> float:
+    """The least colour difference (CIEDE2000) of two colours over the three kinds of sight; 2.3 is just noticeable."""
+    from matplotlib.colors import to_rgb
+    from skimage.color import deltaE_ciede2000, rgb2lab
+
+    def seen(colour: str, sight: np.ndarray) -> np.ndarray:
+        c = np.array(to_rgb(colour))
+        linear = np.clip(sight @ np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4), 0, 1)
+        return rgb2lab(np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055).reshape(1, 1, 3))
+
+    return min(float(deltaE_ciede2000(seen(first, sight), seen(second, sight)).item()) for sight in MACHADO.values())
+
+
+@pytest.mark.parametrize("palette", ["runs", "levels", "verdicts"])
+def test_colours_used_together_are_told_apart_by_the_colour_blind(palette):
+    colours = {"runs": plots.COLOURS, "levels": [*(colour for colour, _ in plots.REFERENCES.values()), *plots.OTHERS], "verdicts": list(plots.VERDICT_COLOURS.values())}[palette]
+    assert {pair: round(apart(*pair), 1) for pair in itertools.combinations(colours, 2) if apart(*pair) < 10} == {}
+    assert apart("#FF0000", "#8B6D00") < 10  # the measure sees what it should: red and olive look alike
+
+
+def test_levels_differ_from_the_first_runs_in_colour_and_in_dash():
+    for colour in [*plots.OTHERS, plots.REFERENCES["base"][0]]:
+        assert min(apart(colour, run) for run in plots.COLOURS[:5]) > 9
+
+
+def test_two_api_models_differ_in_colour_and_dash(board):
+    cells = board.cells.assign(kind=board.cells["kind"].where(~board.cells["row"].isin(["majority", "nearest_neighbour"]), "api"))
+    styles = plots.reference_styles(cells)
+    assert len({colour for colour, _ in styles.values()}) == len({dash for _, dash in styles.values()}) == len(styles) == 3
+    assert {"majority", "nearest_neighbour"} <= set(drawn(plots.mean_by_step(board.means.assign(kind=cells.groupby("row")["kind"].first()))))
+
+
 def test_drawing_leaves_the_readers_settings_and_pyplot_alone(board):
     import matplotlib
     import matplotlib.pyplot as plt
@@ -162,7 +201,7 @@ def rich(tmp_path_factory):
 
 def test_task_differences_are_sorted_and_hollow_where_unsure(rich):
     board, _ = rich
-    table = against(board.samples, "mix(300)", "gpt-4o")
+    table = against(board, "mix(300)", "gpt-4o")
     figure = plots.task_differences(table, "mix(300)", "gpt-4o")
     texts = drawn(figure)
     assert [f"{d:+.1f}" for d in sorted(table["difference"])] == [t for t in texts if t[0] in "+-" and t[1:2].isdigit()]
@@ -210,13 +249,34 @@ def test_mixture_and_cost_plots_name_their_points(rich):
     assert {"weapon", "number"} <= set(drawn(plots.mixture_gain(shares)))
     costs = cost_table(board)
     assert "seconds an image, as measured while scoring" in drawn(plots.cost_accuracy(costs)) and "gpt-4o" in drawn(plots.cost_accuracy(costs))
-    assert "cost of 1,000 images" in drawn(plots.cost_accuracy(cost_table(board, price_an_hour=2.0)))
+    assert "cost of 1,000 images" in drawn(plots.cost_accuracy(cost_table(board, {EVERY: Price(2.0)})))
 
 
 def test_every_plot_names_its_rule(rich):
-    board, _ = rich
-    for figure in (plots.heat_map(board.cells), plots.accuracy_by_step(board.cells), plots.mean_by_step(board.means)):
+    board, folder = rich
+    own = board.samples[(board.samples["row"] == "mix(300)") & (board.samples["task"] == "weapon")]
+    gain = pd.DataFrame({"model": "mix", "task": ["weapon"], "rule": "free", "share": [30.0], "gain": [40.0]})
+    figures = [plots.heat_map(board.cells), plots.accuracy_by_step(board.cells), plots.mean_by_step(board.means), plots.mixture_gain(gain), plots.confusion_matrices(own),
+               plots.task_differences(against(board, "mix(300)", "gpt-4o"), "mix(300)", "gpt-4o"), plots.cost_accuracy(cost_table(board))]
+    for figure in figures:
         assert any("rule: free" in text for text in drawn(figure))
+    test = confidence_table(folder, rows=["mix(300)"]).query("split == 'test'")
+    for figure in (plots.reliability_diagram(test), plots.precision_recall(test)):
+        assert any("rule: closed" in text for text in drawn(figure))
+
+
+def test_runs_that_differ_in_the_seed_are_one_line_with_their_spread(tmp_path):
+    runs = {f"mix-{i}": {"schedule": {"seed": i}} for i in range(3)} | {"slow": {"schedule": {"learning_rate": 1e-5}}}
+    board = Scoreboard.from_experiment(build_experiment(tmp_path, Plan(samples=30, labels={"a": ["x", "y"]}, runs=runs, steps=(100, 200), collapsed={}, refused={})))
+    over = board.means[board.means["model"].str.startswith("mix")].groupby("step")["strict"]
+    for figure in (plots.mean_by_step(board.means, seeds=board.seeds), plots.accuracy_by_step(board.cells, seeds=board.seeds)):
+        texts = drawn(figure)
+        assert "mix, 3 seeds" in texts and "mix-0" not in texts and any("lowest to highest seed" in text for text in texts)
+        lines = [line.get_ydata() for line in figure.axes[0].lines if len(line.get_ydata()) == 2 and len(set(line.get_xdata())) == 2 and max(line.get_xdata()) == 200]
+        assert len(lines) == 2 and any(np.allclose(line, over.mean()) for line in lines)
+        spread = [s for c in figure.axes[0].collections if hasattr(c, "get_segments") for s in c.get_segments()]
+        assert any(np.allclose(sorted(s[:, 1]), [over.min()[100], over.max()[100]]) for s in spread)
+    assert "mix, 3 seeds" in drawn(plots.mean_by_step(board.means, "common", seeds=board.seeds))
 
 
 @pytest.mark.parametrize("plot", ["task_differences", "confusion_matrices", "reliability_diagram", "precision_recall", "mixture_gain", "cost_accuracy"])

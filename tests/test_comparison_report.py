@@ -6,11 +6,12 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from synthetic_experiment import LABELS, Plan, build_experiment
 
 from qwen2vl_sft.cli import main
-from qwen2vl_sft.comparison.browser import browser_data, error_browser, static_browser
+from qwen2vl_sft.comparison.browser import BROWSER_SCRIPT, browser_data, error_browser, static_browser
 from qwen2vl_sft.comparison.mistakes import label_noise
 from qwen2vl_sft.comparison.report import SCRIPT, Material, page, pictures, write_report
 from qwen2vl_sft.comparison.scoreboard import Scoreboard, csv_text
@@ -34,13 +35,27 @@ def experiment(tmp_path_factory) -> Path:
     return folder
 
 
+def evil(what: str) -> str:
+    return f"<img src=x onerror=document.title='{what}'>"
+
+
 @pytest.fixture(scope="module")
-def evil(tmp_path_factory) -> Path:
+def hostile(tmp_path_factory) -> Path:
+    """Markup in everything that comes from data or from the disk: task, label, run, model, note, sample id, configuration, status."""
     labels = {EVIL_TASK: ["x", EVIL_LABEL], "违规信息": ["违规", "正常"]}
-    plan = Plan(samples=40, labels=labels, collapsed={("base", EVIL_TASK): EVIL_LABEL})
-    folder = build_experiment(tmp_path_factory.mktemp("evil"), plan, name="demo")
-    run = RunDir(folder / "mix")
-    run.config_path.write_text(run.config_path.read_text() + f"# {EVIL_LABEL}\n")
+    plan = Plan(samples=40, labels=labels, collapsed={("base", EVIL_TASK): EVIL_LABEL}, noise={EVIL_TASK: 4}, steps=(100, 300), api=True)
+    folder = build_experiment(tmp_path_factory.mktemp("hostile"), plan, name="demo")
+    for part in folder.rglob("part-*.parquet"):
+        table = pd.read_parquet(part)
+        table.assign(id=evil("id") + table["id"], reason=evil("reason")).to_parquet(part)
+    mix, api = RunDir(folder / "mix"), RunDir(folder / "gpt-4o")
+    mix.config_path.write_text(mix.config_path.read_text() + f"# {EVIL_LABEL}\n")
+    status = json.loads(mix.status_path.read_text())
+    mix.status_path.write_text(json.dumps(status | {"state": "failed", "message": evil("status")}))
+    mix.path.rename(folder / evil("run"))
+    shutil.move(api.path / "predictions" / "gpt-4o", api.path / "predictions" / evil("model"))
+    (folder / "paper").mkdir()
+    (folder / "paper" / "accuracies.csv").write_text(f'model,step,dataset,accuracy,note\n"{evil("import")}",,违规信息,0,"{evil("note")}"\n')
     return write_report(folder)
 
 
@@ -68,7 +83,7 @@ def test_everything_is_written_beside_the_runs(experiment):
     names = {path.relative_to(experiment).as_posix() for path in experiment.rglob("*") if path.is_file()}
     assert {"report.html", "scoreboard.csv", "scoreboard.md"} <= names
     plots = ["heat_map", "mean_by_step", "accuracy_by_step", "loss_curves", "task_differences", "confusion_matrices", "reliability_diagram", "precision_recall", "cost_accuracy"]
-    assert {"scoreboard.tex", *(f"plots/{name}.png" for name in plots)} <= names
+    assert {"scoreboard.tex", "accuracies.csv", *(f"plots/{name}.png" for name in plots)} <= names
     board = Scoreboard.from_experiment(experiment)
     assert (experiment / "scoreboard.csv").read_text() == csv_text(board)
     assert all((experiment / "plots" / path).read_bytes().startswith(b"\x89PNG") for path in ("heat_map.png", "loss_curves.png"))
@@ -79,10 +94,10 @@ def test_the_summary_is_computed_from_the_data(experiment):
     board = Scoreboard.from_experiment(experiment)
     best, base = board.means.loc[list(board.chosen.values()), "strict"].idxmax(), board.means.loc["base", "strict"]
     assert f"{best} has the highest strict mean of the rows to choose from" in text and f": {board.means.loc[best, 'strict']:.1f} %" in text
-    assert f"That is {board.means.loc[best, 'strict'] - base:.1f} points above the untuned base ({base:.1f} %)" in text
+    assert f"That is {board.means.loc[best, 'strict'] - base:.1f} points above the untuned base ({base:.1f} %; paired" in text
     assert f"{best} was chosen on validation data" in text and "Picking the step on test would have claimed" in text
     assert "is weakest on" in text and "labels are contradicted by several models" in text
-    assert "On weapon, base collapsed" in text
+    assert "base collapsed on weapon (“none”)" in text and "would decide" in text
 
 
 def test_settings_counts_and_provenance_are_in_it(experiment):
@@ -100,10 +115,13 @@ def test_the_page_asks_nobody_for_anything(experiment):
     assert not re.search(r"url\(|@import", (experiment / "report.html").read_text())
 
 
-def test_what_comes_from_data_is_escaped(evil):
-    structure = Structure(evil.read_text())
+def test_what_comes_from_data_is_escaped(hostile):
+    structure = Structure(hostile.read_text())
     assert structure.scripts == [SCRIPT] and not structure.handlers
-    assert structure.tags.count("img") == len(list((evil.parent / "plots").glob("*.png")))
+    assert structure.tags.count("img") == len(list((hostile.parent / "plots").glob("*.png")))
+    words = re.sub(r"<[^>]*>", "", hostile.read_text().split("<script")[0])
+    for what in ("run", "model", "import", "note", "id", "status"):
+        assert f"onerror=document.title=&#x27;{what}&#x27;&gt;" in words, what  # it is shown, as text
 
 
 def test_a_second_report_replaces_the_first(tmp_path):
@@ -138,8 +156,12 @@ def test_the_command_tests_against_a_row_and_says_what_changed(tmp_path, monkeyp
     assert main(["compare", "demo", "--against", "majority", "--before", str(tmp_path / "before.csv")]) == 0
     assert "| base | face | 1.0 |" in capsys.readouterr().out
     assert '<option value="0">majority</option>' in (folder / "report.html").read_text()
-    assert main(["compare", "demo", "--against", "gpt-5"]) == 2
-    assert "no row is named 'gpt-5'" in capsys.readouterr().err
+    assert main(["compare", "demo", "--price", "3.6", "--price", "mix=7.2@10", "--precision", "0.8"]) == 0
+    text = (folder / "report.html").read_text()
+    assert "at 80 % precision" in text and "<td>0.2</td>" in text  # 1,000 images at 10 a second and 7.2 an hour
+    for options, message in ((["--against", "gpt-5"], "no row is named 'gpt-5'"), (["--price", "gpt-5=1"], "no row or model is named 'gpt-5'")):
+        assert main(["compare", "demo", *options]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_nothing_to_compare_is_an_error(tmp_path):
@@ -192,16 +214,39 @@ def first_column(tab) -> list[str]:
     return tab.eval_on_selector_all("#scoreboard tbody tr", "rows => rows.filter(r => !r.hidden).map(r => r.cells[0].textContent)")
 
 
+SMALLEST_TEXT = """() => Math.min(...[...document.querySelectorAll('body *')].filter(one => one.checkVisibility() && [...one.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()))
+  .map(one => parseFloat(getComputedStyle(one).fontSize)))"""
+# elements that stick out of the page, other than inside a box that scrolls
+STICKING_OUT = """() => [...document.querySelectorAll('body *')].filter(one => one.checkVisibility() && !one.closest('.scroll') && !one.closest('pre') && one.getBoundingClientRect().right > innerWidth + 0.5).map(one => one.outerHTML.slice(0, 80))"""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 400])
 def test_opens_without_requests_errors_or_sideways_scrolling(opened, experiment, width, scheme):
     tab = opened(experiment / "report.html", width, scheme)
     assert tab.asked == [(experiment / "report.html").as_uri()] and tab.messages == []
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert tab.evaluate("[...document.querySelectorAll('#plots img')].every(image => image.complete && image.naturalWidth > 300)")
     background, ink = (tab.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color"))
     light = [sum(map(int, re.findall(r"\d+", colour)[:3])) > 384 for colour in (background, ink)]
     assert light == ([True, False] if scheme == "light" else [False, True])
+    tab.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width and tab.evaluate(STICKING_OUT) == []
+    assert tab.evaluate(SMALLEST_TEXT) >= 12
+
+
+def test_at_400_pixels_the_table_scrolls_in_its_own_box_and_keeps_its_names(opened, experiment):
+    tab = opened(experiment / "report.html", 400)
+    box = tab.locator("#scoreboard .scroll").first
+    assert box.evaluate("one => one.scrollWidth > one.clientWidth + 100 && one.clientWidth <= 400")
+    box.focus()
+    for _ in range(40):
+        box.press("ArrowRight")
+    tab.wait_for_function("document.querySelector('#scoreboard .scroll').scrollLeft > 100")
+    box.evaluate("one => { one.scrollLeft = one.scrollWidth; }")
+    assert box.evaluate("one => one.scrollLeft") > 100
+    name, last = box.locator("tbody tr").first.locator("th"), box.locator("tbody tr").first.locator("td").last
+    assert name.bounding_box()["x"] >= 0 and name.bounding_box()["width"] < 200  # the row's name stays in sight
+    assert last.bounding_box()["x"] + last.bounding_box()["width"] <= 400
 
 
 def test_columns_sort_by_click_and_by_keyboard(opened, experiment):
@@ -265,6 +310,40 @@ def test_mistakes_can_be_browsed(opened, experiment):
     assert tab.evaluate("document.documentElement.scrollWidth") <= 400 and tab.messages == []
 
 
+def test_rare_labels_are_found_behind_their_common_cell(opened, tmp_path):
+    labels = [f"label {i:02d}" for i in range(30)]
+    folder = build_experiment(tmp_path, Plan(samples=150, labels={"many": labels}, runs={"mix": {}}, steps=(100, 200, 300, 337), collapsed={}, refused={}, skills={"mix(300)": 0.4}))
+    board = Scoreboard.from_experiment(folder)
+    assert len(board.rows) > 6
+    data = browser_data(board, "many", most=5000)
+    wrong = board.samples[board.samples["outcome"] != "correct"].groupby("row").size()
+    assert data["wrong"] == [wrong.get(row, 0) for row in data["rows"]]
+    held = [sum(item["o"][i] not in (None, 0) for item in data["items"]) for i in range(len(data["rows"]))]
+    assert held == data["wrong"] and data["kept"] == data["total"]  # of every row, not of those that vote only
+    tab = opened(write_report(folder))
+    tab.locator("#tasks summary").click()
+    browser = tab.locator("#tasks .errors")
+    browser.locator("select").first.select_option(label="mix(300)")
+    cell = browser.locator('button[aria-label*="times (other labels) answered as (other labels)"]')
+    counted = int(cell.inner_text())
+    cell.click()
+    own = board.samples[(board.samples["row"] == "mix(300)") & (board.samples["outcome"] != "correct")]
+    matrix = next(one for row, one in zip(data["rows"], data["matrices"], strict=True) if row == "mix(300)")
+    expected = int((~own["target"].isin(matrix["index"]) & ~own["prediction"].isin(matrix["columns"])).sum())
+    assert 0 < expected <= counted and browser.locator("p").inner_text().startswith(f"{expected} mistake")
+    assert browser.locator("select").nth(1).evaluate("one => one.value") == "(other labels)" and tab.messages == []
+
+
+def test_a_page_that_holds_only_some_mistakes_says_so(opened, experiment, tmp_path):
+    board = Scoreboard.from_experiment(experiment)
+    data = browser_data(board, "headwear", most=6)
+    script = f"{BROWSER_SCRIPT}errorBrowser(document.getElementById('e'), JSON.parse(document.getElementById('d').textContent));"
+    path = tmp_path / "some.html"
+    path.write_text(f"<meta charset=utf-8><div id=e></div><script id=d type=application/json>{json.dumps(data).replace('<', chr(92) + 'u003c')}</script><script>{script}</script>")
+    main_row = data["rows"][data["start"]]
+    assert f"(the page holds 6 of the {data['wrong'][data['start']]} mistakes of {main_row})" in opened(path).inner_text("p")
+
+
 def test_the_label_queue_and_the_audit_are_in_the_page(opened, experiment):
     tab = opened(experiment / "report.html")
     noise = label_noise(Scoreboard.from_experiment(experiment))
@@ -272,14 +351,16 @@ def test_the_label_queue_and_the_audit_are_in_the_page(opened, experiment):
     assert len(planted & set(noise["id"])) >= 3
     text = tab.inner_text("#queue-section").replace("\u200b", "")
     assert f"{len(noise)} samples on which" in text and all(name in text for name in noise["id"].head(5))
-    assert "59 of 60 rows accepted" in tab.inner_text("#settings") and "decided automatically" in tab.inner_text("#deployment").lower()
+    assert "59 of 60 rows accepted" in tab.inner_text("#settings") and "would decide by itself at 95 % precision" in tab.inner_text("#deployment")
+    steps = tab.inner_text("#training")
+    assert "mix: chosen on validation" in steps and "mix: picked on test" in steps and "One step for all tasks" in steps
 
 
-def test_labels_from_data_run_nothing(opened, evil):
-    tab = opened(evil)
+def test_labels_from_data_run_nothing(opened, hostile):
+    tab = opened(hostile)
     tab.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
     tab.wait_for_timeout(200)
-    assert tab.title() == "demo: comparison" and tab.asked == [evil.as_uri()] and tab.messages == []
+    assert tab.title() == "demo: comparison" and tab.asked == [hostile.as_uri()] and tab.messages == []
     assert EVIL_TASK in tab.inner_text("#scoreboard thead").replace("\u200b", "").replace("\n", "")
 
 
@@ -317,8 +398,8 @@ def test_the_widgets_script_draws_the_same_browser(opened, experiment, tmp_path)
     assert tab.locator("figure").count() > 5 and tab.messages == []
 
 
-def test_static_mistakes_are_escaped(evil):
-    board = Scoreboard.from_experiment(evil.parent)
+def test_static_mistakes_are_escaped(hostile):
+    board = Scoreboard.from_experiment(hostile.parent)
     text = static_browser(browser_data(board, EVIL_TASK))
     assert "<script" not in text and "<img src=x" not in text and "&lt;img" in text
 

@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 from synthetic_experiment import LABELS, Plan, build_experiment
 
-from qwen2vl_sft.comparison.board import accuracy_table, against, best_row, choice_table, differing, lead, row_of_kind
+from qwen2vl_sft.comparison.board import accuracy_table, against, best_row, choice_table, differing, lead, row_of_kind, settings_table, step_table
 from qwen2vl_sft.comparison.findings import findings
-from qwen2vl_sft.comparison.samples import ORIGINAL, class_figures, precision_at, prepared_folder
-from qwen2vl_sft.comparison.scoreboard import Scoreboard, csv_text, difference, display_width, latex_table, markdown_table, shortened, text_table
+from qwen2vl_sft.comparison.samples import ORIGINAL, checked_accuracies, class_figures, imported_cells, precision_at, prepared_folder
+from qwen2vl_sft.comparison.scoreboard import LATEX, Scoreboard, cells_text, csv_text, difference, display_width, latex_table, latex_text, markdown_table, shortened, text_table
 from qwen2vl_sft.comparison.statistics import mcnemar
 from qwen2vl_sft.core import InputError
 from qwen2vl_sft.rundir import RunDir
@@ -101,7 +101,7 @@ def test_best_row_against_gpt4o(original):
 
 def test_an_import_without_n_has_no_intervals_and_no_paired_tests(original):
     assert original.cells[["low", "high"]].isna().all(axis=None) and original.means[["low", "high"]].isna().all(axis=None)
-    assert against(original.samples, "gpt4o", "Qwen2-vl").empty and lead(original.samples, "gpt4o", "Qwen2-vl") is None
+    assert against(original, "gpt4o", "Qwen2-vl").empty and lead(original.samples, "gpt4o", "Qwen2-vl") is None
 
 
 def test_the_csv_round_trip_keeps_rows_tasks_and_figures(original, tmp_path):
@@ -246,16 +246,24 @@ def test_a_step_chosen_on_validation_loses_the_badge(experiment):
 
 
 def test_paired_tests_name_their_reach(board):
-    table = against(board.samples, "mix(300)", "base").set_index("task")
-    assert (table["verdict"] == "better").all() and (table["p_holm"] >= table["p_value"]).all()
-    one = table.iloc[0]
-    m = one["only_first"] + one["only_second"]
-    lead_needed = round(one["smallest_difference"] * 120 / 100)
-    p = lambda k: mcnemar([1] * ((m + k) // 2) + [0] * ((m - k) // 2), [0] * ((m + k) // 2) + [1] * ((m - k) // 2)).p_value
-    assert p(lead_needed) <= 0.05 / 7 < p(lead_needed - 2)
+    table = against(board, "mix(300)", "base").set_index("task")
+    every = board.tests("base")
+    assert (table["verdict"] == "better").all() and table["tests"].unique().tolist() == [len(every)]
+    needed = round(table["smallest_difference"].iloc[0] * 120 / 100)  # whatever the two models do
+    p = lambda k: mcnemar([1] * k + [0] * (120 - k), [0] * 120).p_value
+    assert p(needed) <= 0.05 / len(every) < p(needed - 1) and table["smallest_difference"].nunique() == 1
+    sure = every[every["verdict"] != "no evidence"]
+    assert (sure["difference"].abs() >= sure["smallest_difference"] - 1e-9).all() and (table["detectable"] > table["smallest_difference"]).all()
     difference, low, high = lead(board.samples, "mix(300)", "base")
     assert low < difference < high
     assert difference == pytest.approx(board.means.loc["mix(300)", "strict"] - board.means.loc["base", "strict"])
+
+
+def test_holm_runs_over_the_whole_table_in_sentences_and_plots_too(board):
+    every, own = board.tests("gpt-4o"), against(board, "mix(300)", "gpt-4o")
+    by_task = every[every["row"] == "mix(300)"].set_index("task")["p_holm"]
+    assert own.set_index("task")["p_holm"].to_dict() == by_task.to_dict() and len(every) == (len(board.rows) - 1) * len(board.tasks)
+    assert f"Holm over all {len(every)} cells tested against gpt-4o" in topics(board)["paired"]
 
 
 def test_a_regression_against_the_untuned_model_is_said(tmp_path):
@@ -303,6 +311,17 @@ def test_every_figure_names_its_rule(board):
 
 
 # -------------------------------------------------------------------------- broken input
+
+
+def test_every_form_names_the_rule(board, tmp_path):
+    frame = board.to_frame()
+    assert set(frame["rule"]) == {"closed", "free"} and len(frame) == len(board.cells)
+    write(tmp_path / "accuracies.csv", cells_text(board))
+    again = Scoreboard.from_csv(tmp_path / "accuracies.csv")  # rule, n and figures survive
+    assert again.rows == board.rows and again.tasks == board.tasks
+    assert again.to_frame()[["rule", "n"]].equals(frame[["rule", "n"]]) and np.allclose(again.to_frame()["low"], frame["low"], atol=0.01)
+    for text in (text_table(board), markdown_table(board), latex_table(board), board.to_html(), topics(board)["best"]):
+        assert "rule: closed, free on number" in text
 
 
 def test_missing_or_unscored_experiments_are_said(tmp_path):
@@ -474,6 +493,17 @@ def test_leaked_pictures_are_badged_with_the_accuracy_without_them(tmp_path):
     assert f"unleaked {one['without_leaked']:.1f}" in board.to_html()
 
 
+def test_pictures_that_another_task_trains_on_are_told_apart(tmp_path):
+    folder = build_experiment(tmp_path, Plan(samples=30, labels={"face": LABELS["face"], "style": LABELS["style"]}, elsewhere={"face": ("style", 7)}))
+    board = Scoreboard.from_experiment(folder)
+    one = board.cells.set_index(["row", "task"]).loc[("mix(300)", "face")]
+    own = board.samples[(board.samples["row"] == "mix(300)") & (board.samples["task"] == "face")].sort_values("id")
+    assert (one["elsewhere"], one["leaked"]) == (7, 0) and "leaked" not in one["badges"]
+    assert one["without_elsewhere"] == pytest.approx(100 * own["outcome"].iloc[:-7].eq("correct").mean())
+    assert "7 of 30 test pictures of face, trained on for style" in topics(board)["seen elsewhere"] and "leaked" not in topics(board)
+    assert set(board.cells[board.cells["task"] == "style"]["elsewhere"]) == {0}
+
+
 # -------------------------------------------------------------------------- choices, seeds, settings
 
 
@@ -491,6 +521,11 @@ def test_the_step_comes_from_best_json_and_its_price_is_said(tmp_path):
     assert by_task["honest"] == pytest.approx((accuracy.loc["mix(100)", "face"] + accuracy.loc["mix(337)", "style"]) / 2)
     assert by_task["claimed"] == pytest.approx(accuracy.loc[steps].max().mean())
     assert table.loc[("full", "overall"), "source"] == "random halves"
+    by = step_table(board).set_index(["model", "task"])
+    assert (by.loc[("mix", "face"), "chosen"], by.loc[("mix", "style"), "chosen"]) == (100, 337) and by["chosen"].isna().sum() == 2
+    one = by.loc[("mix", "face")]
+    assert one["score"] == accuracy.loc["mix(100)", "face"] and one["claimed"] == accuracy.loc[steps, "face"].max() and one["picked"] == int(accuracy.loc[steps, "face"].idxmax()[4:-1])
+    assert one["optimism"] == pytest.approx(one["claimed"] - one["score"])
     assert {"chosen on validation", "chosen by task", "chosen on test"} <= set(topics(board))
 
 
@@ -525,6 +560,15 @@ def test_runs_that_differ_in_the_seed_alone_are_one_recipe(tmp_path):
     assert board.to_html().count('class="seeds"') == 1
     assert sum(f.topic == "several settings" for f in findings(board)) == 1
     assert topics(board)["several settings"].startswith("mix-0 and slow differ in 2 settings (schedule.learning_rate and schedule.seed)")
+    assert one["seed_low"] < one["lowest"] and one["seed_high"] > one["highest"]  # three seeds say little
+    assert settings_table(board.configs).index.tolist() == ["schedule.learning_rate", "schedule.seed"]
+
+
+def test_pairs_without_the_best_row_that_differ_in_several_settings_are_named_too():
+    cells = pd.concat([imported_cells(checked_accuracies(pd.DataFrame({"model": m, "step": 1, "dataset": ["d"], "accuracy": a, "note": None, "n": 100, "rule": "closed"}), Path("x"))) for m, a in (("a", 90), ("b", 80), ("c", 70))], ignore_index=True)
+    configs = {"a": {"lr": 1, "rank": 1}, "b": {"lr": 2, "rank": 1}, "c": {"lr": 3, "rank": 2}}
+    found = topics(Scoreboard(cells, configs=configs))
+    assert found["several settings"].startswith("a and c differ in 2 settings") and "b and c (2)" in found["several settings elsewhere"]
 
 
 def test_recipes_that_differ_in_one_setting_are_comparable(board, experiment):
@@ -580,15 +624,55 @@ def test_published_figures_stand_beside_our_own(tmp_path):
 # -------------------------------------------------------------------------- LaTeX, differences
 
 
+KNOWN = {"begin", "end", "toprule", "midrule", "bottomrule", "rotatebox", "textbf", "mathrm", "par", "smallskip", "footnotesize"}
+
+
+def latex_rows(text: str) -> list[list[str]]:
+    """Read a tabular as LaTeX would: fails on anything that it would act on and that we did not write."""
+    escapes = {re.match(r"\\(\w+)", value)[1] for value in LATEX.values() if re.match(r"\\\w+", value)}
+    rows, cells, cell, depth, maths, i = [], [], "", 0, False, 0
+    while i < len(text):
+        if command := re.match(r"\\([A-Za-z]+)", text[i:]):
+            assert command[1] in KNOWN | escapes, command[0]
+            cell, i = cell + command[0], i + command.end()
+        elif text.startswith(r"\\", i):
+            assert depth == 0 and not re.match(r"\s*[\[*]", text[i + 2 :]), "an argument of the line break"
+            rows, cells, cell, i = [*rows, [*cells, cell]], [], "", i + 2
+        elif text[i] == "\\":
+            assert text[i + 1] in "{}$&#%_"
+            cell, i = cell + text[i : i + 2], i + 2
+        else:
+            assert text[i] not in "#%~" and (text[i] not in "^_" or maths), text[i - 20 : i + 1]
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            maths ^= text[i] == "$"
+            assert depth >= 0
+            cells, cell = ([*cells, cell], "") if text[i] == "&" and depth == 0 else (cells, cell + text[i])
+            i += 1
+    assert depth == 0 and not maths
+    return rows
+
+
 def test_latex_has_as_many_columns_as_it_says_and_escapes(chinese, original):
     for board in (chinese, original):
         text = latex_table(board)
-        lines = [line for line in text.splitlines() if line.endswith(r"\\")]
         columns = text.split(r"\begin{tabular}{")[1].split("}")[0]
-        assert len(lines) == len(board.rows) + 1
-        assert all(len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1 for line in lines)
-        assert not re.search(r"(?<!\\)_", text) and "<img" not in text
+        rows = latex_rows(text)
+        assert len(rows) == len(board.rows) + 1 and {len(row) for row in rows} == {len(columns)}
+        assert "<img" not in text
     assert r"\textbf{69.2}" in latex_table(original)
+    assert r"Qwen2-vl-mix(3000)$^{\mathrm{t}}$" in latex_table(original) and "optimistic" in latex_table(original)
+
+
+@pytest.mark.parametrize("name", ["[4pt] row", "*row", r"\\input{x}", "a & b % c", "~^_#$", "{open", "--", "`?", 'quote"'])
+def test_no_name_is_an_instruction_to_latex(name):
+    assert len(latex_rows(rf"first \\ {latex_text(name)} & 1 \\")[1]) == 2
+
+
+def test_means_over_samples_stand_in_every_form(board):
+    value = f"{board.means.loc['mix(300)', 'strict_micro']:.1f}"
+    for text in (text_table(board), markdown_table(board), latex_table(board)):
+        line = next(line for line in text.splitlines() if "mix(300)" in line and re.search(r"\d\.\d", line))
+        assert re.search(r"\bmicro\b", text) and value in line
 
 
 def test_column_maxima_are_bold_in_html(original):
@@ -620,4 +704,6 @@ def test_the_difference_of_two_scoreboards(tmp_path):
     change = after.means.loc["mix(200)", "strict"] - before.means.loc["mix(200)", "strict"]
     assert table.loc[("mix(200)", "mean"), "change"] == pytest.approx(change)
     assert "figures differ" in difference(before, after).to_markdown() and "mix(150)" in difference(before, after)._repr_html_()
-    assert (difference(before, before).table["state"] == "same").all()
+    assert (difference(before, before).table["state"] == "same").all() and not difference(before, before).notes
+    after.configs["mix"]["schedule"] |= {"learning_rate": 0.5, "warmup": 7}
+    assert "mix was trained with 2 settings changed (schedule.learning_rate and schedule.warmup)" in difference(before, after).to_markdown().replace("\\", "")

@@ -12,11 +12,13 @@ from qwen2vl_sft.comparison.statistics import (
     choice_by_halves,
     cluster_kinds,
     collapse,
+    detectable_difference,
     holm,
     mcnemar,
     mcnemar_p,
     power,
     repeated_scores,
+    seed_interval,
     smallest_difference,
     wilson,
 )
@@ -222,12 +224,53 @@ def test_micro_weighs_by_samples():
     assert 0.5 < macro.low < macro.high < 0.65 and 0.1 < micro.low < 20 / 100 < micro.high < 0.35
 
 
-def test_the_bootstrap_of_the_micro_mean_covers_the_truth():
-    rng, hits, truths, sizes = np.random.default_rng(8), 0, (0.3, 0.6, 0.9), (60, 120, 240)
-    truth = np.average(truths, weights=sizes)
-    for _ in range(400):
-        hits += truth in bootstrap_both([rng.random(n) < p for n, p in zip(sizes, truths, strict=True)])[1]
-    assert 0.925 <= hits / 400 <= 0.975
+def coverage_of_three_means(simulations: int = 700) -> dict[str, float]:
+    """Three rows that refuse now and then on three tasks of different sizes; how often each interval holds the first row's truth."""
+    rng, sizes, right, told = np.random.default_rng(8), np.array([60, 120, 240]), np.array([0.3, 0.6, 0.85]), np.array([0.7, 0.95, 0.8])
+    truth = {  # macro, micro
+        "strict": ((right * told).mean(), np.average(right * told, weights=sizes)),
+        "answered": (right.mean(), np.average(right, weights=sizes * told)), "common": (right.mean(), np.average(right, weights=sizes * told**3)),
+    }
+    hits = dict.fromkeys(((rule, mean) for rule in truth for mean in ("macro", "micro")), 0)
+    for i in range(simulations):
+        good = [rng.random(n) < p for n, p in zip(sizes, right, strict=True)]
+        answered = [rng.random((3, n)) < p for n, p in zip(sizes, told, strict=True)]
+        values = {
+            "strict": [g & a[0] for g, a in zip(good, answered, strict=True)], "answered": [g[a[0]] for g, a in zip(good, answered, strict=True)],
+            "common": [g[a.all(axis=0)] for g, a in zip(good, answered, strict=True)],
+        }
+        for rule, tasks in values.items():
+            for mean, interval, expected in zip(("macro", "micro"), bootstrap_both(tasks, repeats=600, seed=i), truth[rule], strict=True):
+                hits[rule, mean] += expected in interval
+    return {name: count / simulations for name, count in hits.items()}
+
+
+def test_the_intervals_of_all_three_means_cover_the_truth_in_93_to_97_percent():
+    coverage = coverage_of_three_means()
+    assert all(0.93 <= share <= 0.97 for share in coverage.values()), coverage
+
+
+def test_the_intervals_over_seeds_cover_the_truth_in_93_to_97_percent():
+    """Seeds of different skill on one test set: the sampling interval is about these seeds, Student's about all seeds."""
+    rng, simulations = np.random.default_rng(12), 1500
+    skills = rng.normal(0.8, 0.03, (simulations, 3)).clip(0, 1)
+    difficulty = rng.random((simulations, 1, 250))
+    right = (0.5 * difficulty + 0.5 * rng.random((simulations, 3, 250)))  # a shared difficulty, and a coin for each seed
+    level = np.quantile(0.5 * rng.random(200_000) + 0.5 * rng.random(200_000), skills)
+    values = (right < level[:, :, None]).mean(axis=1)
+    sampling = np.mean([skills[i].mean() in bootstrap_mean([values[i]], repeats=500, seed=i) for i in range(700)])
+    seeds = np.mean([0.8 in seed_interval(rng.binomial(4000, skills[i]) / 4000) for i in range(simulations)])
+    assert 0.93 <= sampling <= 0.97 and 0.93 <= seeds <= 0.97, (sampling, seeds)
+    assert all(math.isnan(x) for x in seed_interval([0.8])) and all(math.isnan(x) for x in seed_interval([0.8, math.nan]))
+
+
+@pytest.mark.parametrize(("n", "discordant"), [(120, 0.2), (500, 0.1)])
+def test_the_detectable_difference_is_found_in_four_of_five_test_sets(n, discordant):
+    reach = detectable_difference(n, discordant, 0.05 / 20)
+    share = max(discordant, reach)
+    draws = np.random.default_rng(n).multinomial(n, [(share + reach) / 2, (share - reach) / 2, 1 - share], size=20_000)
+    found = ((mcnemar_p(draws[:, 0], draws[:, 1]) < 0.05 / 20) & (draws[:, 0] > draws[:, 1])).mean()
+    assert 0.79 <= found <= 0.84 and reach > smallest_difference(n, tests=20)
 
 
 def test_the_optimism_of_a_choice_is_estimated():
@@ -239,6 +282,10 @@ def test_the_optimism_of_a_choice_is_estimated():
         claimed.append(np.mean([task.mean(axis=1) for task in rows], axis=0).max() - 0.7)
         estimated.append(choice_by_halves(rows, repeats=100, seed=i))
     assert np.mean(estimated) == pytest.approx(np.mean(claimed), abs=0.01)
+    near = [np.repeat(rng.random((8, 40)) < 0.7, 3, axis=1) for _ in range(3)]  # every picture three times, answered alike
+    whole = [choice_by_halves(near, [np.repeat(np.arange(40), 3)] * 3, repeats=200, seed=i) for i in range(10)]
+    torn = [choice_by_halves(near, repeats=200, seed=i) for i in range(10)]
+    assert np.mean(torn) < 0.7 * np.mean(whole)  # copies in both halves make luck look like skill
     sure = np.zeros((2, 100))
     sure[0] = 1
     assert choice_by_halves([sure]) == 0 and math.isnan(choice_by_halves([]))

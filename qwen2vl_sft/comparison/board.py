@@ -6,10 +6,11 @@
 __all__ = ['RULES', 'MEAN_COLUMNS', 'ALPHA', 'VERDICTS', 'HARMLESS', 'common_samples', 'mean_of', 'means_from_samples',
            'means_from_cells', 'mean_table', 'right_matrix', 'paired_counts', 'paired_tests', 'verdict_text',
            'paired_values', 'against', 'lead', 'flat_settings', 'differing', 'is_seed', 'seed_groups', 'common_start',
-           'seed_lines', 'seed_table', 'Board', 'row_of_kind', 'with_probabilities', 'below_untuned', 'accuracy_table',
-           'ranking', 'best_row', 'choice_table', 'optimism']
+           'recipes', 'settings_table', 'confounded', 'seed_lines', 'seed_table', 'Evidence', 'Board', 'row_of_kind',
+           'with_probabilities', 'below_untuned', 'accuracy_table', 'ranking', 'best_row', 'choice_table', 'optimism',
+           'step_table']
 
-# %% ../../nbs/62_comparison.board.ipynb #f4f57e95
+# %% ../../nbs/62_comparison.board.ipynb #00bb2683
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,8 +26,10 @@ from qwen2vl_sft.comparison.statistics import (
     bootstrap_both,
     bootstrap_mean,
     choice_by_halves,
+    detectable_difference,
     holm,
     mcnemar_p,
+    seed_interval,
     smallest_difference,
 )
 from ..scoring.metrics import ANSWERED
@@ -50,7 +53,7 @@ def common_samples(
     counts = samples[["task", "id"]].merge(by.reset_index(), how="left", on=["task", "id"])["rows"].to_numpy()
     return pd.Series(counts == rows, index=samples.index)
 
-# %% ../../nbs/62_comparison.board.ipynb #98cc0ede
+# %% ../../nbs/62_comparison.board.ipynb #ad28fe07
 def mean_of(
     lines: pd.DataFrame,  # one row's predictions under one of the rules: columns task, right, cluster
 ) -> dict[str, float]:  # mean, low, high (macro), micro, micro_low, micro_high, in percent
@@ -74,9 +77,9 @@ def means_from_samples(
     shared, answered = common_samples(samples, samples["row"].nunique()), samples["outcome"].isin(ANSWERED)
     found = {}
     for row, own in lines.groupby("row", sort=False):
-        found[row] = one = {}
+        found[row], known = (one := {}), {}
         for rule, part in {"strict": own, "answered_only": own[answered[own.index]], "common": own[shared[own.index]]}.items():
-            figures = mean_of(part)
+            figures = known[len(part)] = known.get(len(part)) or mean_of(part)  # each rule's samples are among the one's before
             one |= {rule: figures["mean"], f"{rule}_micro": figures["micro"]}
             one |= {f"{rule}_{name}": figures[name] for name in ("low", "high", "micro_low", "micro_high")}
         one["coverage_micro"] = 100 * answered[own.index].mean()
@@ -121,7 +124,7 @@ def mean_table(
         lines.append(one | {"low": one["strict_low"], "high": one["strict_high"]})
     return pd.DataFrame(lines).astype({"step": "Int64"}).set_index("row")
 
-# %% ../../nbs/62_comparison.board.ipynb #9b2a1234
+# %% ../../nbs/62_comparison.board.ipynb #5c087882
 def right_matrix(
     samples: pd.DataFrame,  # of one task
 ) -> pd.DataFrame:  # ids x rows: 1 right, 0 not, nan not asked
@@ -133,7 +136,7 @@ def paired_counts(
     samples: pd.DataFrame,
     reference: str,
     rows: Sequence[str] | None = None,  # None: all but the reference
-) -> list[dict]:  # row, task, n, difference (points), only_first, only_second, same_rule
+) -> list[dict]:  # row, task, n, difference (points), only_first, only_second, rule, same_rule
     "Every row against the reference on every task, on the samples that both were asked."
     lines = []
     for task, part in samples.groupby("task", sort=False):
@@ -145,11 +148,11 @@ def paired_counts(
             first, second = int((both[row] > both[reference]).sum()), int((both[row] < both[reference]).sum())
             lines.append({
                 "row": row, "task": task, "n": len(both), "difference": 100 * (first - second) / len(both) if len(both) else np.nan,
-                "only_first": first, "only_second": second, "same_rule": rules[row] == rules[reference],
+                "only_first": first, "only_second": second, "rule": rules[row], "same_rule": rules[row] == rules[reference],
             })
     return lines
 
-# %% ../../nbs/62_comparison.board.ipynb #dcda3b42
+# %% ../../nbs/62_comparison.board.ipynb #005bf554
 ALPHA = 0.05
 VERDICTS = ("better", "worse", "no evidence")
 
@@ -166,16 +169,15 @@ def paired_tests(
     p = mcnemar_p(lines["only_first"].to_numpy(), lines["only_second"].to_numpy())
     adjusted = np.array(holm(p))
     verdict = np.where(adjusted >= ALPHA, "no evidence", np.where(lines["difference"] > 0, "better", "worse"))
-    discordant = lines["only_first"] + lines["only_second"]
-    smallest = [100 * smallest_difference(n, ALPHA, len(lines), m) for n, m in zip(lines["n"], discordant, strict=True)]
-    return lines.assign(p_value=p, p_holm=adjusted, verdict=verdict, smallest_difference=smallest)
+    smallest = {n: 100 * smallest_difference(n, ALPHA, len(lines)) for n in lines["n"].unique()}
+    return lines.assign(p_value=p, p_holm=adjusted, verdict=verdict, smallest_difference=lines["n"].map(smallest))
 
 
 def verdict_text(line: Mapping) -> str:
     "A verdict in words; one between two rules says so."
     return line["verdict"] + ("" if line["same_rule"] else " (different rules)")
 
-# %% ../../nbs/62_comparison.board.ipynb #96f4defe
+# %% ../../nbs/62_comparison.board.ipynb #d7f5198d
 def paired_values(
     samples: pd.DataFrame,
     row: str,
@@ -193,17 +195,20 @@ def paired_values(
 
 
 def against(
-    samples: pd.DataFrame,
+    board: "Board",
     row: str,
     other: str,
-) -> pd.DataFrame:  # a line a task, as `paired_tests` gives; and low, high: 95 % interval of the difference (points)
-    "One row against another; Holm's correction runs over the tasks. Empty without predictions."
-    table = paired_tests(samples, other, [row])
+) -> pd.DataFrame:  # a line a task, as `paired_tests` gives; low, high: 95 % interval of the difference, detectable (points); tests
+    "One row against another; Holm's correction runs over all cells that the table tests. Empty without predictions."
+    every = board.tests(other)
+    table = every[every["row"] == row].reset_index(drop=True) if len(every) else every
     if table.empty:
         return table
-    values = paired_values(samples, row, other)
+    values = paired_values(board.samples, row, other)
     intervals = [bootstrap_mean([values[task][0]], [values[task][1]]) for task in table["task"]]
-    return table.assign(low=[100 * i.low for i in intervals], high=[100 * i.high for i in intervals])
+    discordant = (table["only_first"] + table["only_second"]) / table["n"].clip(lower=1)
+    reach = [100 * detectable_difference(n, share, ALPHA / len(every)) for n, share in zip(table["n"], discordant, strict=True)]
+    return table.assign(low=[100 * i.low for i in intervals], high=[100 * i.high for i in intervals], detectable=reach, tests=len(every))
 
 # %% ../../nbs/62_comparison.board.ipynb #03441d62
 def lead(
@@ -265,7 +270,27 @@ def common_start(names: Sequence[str]) -> str:
     first, last = min(names), max(names)
     return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))]
 
-# %% ../../nbs/62_comparison.board.ipynb #1aaf0589
+# %% ../../nbs/62_comparison.board.ipynb #693b0f82
+def recipes(configs: Mapping[str, Mapping]) -> list[str]:  # models, in their order
+    "One run for each recipe: of runs that differ in the seed alone, the first."
+    later = {model for models in seed_groups(configs).values() for model in models[1:]}
+    return [model for model in configs if model not in later]
+
+
+def settings_table(configs: Mapping[str, Mapping]) -> pd.DataFrame:  # settings x recipes; nothing where a setting is missing
+    "The settings in which recipes differ."
+    flat = pd.DataFrame({model: flat_settings(configs[model]) for model in recipes(configs)}, dtype=object)
+    differs = [any(str(value) != str(values.iloc[0]) for value in values) for _, values in flat.iterrows()]
+    return flat[differs].sort_index() if len(flat.columns) > 1 else flat.iloc[:0]
+
+
+def confounded(configs: Mapping[str, Mapping]) -> dict[tuple[str, str], list[str]]:
+    "Pairs of recipes that differ in more than one setting, and in which."
+    names = recipes(configs)
+    pairs = {(a, b): differing(configs[a], configs[b]) for i, a in enumerate(names) for b in names[i + 1 :]}
+    return {pair: settings for pair, settings in pairs.items() if len(settings) > 1}
+
+# %% ../../nbs/62_comparison.board.ipynb #f540434d
 def seed_lines(
     cells: pd.DataFrame,
     samples: pd.DataFrame,
@@ -273,7 +298,7 @@ def seed_lines(
     models: Sequence[str],
     step: int,
 ) -> list[dict]:  # one line a task, and one for the mean with task None
-    "A recipe at one step over its seeds: mean, sampling interval, standard deviation and range over seeds, in percent."
+    "A recipe at one step over its seeds: mean, sampling interval, and over seeds standard deviation, range and Student's interval, in percent."
     own = cells[cells["model"].isin(models) & (cells["step"] == step)]
     table = own.pivot(index="row", columns="task", values="accuracy")
     mine, name = samples[samples["row"].isin(table.index)], f"{group}({step}) x {len(table)} seeds"
@@ -281,10 +306,11 @@ def seed_lines(
     interval = lambda tasks: bootstrap_mean([over[t]["right"].to_numpy() for t in tasks], [over[t]["cluster"].to_numpy() for t in tasks])
     lines = []
     for task, scores in {**dict(table.items()), None: table.mean(axis=1, skipna=False)}.items():
-        sampling = interval([task] if task else list(table)) if over else Interval(np.nan, np.nan)
+        sampling, seeds = interval([task] if task else list(table)) if over else Interval(np.nan, np.nan), seed_interval(scores)
         lines.append({
-            "row": name, "model": group, "step": step, "task": task, "seeds": int(scores.notna().sum()), "accuracy": scores.mean(),
+            "row": name, "model": group, "models": list(models), "step": step, "task": task, "seeds": int(scores.notna().sum()), "accuracy": scores.mean(),
             "low": 100 * sampling.low, "high": 100 * sampling.high, "sd": scores.std(ddof=1), "lowest": scores.min(), "highest": scores.max(),
+            "seed_low": seeds.low, "seed_high": seeds.high,
         })
     return lines
 
@@ -300,12 +326,12 @@ def seed_table(
         steps = cells[cells["model"].isin(models) & cells["step"].notna()].groupby("step")["model"].nunique()
         for step in steps.index[steps > 1]:
             lines += seed_lines(cells, samples, group, models, int(step))
-    columns = ["row", "model", "step", "task", "seeds", "accuracy", "low", "high", "sd", "lowest", "highest"]
+    columns = ["row", "model", "models", "step", "task", "seeds", "accuracy", "low", "high", "sd", "lowest", "highest", "seed_low", "seed_high"]
     return pd.DataFrame(lines, columns=columns)
 
-# %% ../../nbs/62_comparison.board.ipynb #5026c8e9
+# %% ../../nbs/62_comparison.board.ipynb #7d4c96f4
 @dataclass(eq=False)
-class Board:
+class Evidence:
     "Rows (model at a step) x tasks. `cells` has one line a (row, task), `samples` one a prediction (empty if imported)."
 
     cells: pd.DataFrame
@@ -319,6 +345,19 @@ class Board:
     reference: str | None = None  # row that paired tests are against; None: the untuned model
     beside: pd.DataFrame = field(default_factory=pd.DataFrame)  # predictions by the rule that is not the headline's
 
+    @property
+    def rows(self) -> list[str]:
+        return self.cells["row"].unique().tolist()
+
+    @property
+    def tasks(self) -> list[str]:
+        return (self.samples if len(self.samples) else self.cells)["task"].unique().tolist()
+
+# %% ../../nbs/62_comparison.board.ipynb #cfbc48fe
+@dataclass(eq=False)
+class Board(Evidence):
+    "Evidence with its means, tests, seeds, choices and badges."
+
     def __post_init__(self):
         self.cells = self.cells.reset_index(drop=True).assign(chosen_on_test=False, below_untuned=False)
         if len(self.samples):
@@ -329,23 +368,20 @@ class Board:
         self.cells["below_untuned"] = below_untuned(self)
         self.cells["badges"] = [cell_badges(one) for one in self.cells.to_dict("records")]
 
-    @property
-    def rows(self) -> list[str]:
-        return self.cells["row"].unique().tolist()
-
-    @property
-    def tasks(self) -> list[str]:
-        return (self.samples if len(self.samples) else self.cells)["task"].unique().tolist()
-
     @cached_property
     def means(self) -> pd.DataFrame:
         "The three means of each row; see `mean_table`."
         return mean_table(self.cells, self.samples)
 
+    @property
+    def scored_configs(self) -> dict[str, dict]:
+        "Configurations of the training runs that have rows."
+        return {model: config for model, config in self.configs.items() if model in set(self.cells["model"])}
+
     @cached_property
     def seed_groups(self) -> dict[str, list[str]]:
         "Recipes that were run with several seeds."
-        return seed_groups({model: config for model, config in self.configs.items() if model in set(self.cells["model"])})
+        return seed_groups(self.scored_configs)
 
     @cached_property
     def seeds(self) -> pd.DataFrame:
@@ -421,7 +457,7 @@ def best_row(board: Board) -> str | None:
     ranked = ranking(board)
     return None if ranked.empty else ranked.index[0]
 
-# %% ../../nbs/62_comparison.board.ipynb #e0e659b8
+# %% ../../nbs/62_comparison.board.ipynb #db18a34b
 def choice_table(
     board: Board,
 ) -> pd.DataFrame:  # model, what (overall or by task), source, chosen, honest, picked, claimed, optimism (percent points)
@@ -450,5 +486,30 @@ def optimism(board: Board, rows: list[str]) -> float:  # a fraction; nan without
     "By how much the best of these rows looks better than it is, picked on the test sets; see `choice_by_halves`."
     if not len(board.samples):
         return np.nan
-    parts = [right_matrix(part).dropna() for _, part in board.samples[board.samples["row"].isin(rows)].groupby("task", sort=False)]
-    return choice_by_halves([part.to_numpy().T for part in parts])
+    own = board.samples[board.samples["row"].isin(rows)]
+    parts = [right_matrix(part).dropna() for _, part in own.groupby("task", sort=False)]
+    clusters = own.drop_duplicates(["task", "id"]).set_index(["task", "id"])["cluster"]
+    groups = [clusters[task].loc[part.index].to_numpy() for task, part in zip(own["task"].unique(), parts, strict=True)]
+    return choice_by_halves([part.to_numpy().T for part in parts], groups)
+
+# %% ../../nbs/62_comparison.board.ipynb #c54d9a11
+def step_table(
+    board: Board,
+) -> pd.DataFrame:  # model, task, chosen (step; missing without validation), score (of that step), picked (step), claimed, optimism (points)
+    "For each run with several steps, the best step of each task by validation and on test."
+    accuracy, lines = accuracy_table(board), []
+    for model, rows in board.means[board.means["kind"] == "trained"].groupby("model", sort=False):
+        if len(rows) < 2:
+            continue
+        by_task = board.choices[model].by_task if model in board.choices else {}
+        of_step = {int(step): row for row, step in rows["step"].items()}
+        for task in board.tasks:
+            scores = accuracy.loc[rows.index, task].dropna()
+            if scores.empty:
+                continue
+            chosen = by_task.get(task) if by_task.get(task) in of_step else None
+            score = scores.get(of_step.get(chosen), np.nan)
+            lines.append({"model": model, "task": task, "chosen": chosen, "score": score, "picked": int(rows.loc[scores.idxmax(), "step"]),
+                          "claimed": scores.max(), "optimism": scores.max() - score})
+    columns = ["model", "task", "chosen", "score", "picked", "claimed", "optimism"]
+    return pd.DataFrame(lines, columns=columns).astype({"chosen": "Int64"})

@@ -45,7 +45,7 @@ def confusion(
     columns = [*shown, *(name for name in (OTHER, NO_ANSWER) if name in table.columns)]
     return table.reindex(index=[*shown, *([OTHER] if OTHER in table.index else [])], columns=columns, fill_value=0)
 
-# %% ../../nbs/65_comparison.mistakes.ipynb #4bfb7d25
+# %% ../../nbs/65_comparison.mistakes.ipynb #856a4688
 TRAJECTORIES = ("always right", "learned", "unstable", "forgotten", "never right")
 
 
@@ -75,7 +75,7 @@ def trajectories(
             parts.append(table.reset_index().assign(task=task, kind=trajectory_kinds(table.to_numpy())))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["task", "id", "kind"])
 
-# %% ../../nbs/65_comparison.mistakes.ipynb #2f9d406f
+# %% ../../nbs/65_comparison.mistakes.ipynb #6e86d4c8
 def trajectory_table(
     board: Board,
 ) -> pd.DataFrame:  # index model, task; a column of counts for each of TRAJECTORIES
@@ -106,7 +106,7 @@ def confident_thresholds(
     own = np.bincount(truth, weights=scores[np.arange(len(truth)), truth], minlength=scores.shape[1])
     return np.where(counts > 0, own / np.maximum(1, counts), 2.0)
 
-# %% ../../nbs/65_comparison.mistakes.ipynb #a18d87ff
+# %% ../../nbs/65_comparison.mistakes.ipynb #7cb18d51
 def votes_of(
     predictions: pd.DataFrame,  # of one row on one task
     labels: Sequence[str] | None,  # None: open text
@@ -123,7 +123,7 @@ def votes_of(
         vote, doubt = vote.where(sure & (answer != truth)), 1 - scores[np.arange(len(scores)), truth]
     return pd.DataFrame({"vote": vote.to_numpy(), "doubt": doubt}, index=predictions["id"].to_numpy())
 
-# %% ../../nbs/65_comparison.mistakes.ipynb #13b0bd60
+# %% ../../nbs/65_comparison.mistakes.ipynb #4ffd1500
 def label_noise(
     board: Board,
     least: int = 2,  # models that must agree on the same other answer
@@ -172,7 +172,7 @@ def disagreements(
             parts.append(right.assign(task=task, target=own["target"], answer=answers_of(own)).reset_index())
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["id", "task", "target", "answer", *others])
 
-# %% ../../nbs/65_comparison.mistakes.ipynb #682903a8
+# %% ../../nbs/65_comparison.mistakes.ipynb #6af12a1f
 def training_sizes(prepared: Path) -> dict[str, int]:
     "Rows of each task's training split, as the audit counted them; empty when it is not there."
     try:
@@ -185,10 +185,10 @@ def training_sizes(prepared: Path) -> dict[str, int]:
 def mixture_table(
     board: Board,
     prepared: Path,
-) -> pd.DataFrame:  # model, task, row, share (percent of training samples), gain (points to the untuned model)
+) -> pd.DataFrame:  # model, task, row, rule, share (percent of training samples), gain (points to the untuned model)
     "Share against gain, for each run's row to look at (chosen on validation, else its best)."
     sizes, base, lines = training_sizes(prepared), row_of_kind(board, "base"), []
-    accuracy = accuracy_table(board)
+    accuracy, rules = accuracy_table(board), accuracy_table(board, "rule")
     for model, config in board.configs.items():
         rows = board.means[(board.means["model"] == model) & (board.means["kind"] == "trained")].dropna(subset="strict")
         try:
@@ -199,5 +199,5 @@ def mixture_table(
             continue
         row = board.chosen.get(model, rows["strict"].idxmax())
         for task in [task for task in board.tasks if task in shares and row in accuracy.index]:
-            lines.append({"model": model, "task": task, "row": row, "share": 100 * shares[task], "gain": accuracy.loc[row, task] - accuracy.loc[base, task]})
-    return pd.DataFrame(lines, columns=["model", "task", "row", "share", "gain"])
+            lines.append({"model": model, "task": task, "row": row, "rule": rules.loc[row, task], "share": 100 * shares[task], "gain": accuracy.loc[row, task] - accuracy.loc[base, task]})
+    return pd.DataFrame(lines, columns=["model", "task", "row", "rule", "share", "gain"])
