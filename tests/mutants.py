@@ -425,6 +425,30 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_comparison_mistakes.py::test_thresholds_are_chosen_on_validation_and_judged_on_test',),
     ),
     Mutation(
+        'comparison', "a sentence's tests are corrected over one row's tasks only", 'qwen2vl_sft/comparison/board.py',
+        '    every = board.tests(other)\n',
+        '    every = paired_tests(board.samples, other, [row])\n',
+        ('tests/test_comparison_scoreboard.py::test_holm_runs_over_the_whole_table_in_sentences_and_plots_too',),
+    ),
+    Mutation(
+        'comparison', 'copies of a picture lie in both halves', 'qwen2vl_sft/comparison/statistics.py',
+        'if groups and groups[i] is not None else np.arange(task.shape[1])',
+        'if False else np.arange(task.shape[1])',
+        ('tests/test_comparison_statistics.py::test_the_optimism_of_a_choice_is_estimated',),
+    ),
+    Mutation(
+        'comparison', "a picture that another task trains on counts as this task's leak", 'qwen2vl_sft/comparison/samples.py',
+        'if other == task:',
+        'if other:',
+        ('tests/test_comparison_scoreboard.py::test_pictures_that_another_task_trains_on_are_told_apart',),
+    ),
+    Mutation(
+        'comparison', "a row's name is an argument of LaTeX's line break", 'qwen2vl_sft/comparison/scoreboard.py',
+        '"[": "{[}", ',
+        '',
+        ('tests/test_comparison_scoreboard.py::test_no_name_is_an_instruction_to_latex',),
+    ),
+    Mutation(
         'comparison', "the page's data can end its script", 'qwen2vl_sft/comparison/report.py',
         'separators=(",", ":")).replace("<", "' + chr(92) * 2 + 'u003c")',
         'separators=(",", ":"))',

@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ class Plan:
     noise: dict[str, int] = field(default_factory=dict)  # task -> how many test labels are wrong
     pictures: int = 0  # their side in pixels; 0: none
     baselines: bool = True
+    parts: int = 1  # files of predictions a task
     seed: int = 0
 
     def skill(self, row: str, run: str, step: int | None) -> float:
@@ -207,8 +209,8 @@ def write_row(plan: Plan, run: RunDir, row: str, checkpoint: str, skill: float, 
             if task in plan.noise:
                 right = table["prediction"].to_numpy() == np.array(labelled[task], dtype=object)
                 table = table.assign(target=labelled[task], outcome=np.where(table["outcome"].isin(["correct", "wrong"]), np.where(right, "correct", "wrong"), table["outcome"]))
-            half = len(table) // 2
-            for part, rows_of_part in enumerate((table[:half], table[half:])):
-                run.write_predictions(checkpoint, task, part, rows_of_part)
+            bounds = np.linspace(0, len(table), plan.parts + 1).astype(int)
+            for part, (first, last) in enumerate(pairwise(bounds)):
+                run.write_predictions(checkpoint, task, part, table[first:last])
         if plan.validation and row not in (*BASELINES, "gpt-4o"):
             run.write_predictions(checkpoint, task, 0, predictions(plan, row, task, truth[task], difficulty[task], skill, rng, rules_of(plan, row, task)[0], "validation"))

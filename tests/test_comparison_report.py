@@ -409,7 +409,7 @@ def test_twenty_tasks_of_500_samples_stay_small_and_quick(opened, tmp_path):
     labels = {f"a_rather_long_name_of_a_task_{i:06d}": ["yes", "no"] for i in range(20)}
     plan = Plan(samples=500, labels=labels, collapsed={}, refused={}, api=True, steps=(100, 200, 300), pictures=160)
     path = write_report(build_experiment(tmp_path, plan))
-    assert len(Scoreboard.from_experiment(path.parent).rows) == 10
+    assert len((path.parent / "scoreboard.csv").read_text().splitlines()) == 1 + 10
     assert path.stat().st_size < 15e6
     loading = "performance.getEntriesByType('navigation')[0].loadEventEnd / 1000"
     assert min(opened(path).evaluate(loading) for _ in range(3)) < 3  # seconds; the best of three: other work may run beside

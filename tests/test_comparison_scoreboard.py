@@ -31,7 +31,7 @@ def original() -> Scoreboard:
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory) -> Path:
-    return build_experiment(tmp_path_factory.mktemp("synthetic"), Plan(api=True))
+    return build_experiment(tmp_path_factory.mktemp("synthetic"), Plan(api=True, parts=2))
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +349,7 @@ def test_predictions_out_of_contract_are_named(tmp_path, change, message):
 
 
 def test_a_truncated_part_file_is_named(tmp_path):
-    folder = build_experiment(tmp_path, Plan(samples=12, labels={"face": LABELS["face"]}))
+    folder = build_experiment(tmp_path, Plan(samples=12, labels={"face": LABELS["face"]}, parts=2))
     part = folder / "mix/predictions/step-100/face/part-test-closed-00001.parquet"
     part.write_bytes(part.read_bytes()[:100])
     with pytest.raises(InputError, match="step-100/face: unreadable predictions"):
@@ -364,7 +364,7 @@ def test_a_sample_scored_twice_counts_once(tmp_path):
 
 
 def test_partly_scored_rows_are_badged_and_never_best(tmp_path):
-    folder = build_experiment(tmp_path, Plan(samples=40, labels={"face": LABELS["face"]}, skills={"mix(300)": 0.99}))
+    folder = build_experiment(tmp_path, Plan(samples=40, labels={"face": LABELS["face"]}, skills={"mix(300)": 0.99}, parts=2))
     (folder / "mix/predictions/step-300/face/part-test-closed-00001.parquet").unlink()
     board = Scoreboard.from_experiment(folder)
     one = board.cells[board.cells["row"] == "mix(300)"].iloc[0]

@@ -109,7 +109,7 @@ def browser_items(samples: pd.DataFrame, rows: Sequence[str], shown: Sequence[st
         item["c"][at] = None if np.isnan(confidence) else round(float(confidence), 3)
     return list(items.values())
 
-# %% ../../nbs/68_comparison.browser.ipynb #b97d331d
+# %% ../../nbs/68_comparison.browser.ipynb #dcfa0195
 def browser_data(
     board: Board,
     task: str,
@@ -119,7 +119,8 @@ def browser_data(
 ) -> dict[str, Any]:  # what `errorBrowser` in the script takes; plain values only
     "Everything that the error browser shows of one task."
     samples, main, votes = shown_answers(board, task), best_row(board), voters(board)
-    rows = [row for row in board.rows if row in set(samples["row"])]
+    scored = set(samples["row"].unique())
+    rows = [row for row in board.rows if row in scored]
     place = {row: i for i, row in enumerate(rows)}
     shown, total = mistakes_to_show(samples, list(dict.fromkeys(filter(None, [main, *votes]))), most)
     labels = board.described.get(task, {}).get("labels") or (sorted(samples["target"].unique()) if (samples["rule"] == "closed").any() else [])

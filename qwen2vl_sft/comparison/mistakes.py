@@ -87,14 +87,15 @@ def trajectory_table(
             lines.append({"model": model, "task": task, **{kind: int(counts.get(kind, 0)) for kind in TRAJECTORIES}})
     return pd.DataFrame(lines, columns=["model", "task", *TRAJECTORIES]).set_index(["model", "task"])
 
-# %% ../../nbs/65_comparison.mistakes.ipynb #5997f09b
+# %% ../../nbs/65_comparison.mistakes.ipynb #2ceb3967
 def voters(board: Board) -> list[str]:
     "One row a model: of a run the step chosen on validation, else its last."
     rows = []
     for model, part in board.means[~board.means["kind"].isin(["majority", "nearest_neighbour", "imported"])].groupby("model", sort=False):
         chosen = board.chosen.get(model)
         rows.append(chosen if chosen in part.index else part.sort_values("step", na_position="first").index[-1])
-    return [row for row in rows if row in set(board.samples["row"])] if len(board.samples) else []
+    scored = set(board.samples["row"].unique()) if len(board.samples) else set()
+    return [row for row in rows if row in scored]
 
 
 def confident_thresholds(

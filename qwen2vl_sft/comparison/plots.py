@@ -287,7 +287,7 @@ def reference_styles(rows: pd.DataFrame) -> dict[str, tuple]:  # model -> colour
             others += 1
     return found
 
-# %% ../../nbs/67_comparison.plots.ipynb #300b4353
+# %% ../../nbs/67_comparison.plots.ipynb #36ec0e58
 def over_seeds(
     rows: pd.DataFrame,  # as `draw_lines` takes them
     seeds: pd.DataFrame | None,  # lines of `Scoreboard.seeds` for the same figures: all of the means, or all of the tasks
@@ -301,7 +301,7 @@ def over_seeds(
             continue
         line = mine.groupby(list(keys), sort=False).agg(value=("value", "mean"), lowest=("value", "min"), highest=("value", "max"), coverage=("coverage", "mean")).reset_index()
         line = line.merge(part[[*keys, "low", "high"]].astype({"step": "Int64"}), on=list(keys), how="left")
-        line = line.assign(model=f"{group}, {len(models)} seeds", kind="trained", rule=mine["rule"].iloc[0] if "rule" in mine else "", collapsed="")
+        line = line.assign(model=f"{group}, {len(models)} seeds", kind="trained", **{name: mine[name].iloc[0] if name == "rule" else "" for name in ("rule", "collapsed") if name in mine})
         rows = pd.concat([rows[~rows["model"].isin(models)], line], ignore_index=True)
     return rows
 
@@ -578,7 +578,7 @@ def label_points(
         line = {"arrowstyle": "-", "color": "#BBBBBB", "linewidth": 0.6} if at[i][1] - y > 6 else None
         axes.annotate(names[i], (xs[i], ys[i]), xytext=(7, y - at[i][1]), textcoords="offset points", va="center", fontsize=8, color="#333333", arrowprops=line)
 
-# %% ../../nbs/67_comparison.plots.ipynb #69272180
+# %% ../../nbs/67_comparison.plots.ipynb #ef42e581
 def tidy_logarithm(axes: "Axes") -> None:
     "Ticks of a logarithmic axis at 1, 2 and 5, written out."
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -598,7 +598,7 @@ def cost_accuracy(
     money = bool(len(rows)) and (priced | rows["kind"].eq("nearest_neighbour")).all()
     rows = rows[priced] if money else rows[rows["images_per_second"] > 0]
     rows = rows.assign(x=rows["cost_per_1000"] if money else 1 / rows["images_per_second"])
-    rows = rows if "model" in rows else rows.assign(model=rows["row"], step=pd.NA)
+    rows = rows if {"model", "step"} <= set(rows) else rows.assign(model=rows["row"], step=pd.NA)
     colours, styles = colours_of(rows), reference_styles(rows)
     with look():
         figure = blank_figure(5.9, 4.2)

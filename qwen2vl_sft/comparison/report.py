@@ -55,7 +55,7 @@ from ..scoring.metrics import OUTCOMES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../../nbs/69_comparison.report.ipynb #f2d0555c
+# %% ../../nbs/69_comparison.report.ipynb #dcc910bc
 ROWS_DEPLOYED = 40  # rows whose thresholds are worked out
 
 
@@ -80,7 +80,8 @@ def references_of(board: Scoreboard) -> list[str]:
     "Rows that a reader may test the others against: the untuned model, each API model, the best row."
     api = board.means.index[board.means["kind"] == "api"].tolist()
     rows = dict.fromkeys(filter(None, [board.reference, row_of_kind(board, "base"), *api, best_row(board)]))
-    return [row for row in rows if len(board.samples) and row in set(board.samples["row"])]
+    scored = set(board.samples["row"].unique()) if len(board.samples) else set()
+    return [row for row in rows if row in scored]
 
 # %% ../../nbs/69_comparison.report.ipynb #eb41d038
 CAPTIONS = {
