@@ -67,8 +67,9 @@ def clean() -> None:
     subprocess.run([Path(sys.executable).parent / "nbdev_clean"], cwd=ROOT, check=True)
 
 
-PASSING = re.compile(  # the hour, a temporary folder, how long something took here
-    rf"(?m)^\[\d\d:\d\d:\d\d\] |(?:{re.escape(tempfile.gettempdir())}|/tmp)/tmp\w+/?| [\d.k]+ samples/s .*left$|, \d+ s to fill, .*$| in \d+ s$"
+PASSING = re.compile(  # what is there already, the hour, a temporary folder, how long something took here
+    r"(?m)^(?:\[[\d:]+\] )?\S+ is up to date\n|^\[\d\d:\d\d:\d\d\] |"
+    rf"(?:{re.escape(tempfile.gettempdir())}|/tmp)/tmp\w+/?| [\d.k]+ samples/s .*left$|, \d+ s to fill, .*$| in \d+ s$"
 )
 
 
@@ -90,7 +91,8 @@ def run_tutorials(names: list[str]) -> None:
         notebook = read(path)
         for cell in notebook["cells"]:
             if cell["cell_type"] == "code":
-                cell["outputs"] = [without_passing(output) for output in cell["outputs"]]
+                tidied = [without_passing(output) for output in cell["outputs"]]
+                cell["outputs"] = [output for output in tidied if output.get("text") != []]
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
         subprocess.run([Path(sys.executable).parent / "nbdev_clean", "--fname", path], cwd=ROOT, check=True)
 
