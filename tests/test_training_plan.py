@@ -237,12 +237,13 @@ SIZES = np.array([[120, 3, 400, number] for number in range(8)])
 
 def test_what_a_validation_reads_is_in_the_plan_and_made_to_fit():
     without, reading = memory_plan(base_config(), SIZES).estimate, Reading(32, 3000, 60, 12_000, 50, 600_000)
-    roomy = memory_plan(base_config(validate_every=2), SIZES, reading)
-    assert roomy.estimate.validation_batch == 32 and roomy.estimate.peak >= roomy.estimate.weights + roomy.estimate.validation > without.peak
-    tight = with_overrides(base_config(validate_every=2), {"plan.memory_gb": roomy.estimate.peak / 1.5e9})
-    plan = memory_plan(tight, SIZES, reading)
-    assert plan.fits and 1 <= plan.estimate.validation_batch < 32
-    assert plan.shape.picture == 12_000 and plan.estimate.pictures_at_once < MOST_PICTURES  # its pictures go into the cache, too
+    config = base_config(validate_every=2, vision_cache=False)
+    roomy = memory_plan(with_overrides(config, {"plan.memory_gb": 40}), SIZES, reading).estimate
+    assert roomy.validation_batch == 32 and roomy.peak == roomy.weights + roomy.optimizer + roomy.validation > without.peak
+    tight = memory_plan(with_overrides(config, {"plan.memory_gb": roomy.peak / 1.5e9}), SIZES, reading)
+    assert tight.fits and 1 <= tight.estimate.validation_batch < 32
+    cached = memory_plan(base_config(validate_every=2), SIZES, reading)
+    assert cached.shape.picture == 12_000 and cached.estimate.pictures_at_once < MOST_PICTURES  # its pictures go into the cache, too
 
 
 def test_pictures_beyond_the_caches_limit_are_computed_beside_the_optimizers_states():

@@ -377,7 +377,7 @@ def last_step(
     stop = early_stop(run.validations(last), config.schedule.early_stopping_patience)
     return last if stop else config.schedule.steps
 
-# %% ../../nbs/56_training.trainer.ipynb #7da5a855
+# %% ../../nbs/56_training.trainer.ipynb #4f40acaa
 @contextmanager
 def memory_named(run: RunDir) -> Iterator[None]:
     "An out-of-memory error that smaller micro-batches don't mend, as a `RunFailure`: the optimiser's states', or another process's."
@@ -385,7 +385,7 @@ def memory_named(run: RunDir) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        there = [event for event in out_of_memory(run) if event["time"] >= started]
+        there = [event for event in out_of_memory(run) if event.get("time", 0) >= started]
         if process_count() > 1 and there and "out of memory" not in str(error):
             raise RunFailure(f"another of {process_count()} processes was out of memory ({there[-1]['reason']}); the same command continues from the last checkpoint with micro_batch={there[-1]['micro_batch']}") from error
         if isinstance(error, RunFailure) or not is_out_of_memory(error):
