@@ -87,7 +87,7 @@ def test_collapsed_scores_are_flagged_and_nothing_else(original):
 def test_last_step_best_step_and_the_choice_on_test(original):
     text = topics(original)
     assert best_row(original) == "Qwen2-vl-mix(3000)"
-    assert "Qwen2-vl-mix(3370), is 1.2 points below Qwen2-vl-mix(3000)" in text["last step"]
+    assert "Qwen2-vl-mix(3370) is 1.2 points below Qwen2-vl-mix(3000)" in text["last step"]
     assert original.chosen_on_test == ["Qwen2-vl-mix(3000)", "Qwen2-vl-full(3370)"]
     assert original.means.loc["Qwen2-vl-mix(3000)", "common"] - original.means.loc["Qwen2-vl-mix(3370)", "common"] == pytest.approx(1.3, abs=0.05)
 

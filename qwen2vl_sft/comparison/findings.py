@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FINDINGS', 'Finding', 'number', 'in_words', 'rule_text', 'best_findings', 'runner_up_findings', 'seed_findings',
-           'setting_findings', 'step_findings', 'choice_findings', 'api_findings', 'closed_findings', 'reach_text',
-           'paired_findings', 'collapse_findings', 'outcome_findings', 'leak_findings', 'leak_lines',
-           'regression_findings', 'other_regressions', 'bookkeeping_findings', 'findings']
+           'setting_findings', 'step_findings', 'last_step_findings', 'other_step_findings', 'choice_findings',
+           'api_findings', 'closed_findings', 'reach_text', 'paired_findings', 'collapse_findings', 'outcome_findings',
+           'leak_findings', 'leak_lines', 'regression_findings', 'other_regressions', 'bookkeeping_findings',
+           'findings']
 
 # %% ../../nbs/63_comparison.findings.ipynb #eac0bce9
 from collections.abc import Sequence
@@ -103,25 +104,41 @@ def setting_findings(board: Board) -> list[Finding]:
         found.append(Finding("several settings elsewhere", f"The same holds for {in_words(rest, 6)}: they differ in more than one setting."))
     return found
 
-# %% ../../nbs/63_comparison.findings.ipynb #7ea440f4
+# %% ../../nbs/63_comparison.findings.ipynb #72be339b
 def step_findings(board: Board) -> list[Finding]:
     "How the step was chosen and what that is worth, whether training went on too long, and whether one step suits all."
-    found, accuracy, winner = [], accuracy_table(board), best_row(board)
+    winner = best_row(board)
     winner = board.means.loc[winner, "model"] if winner else None
-    for one in choice_table(board).to_dict("records"):
-        found += choice_findings(board, one) if one["what"] == "overall" or one["model"] == winner else []
+    table = choice_table(board)
+    alike = table[(table["what"] == "overall") & (table["model"] != winner) & (table["chosen"] == table["picked"])]
+    found = [one for line in table.drop(alike.index).to_dict("records") if line["what"] == "overall" or line["model"] == winner for one in choice_findings(board, line)]
+    if len(alike):
+        scores = [f"{one.chosen} ({number(one.honest)})" for one in alike.itertuples()]
+        found.append(Finding("chosen on validation", f"Also chosen on validation data, and the best on test too: {in_words(scores, 6)}."))
+    return [*found, *last_step_findings(board), *other_step_findings(board, winner)]
+
+# %% ../../nbs/63_comparison.findings.ipynb #4d465f0f
+def last_step_findings(board: Board) -> list[Finding]:
+    "Runs whose last step is worse than the one to use."
+    lost = []
     for model, steps in board.means[board.means["kind"] == "trained"].dropna(subset="strict").groupby("model", sort=False):
-        best = board.chosen.get(model, steps["strict"].idxmax())
-        if len(steps) < 2 or best not in steps.index:
-            continue
-        last, tasks = steps["step"].astype(int).idxmax(), accuracy.loc[steps.index]
-        if last != best and steps.loc[last, "strict"] < steps.loc[best, "strict"]:
-            drop = steps.loc[best, "strict"] - steps.loc[last, "strict"]
-            found.append(Finding("last step", f"The last step of {model}, {last}, is {number(drop)} points below {best}."))
-        better = [f"{task} (step {steps.loc[tasks[task].idxmax(), 'step']})" for task in tasks if tasks[task].max() > tasks.loc[best, task] + 0.05]
-        if better and model == winner:
-            found.append(Finding("step by task", f"On {len(better)} of {len(tasks.columns)} tasks another step of {model} scores higher than {best}: {in_words(better)}."))
-    return found
+        best, last = board.chosen.get(model, steps["strict"].idxmax()), steps["step"].astype(int).idxmax()
+        if best in steps.index and steps.loc[last, "strict"] < steps.loc[best, "strict"]:
+            lost.append(f"{last} is {number(steps.loc[best, 'strict'] - steps.loc[last, 'strict'])} points below {best}")
+    if not lost:
+        return []
+    return [Finding("last step", f"The last step of {len(lost) if len(lost) > 1 else 'a'} run{'s' * (len(lost) > 1)} is not its best: {'; '.join(lost)}.")]
+
+
+def other_step_findings(board: Board, winner: str | None) -> list[Finding]:
+    "Tasks on which the best run has a better step than the one chosen."
+    steps = board.means[(board.means["model"] == winner) & board.means["strict"].notna()]
+    best = board.chosen.get(winner, steps["strict"].idxmax() if len(steps) else None)
+    if len(steps) < 2 or best not in steps.index:
+        return []
+    tasks = accuracy_table(board).loc[steps.index]
+    better = [f"{task} (step {steps.loc[tasks[task].idxmax(), 'step']})" for task in tasks if tasks[task].max() > tasks.loc[best, task] + 0.05]
+    return [Finding("step by task", f"On {len(better)} of {len(tasks.columns)} tasks another step of {winner} scores higher than {best}: {in_words(better)}.")] if better else []
 
 
 def choice_findings(board: Board, one: dict) -> list[Finding]:
@@ -136,7 +153,7 @@ def choice_findings(board: Board, one: dict) -> list[Finding]:
     luck = f", by about {number(one['optimism'])} points (estimated from random halves)" if pd.notna(one["optimism"]) else ""
     return [Finding("chosen on test", f"The step of {one['picked']} was chosen on these test sets among {steps}, so its mean is optimistic{luck}; choose the step on validation data.")]
 
-# %% ../../nbs/63_comparison.findings.ipynb #206e546c
+# %% ../../nbs/63_comparison.findings.ipynb #fd635b52
 def api_findings(board: Board) -> list[Finding]:
     "How the best tuned row stands against each API model, by each of the three means, and by the closed rule beside."
     best, found = best_row(board), []
@@ -153,8 +170,8 @@ def api_findings(board: Board) -> list[Finding]:
         shared = [task for task in board.tasks if (coverage[task] > 0).all()]
         wins = int((table.loc[best, shared] > table.loc[other, shared]).sum())
         found.append(Finding("wins", f"{best} is ahead of {other} on {wins} of the {len(shared)} tasks that every row answered."))
-        found += [*paired_findings(board, best, other), *closed_findings(board, best)]
-    return found
+        found += paired_findings(board, best, other)
+    return [*found, *(closed_findings(board, best) if found else [])]
 
 
 def closed_findings(board: Board, row: str) -> list[Finding]:

@@ -599,7 +599,7 @@ openTarget();
 """
 SCRIPT = '"use strict";' + BROWSER_SCRIPT + SORT_SCRIPT + FILTER_SCRIPT + OPEN_SCRIPT
 
-# %% ../../nbs/69_comparison.report.ipynb #c19ca128
+# %% ../../nbs/69_comparison.report.ipynb #bfbd2b2e
 PAGE_STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#59636e;--paper:#fff;--line:#d5dae0;--link:#0b57a8;--warn:#8a4600;--warnbg:#fff6e9}
 @media (prefers-color-scheme:dark){:root{--ink:#e8ebef;--soft:#a3adb8;--paper:#14171b;--line:#363d46;--link:#8cbcff;--warn:#ffc27a;--warnbg:#2a1f10}}
@@ -612,6 +612,7 @@ nav{display:flex;flex-wrap:wrap;gap:.3em 1.1em;margin:.6em 0 1.2em}a{color:var(-
 .about{color:var(--soft);margin:.2em 0}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:0 0 1.2em}
 .tiles div{border:1px solid var(--line);border-top:3px solid var(--link);border-radius:6px;padding:.5em .8em;min-width:0}
+@media (min-width:700px){.tiles div:first-child{grid-column:span 2}}
 .tiles dt{color:var(--soft);font-size:.85rem}.tiles dd{margin:0;font-size:1.5rem;font-weight:650;line-height:1.25}.tiles small{display:block;color:var(--soft);font-size:.82rem;font-weight:400}
 .lead{font-size:1.12rem;max-width:52em}ul{padding-left:1.2em;max-width:62em}li{margin:.25em 0}
 .careful{background:var(--warnbg);border-left:4px solid var(--warn);padding:.8em 1em;margin:1em 0}
@@ -625,13 +626,13 @@ h4{font-size:.95rem;margin:1.2em 0 .3em}
 [hidden]{display:none!important}
 """
 
-# %% ../../nbs/69_comparison.report.ipynb #dbd88e00
+# %% ../../nbs/69_comparison.report.ipynb #75bb88bb
 PICTURE_STYLE = """
 #queue{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,170px),1fr));gap:10px}
 #queue figure{border:1px solid var(--line);border-radius:6px;padding:8px}#queue figcaption{font-size:.9rem}#queue small{display:block;color:var(--soft);font-size:.78rem}
 #queue img{display:block;height:72px;max-width:100%;object-fit:contain;background:#fff;margin:0 auto 6px}
 #plots div.all{display:flex;flex-wrap:wrap;gap:1.6em}
-figure{margin:0;flex:1 1 100%;min-width:0}#mean_by_step,#loss_curves,#cost_accuracy,#reliability_diagram,#task_differences{flex:1 1 480px}#plots figure .scroll img{margin:0 auto}#plots figure .scroll{overflow-x:auto;background:#fff;border:1px solid var(--line);border-radius:6px;padding:8px}
+figure{margin:0;flex:1 1 100%;min-width:0}#mean_by_step,#loss_curves,#cost_accuracy,#reliability_diagram,#plots [id^=task_differences]{flex:1 1 480px}#plots figure .scroll img{margin:0 auto}#plots figure .scroll{overflow-x:auto;background:#fff;border:1px solid var(--line);border-radius:6px;padding:8px}
 #plots figure img{display:block;max-width:100%;height:auto}#plots figcaption{color:var(--soft);font-size:.9rem;margin-top:.4em}
 @media (max-width:760px){#plots figure img{max-width:none}#mean_by_step img,#loss_curves img,#cost_accuracy img{width:560px!important}}
 @media (prefers-color-scheme:dark){#plots figure .scroll{background:#e9ebee}#plots figure img{mix-blend-mode:multiply}}
