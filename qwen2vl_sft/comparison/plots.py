@@ -123,7 +123,7 @@ def blank_figure(width: float, height: float) -> "Figure":  # inches
     plt.close(figure)
     return figure
 
-# %% ../../nbs/67_comparison.plots.ipynb #a703616d
+# %% ../../nbs/67_comparison.plots.ipynb #4bc08090
 def heat_map(
     cells: pd.DataFrame,  # Scoreboard.cells
     means: pd.DataFrame | None = None,  # Scoreboard.means; adds the strict mean as a last line
@@ -149,7 +149,7 @@ def heat_map(
 def rule_of(rows: pd.DataFrame) -> str:
     "The rules that a table's figures were obtained by; empty where it does not say."
     rules = rows["rule"].dropna().astype(str) if "rule" in rows else []
-    return f"rule: {'; '.join(dict.fromkeys(rule for rule in rules if rule))}" if len(rules) else ""
+    return f"rule: {', '.join(dict.fromkeys(rule for several in rules for rule in several.split(', ') if rule))}" if len(rules) else ""
 
 
 def rules_note(cells: pd.DataFrame) -> str:

@@ -55,7 +55,7 @@ from ..scoring.metrics import OUTCOMES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../../nbs/69_comparison.report.ipynb #dcc910bc
+# %% ../../nbs/69_comparison.report.ipynb #1c854536
 ROWS_DEPLOYED = 40  # rows whose thresholds are worked out
 
 
@@ -68,7 +68,9 @@ class Material:
         self.positives = {task: one["positive"] for task, one in board.described.items() if one.get("positive")}
         self.references = references_of(board)
         self.rival = next((row for row in self.references if board.means.loc[row, "kind"] == "api"), self.references[0] if self.references else None)
-        self.shown = list(dict.fromkeys(filter(None, [self.best, row_of_kind(board, "base"), *voters(board)])))[:5]  # in plots of few lines
+        again = {model for models in board.seed_groups.values() for model in models[1:]}  # further seeds of a recipe
+        others = [row for row in voters(board) if board.means.loc[row, "model"] not in again and board.means.loc[row, "kind"] != "api"]
+        self.shown = list(dict.fromkeys(filter(None, [self.best, row_of_kind(board, "base"), *others])))[:5]  # in plots of few lines
         self.confidences = confidence_table(folder, self.prepared, board.rows[:ROWS_DEPLOYED]) if folder else pd.DataFrame({"row": [], "task": [], "split": []})
         self.thresholds = thresholds(self.confidences, terms.precision, terms.recall, self.positives)
         self.costs, self.speeds = cost_table(board, terms.prices), speed_table(board, terms.prices)
@@ -381,7 +383,7 @@ def training_html(material: Material) -> str:
     note = "Samples followed from the untuned model through the steps. Learned: wrong first, right from some step on. Forgotten: the other way round. Unstable: changed more than once."
     return f"{steps_html(material)}<h3>Learned and forgotten</h3><p>{note}</p>{table_html(['run', 'task', *TRAJECTORIES], lines, [1])}"
 
-# %% ../../nbs/69_comparison.report.ipynb #2ccfabda
+# %% ../../nbs/69_comparison.report.ipynb #6dade528
 QUEUE = 60  # shown
 
 
@@ -396,7 +398,7 @@ def queue_html(material: Material) -> str:
         address = shown[one["task"]].get(one["id"])
         picture = f'<img src="{address}" alt="">' if address else ""
         words = f'<strong>{breakable(str(one["target"]))}</strong> → {breakable(str(one["suggested"]))}'
-        models = f'{one["agree"]} of {one["asked"]} models, doubt {number(100 * one["doubt"])} %'
+        models = f'{one["agree"]} of {one["asked"]} models, doubt {100 * one["doubt"]:.0f}\u00a0%'
         cards.append(f'<figure>{picture}<figcaption>{words}<small>{models}</small><small>{breakable(one["task"])} · {breakable(str(one["id"]))}</small></figcaption></figure>')
     note = (f"{len(material.noise)} samples on which at least two models give the same other answer, and are surer of it than they usually are of that label "
             f"(confident learning; one vote a run, none for collapsed rows).{f' The first {QUEUE} of them.' if len(material.noise) > QUEUE else ''}")
@@ -626,9 +628,9 @@ h4{font-size:.95rem;margin:1.2em 0 .3em}
 [hidden]{display:none!important}
 """
 
-# %% ../../nbs/69_comparison.report.ipynb #75bb88bb
+# %% ../../nbs/69_comparison.report.ipynb #d4ec549a
 PICTURE_STYLE = """
-#queue{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,170px),1fr));gap:10px}
+#queue{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,185px),1fr));gap:10px}
 #queue figure{border:1px solid var(--line);border-radius:6px;padding:8px}#queue figcaption{font-size:.9rem}#queue small{display:block;color:var(--soft);font-size:.78rem}
 #queue img{display:block;height:72px;max-width:100%;object-fit:contain;background:#fff;margin:0 auto 6px}
 #plots div.all{display:flex;flex-wrap:wrap;gap:1.6em}
