@@ -55,6 +55,7 @@ def test_the_vision_cache_is_filled_from_the_stream(project, no_lookup):
 
 @pytest.mark.parametrize(("workers", "start"), [(0, 0), (2, 0), (0, 17)])
 def test_every_sample_gets_its_own_picture_and_few_are_held(project, monkeypatch, workers, start):
+    write_toy_suite(project / "toy", rows=48)
     streams = []
     begin = ImageStream.__init__
     monkeypatch.setattr(ImageStream, "__init__", lambda self, *arguments: streams.append(self) or begin(self, *arguments))
