@@ -448,7 +448,7 @@ def started(names: list[str], folder: Path, threads: int) -> Iterator[list[Arm]]
 
 
 def all_turns(arms: list[Arm], limit: float) -> None:
-    "A turn each, in another order each round, until all are done or the time is up."
+    "A turn each, in another order each round, until all are done, the time is up or Ctrl-C is pressed."
     order, began = random.Random(0), time.perf_counter()
     for arm in [arm for arm in arms if arm.name == "ours, cold cache"]:
         while not arm.seconds:  # the fill, and the first step
@@ -456,10 +456,13 @@ def all_turns(arms: list[Arm], limit: float) -> None:
     for arm in [arm for arm in arms if not arm.seconds]:
         arm.take_turn()
     waiting = [arm for arm in arms if not arm.is_done]
-    while waiting and time.perf_counter() - began < limit:
-        order.shuffle(waiting)
-        waiting = [arm for arm in waiting if arm.take_turn()]
-        print("  ".join(f"{arm.seconds[-1]:.2f}" for arm in arms), flush=True)
+    try:
+        while waiting and time.perf_counter() - began < limit:
+            order.shuffle(waiting)
+            waiting = [arm for arm in waiting if arm.take_turn()]
+            print("  ".join(f"{arm.seconds[-1]:.2f}" for arm in arms), flush=True)
+    except KeyboardInterrupt:
+        print("stopped: the steps made so far count", flush=True)
 
 
 def measured(names: list[str], folder: Path, settings: dict) -> list[Arm]:

@@ -16,7 +16,7 @@ from qwen2vl_sft.encoding.prompt import load_encoder
 from qwen2vl_sft.model.load import base_location
 from qwen2vl_sft.rundir import RunDir
 from qwen2vl_sft.training.order import StreamSampler, TrainingOrder
-from qwen2vl_sft.training.trainer import prepared_suite, train
+from qwen2vl_sft.training.trainer import check_devices, prepared_suite, train
 
 
 def config(project, name: str = "stream", **schedule) -> RunConfig:
@@ -88,4 +88,4 @@ def test_what_a_stream_cannot_do_is_refused_before_anything_loads(project, monke
             load_recipe(recipe, [setting])
     monkeypatch.setattr("qwen2vl_sft.training.trainer.process_count", lambda: 2)
     with pytest.raises(InputError, match="reads in one process"):
-        train(config(project))
+        check_devices(config(project))

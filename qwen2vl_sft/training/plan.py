@@ -374,7 +374,7 @@ def on_cuda(
     "Whether the recipe is for a GPU, be there one here or not."
     return config.model.device.startswith("cuda") or pick_device(config.model.device).type == "cuda"
 
-# %% ../../nbs/54_training.plan.ipynb #6beb0fc8
+# %% ../../nbs/54_training.plan.ipynb #5aad6aac
 def pictures_at_once(
     config: RunConfig,
     shape: Shape,
@@ -383,7 +383,7 @@ def pictures_at_once(
 ) -> int:
     "How many pictures go through the tower together when the vision cache is filled."
     pixels = shape.picture * model_config(config.model.base).vision_config.patch_size ** 2
-    most = max(1, min(MOST_PICTURES if on_cuda(config) else PICTURES_ON_CPU, shape.pictures, BATCH_BYTES // (3 * pixels)))
+    most = max(1, min(MOST_PICTURES, MOST_PICTURES if on_cuda(config) else PICTURES_ON_CPU, shape.pictures, BATCH_BYTES // (3 * pixels)))
     one = tower_bytes(config.model.base, compute_dtype(config.model), shape.picture)
     return most if memory is None else int(min(most, max(1, (memory - weights) // one)))
 
