@@ -412,7 +412,7 @@ def test_twenty_tasks_of_500_samples_stay_small_and_quick(opened, tmp_path):
     assert len((path.parent / "scoreboard.csv").read_text().splitlines()) == 1 + 10
     assert path.stat().st_size < 15e6
     loading = "performance.getEntriesByType('navigation')[0].loadEventEnd / 1000"
-    assert min(opened(path).evaluate(loading) for _ in range(3)) < 3  # seconds; the best of three: other work may run beside
+    assert any(opened(path).evaluate(loading) < 3 for _ in range(3))  # seconds; the best of three: other work may run beside
     sort = """() => {
       const start = performance.now();
       document.querySelectorAll('#scoreboard th button')[1].click();

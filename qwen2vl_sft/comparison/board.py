@@ -329,7 +329,7 @@ def seed_table(
     columns = ["row", "model", "models", "step", "task", "seeds", "accuracy", "low", "high", "sd", "lowest", "highest", "seed_low", "seed_high"]
     return pd.DataFrame(lines, columns=columns)
 
-# %% ../../nbs/62_comparison.board.ipynb #7d4c96f4
+# %% ../../nbs/62_comparison.board.ipynb #90c9cc32
 @dataclass(eq=False)
 class Evidence:
     "Rows (model at a step) x tasks. `cells` has one line a (row, task), `samples` one a prediction (empty if imported)."
@@ -349,9 +349,14 @@ class Evidence:
     def rows(self) -> list[str]:
         return self.cells["row"].unique().tolist()
 
-    @property
+    @cached_property
     def tasks(self) -> list[str]:
         return (self.samples if len(self.samples) else self.cells)["task"].unique().tolist()
+
+    @cached_property
+    def by_task(self) -> dict[str, pd.DataFrame]:
+        "The predictions of each task."
+        return dict(list(self.samples.groupby("task", sort=False))) if len(self.samples) else {}
 
 # %% ../../nbs/62_comparison.board.ipynb #cfbc48fe
 @dataclass(eq=False)
@@ -402,7 +407,7 @@ class Board(Evidence):
             known[reference] = paired_tests(self.samples, reference) if reference else pd.DataFrame()
         return known[reference]
 
-# %% ../../nbs/62_comparison.board.ipynb #7319af55
+# %% ../../nbs/62_comparison.board.ipynb #2dea8f9d
 def row_of_kind(board: Board, kind: str) -> str | None:
     "The first row of a kind, such as the untuned model (`base`)."
     names = board.cells.loc[board.cells["kind"] == kind, "row"]
@@ -411,7 +416,7 @@ def row_of_kind(board: Board, kind: str) -> str | None:
 
 def with_probabilities(board: Board, task: str) -> pd.DataFrame:
     "A task's predictions, of each row those by the closed rule where there are any: only they carry probabilities."
-    own = board.samples[board.samples["task"] == task]
+    own = board.by_task[task]
     closed = board.beside[(board.beside["task"] == task) & (board.beside["rule"] == "closed")] if len(board.beside) else board.beside
     if not len(closed):
         return own

@@ -88,10 +88,10 @@ def mistakes_to_show(
     ids = rank["id"].drop_duplicates().tolist()
     return ids[:most], len(ids)
 
-# %% ../../nbs/68_comparison.browser.ipynb #760d3ee0
+# %% ../../nbs/68_comparison.browser.ipynb #7a16b7ad
 def shown_answers(board: Board, task: str) -> pd.DataFrame:
     "A task's predictions, with the confidence of the answer that is shown."
-    samples, known = board.samples[board.samples["task"] == task], with_probabilities(board, task)
+    samples, known = board.by_task[task], with_probabilities(board, task)
     known = known.assign(confidence=stated_confidence(known))[["row", "id", "prediction", "confidence"]].rename(columns={"prediction": "_prediction"})
     samples = samples.merge(known, on=["row", "id"], how="left")
     return samples.assign(confidence=samples["confidence"].where(samples["prediction"] == samples["_prediction"]))

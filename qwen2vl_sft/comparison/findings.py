@@ -229,7 +229,7 @@ def outcome_findings(board: Board) -> list[Finding]:
             found.append(Finding(badge, f"{row} {verbs[badge]} {in_words(counts)}."))
     return found
 
-# %% ../../nbs/63_comparison.findings.ipynb #8e2a4b38
+# %% ../../nbs/63_comparison.findings.ipynb #92ff058c
 def leak_findings(board: Board) -> list[Finding]:
     "Test pictures that were trained on, and what the best row scores without them; with the same question, and with another task's."
     found = []
@@ -246,7 +246,7 @@ def leak_lines(board: Board, column: str) -> list[str]:  # column: leaked or els
     for task, part in flagged.groupby("task", sort=False):
         one = (part[part["row"] == best] if best in set(part["row"]) else part).iloc[0]
         without = f"{one['row']} scores {number(one['accuracy'])}, without them {number(one[f'without_{column}'])}" if pd.notna(one[f"without_{column}"]) else "nothing is left without them"
-        own = board.samples[(board.samples["task"] == task) & (board.samples["row"] == one["row"])]
+        own = board.by_task[task]
         others = f", trained on for {in_words(sorted(set(own['elsewhere']) - {''}))}" if column == "elsewhere" else ""
         lines.append(f"{one[column]} of {one['n']} test pictures of {task}{others} ({without})")
     return lines
@@ -291,7 +291,7 @@ def bookkeeping_findings(board: Board) -> list[Finding]:
             found.append(Finding("reported mean", f"{row} is printed with a mean of {number(printed)}, which no rule gives ({values})."))
     return found
 
-# %% ../../nbs/63_comparison.findings.ipynb #f82e9f32
+# %% ../../nbs/63_comparison.findings.ipynb #2f6644bf
 FINDINGS = (
     best_findings, api_findings, seed_findings, step_findings, regression_findings, collapse_findings, leak_findings,
     outcome_findings, other_regressions, setting_findings, bookkeeping_findings,
@@ -300,4 +300,7 @@ FINDINGS = (
 
 def findings(board: Board) -> list[Finding]:
     "Everything worth saying about a scoreboard, most important first."
-    return [finding for part in FINDINGS for finding in part(board)]
+    known = board.__dict__.setdefault("_findings", [])
+    if not known:
+        known += [finding for part in FINDINGS for finding in part(board)]
+    return list(known)

@@ -279,7 +279,7 @@ def task_line(one: Mapping, line: Mapping | None) -> str:
     return (f'<tr><th scope="row">{breakable(one["row"])}<small>{html.escape(one["rule"])}</small></th><td>{number(one["accuracy"])}{beside}</td><td>{interval}</td><td>{one["n"] or "–"}</td>'
             f'{further}{counts}{difference_html(line)}<td class="text">{badges}{detail}</td></tr>')
 
-# %% ../../nbs/69_comparison.report.ipynb #e4bd0efb
+# %% ../../nbs/69_comparison.report.ipynb #85924d3b
 def table_html(head: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int] = ()) -> str:
     "A plain table from escaped cells; columns in `text` are aligned to the left."
     style = lambda i: ' class="text"' if i in text else ""
@@ -294,7 +294,7 @@ def classes_html(material: Material, task: str) -> str:
     if not labels or not len(board.samples):
         return ""
     rows = list(dict.fromkeys(filter(None, [material.best, *voters(board)])))[:4]
-    parts = dict(list(board.samples[(board.samples["task"] == task) & board.samples["row"].isin(rows)].groupby("row", sort=False)))
+    parts = dict(list(board.by_task[task].groupby("row", sort=False)))
     figures = {row: class_figures(parts[row], labels).sort_values("support", ascending=False, kind="stable").head(30) for row in rows if row in parts}
     if not figures:
         return ""
