@@ -194,6 +194,14 @@ def test_planted_collapse_and_refusals_are_flagged_and_only_those(board):
     assert list(zip(refused["row"], refused["task"], strict=True)) == [("base", "number")]
 
 
+def test_answers_off_the_list_are_badged_and_counted(board):
+    flagged = board.cells[["off-list" in badges for badges in board.cells["badges"]]]
+    planted = board.samples[board.samples["outcome"] == "off_list"].groupby(["row", "task"]).size()
+    assert len(flagged) and set(flagged["row"]) == {"gpt-4o"}
+    assert flagged.set_index(["row", "task"])["off_list"].to_dict() == planted[planted >= 0.01 * 120].to_dict()
+    assert topics(board)["off-list"].startswith("gpt-4o answered off the list on")
+
+
 def test_common_support_leaves_out_for_everybody_what_one_did_not_answer(board):
     answered = board.samples[board.samples["outcome"].isin(["correct", "wrong"])]
     everybody = answered.groupby(["task", "id"])["row"].nunique() == len(board.rows)
