@@ -40,6 +40,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                             'qwen2vl_sft/comparison/board.py'),
                                               'qwen2vl_sft.comparison.board.Evidence': ( 'comparison.board.html#evidence',
                                                                                          'qwen2vl_sft/comparison/board.py'),
+                                              'qwen2vl_sft.comparison.board.Evidence.by_task': ( 'comparison.board.html#evidence.by_task',
+                                                                                                 'qwen2vl_sft/comparison/board.py'),
                                               'qwen2vl_sft.comparison.board.Evidence.rows': ( 'comparison.board.html#evidence.rows',
                                                                                               'qwen2vl_sft/comparison/board.py'),
                                               'qwen2vl_sft.comparison.board.Evidence.tasks': ( 'comparison.board.html#evidence.tasks',
