@@ -6,7 +6,7 @@
 __all__ = ['HEARTBEAT_SECONDS', 'DEAD_AFTER_SECONDS', 'Run', 'RULES', 'Status', 'RunDir', 'load', 'read_status', 'write_status',
            'running', 'write_config', 'log', 'metrics', 'validations', 'best', 'checkpoints', 'predictions_folder',
            'prediction_parts', 'next_part', 'write_predictions', 'rules', 'predictions', 'Predictions', 'run_html',
-           'predicted', 'decided_path', 'decided', 'note_decided']
+           'predicted', 'decided_path', 'decided_parts', 'decided', 'note_decided']
 
 # %% ../nbs/03_rundir.ipynb #b2b80a62
 import itertools
@@ -439,18 +439,24 @@ RunDir.predictions = predictions
 RunDir._repr_html_ = run_html
 RunDir.predicted = predicted
 
-# %% ../nbs/03_rundir.ipynb #9a7ccc76
+# %% ../nbs/03_rundir.ipynb #8df0106c
 def decided_path(run: RunDir, checkpoint: str, task: str, rule: str, split: str = "test") -> Path:
     "The file that says what the predictions of one rule on one split follow from."
     return predictions_folder(run, checkpoint, task) / f"decided_by-{split}-{rule}.json"
 
 
+def decided_parts(run: RunDir, checkpoint: str, task: str, rule: str, split: str = "test") -> dict[str, str]:
+    "What `note_decided` has noted: the fingerprint as `decided`, and its parts by name; empty if there is nothing."
+    try:
+        content = json.loads(decided_path(run, checkpoint, task, rule, split).read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
 def decided(run: RunDir, checkpoint: str, task: str, rule: str, split: str = "test") -> str | None:
     "The fingerprint noted by `note_decided`; None if there is none."
-    try:
-        return json.loads(decided_path(run, checkpoint, task, rule, split).read_text(encoding="utf-8"))["decided"]
-    except (FileNotFoundError, ValueError, KeyError):
-        return None
+    return decided_parts(run, checkpoint, task, rule, split).get("decided")
 
 
 def note_decided(
@@ -460,14 +466,16 @@ def note_decided(
     rule: str,
     fingerprint: str,  # of everything that decides all of the predictions
     split: str = "test",
+    parts: dict[str, str] | None = None,  # what the fingerprint is of, for readers: its task, its weights, ...
 ) -> None:
     "Note the fingerprint; predictions that followed from another one are removed first."
     if decided(run, checkpoint, task, rule, split) != fingerprint:
         for part in prediction_parts(run, checkpoint, task, rule, split):
             part.unlink()
-        write_atomically(decided_path(run, checkpoint, task, rule, split), json.dumps({"decided": fingerprint}))
+        write_atomically(decided_path(run, checkpoint, task, rule, split), json.dumps({"decided": fingerprint, **(parts or {})}))
 
 
 RunDir.decided_path = decided_path
+RunDir.decided_parts = decided_parts
 RunDir.decided = decided
 RunDir.note_decided = note_decided

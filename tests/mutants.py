@@ -186,9 +186,39 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '5.8', 'an idle adapter is accepted', 'qwen2vl_sft/model/load.py',
-        'return not torch.equal(tuned, plain)',
-        'return True',
-        ('tests/test_correctness.py::test_5_8_an_adapter_that_changes_nothing_is_an_error',),
+        'if not torch.equal(tuned, output()):',
+        'if True:',
+        ('tests/test_correctness.py::test_5_8_an_adapter_that_changes_nothing_is_an_error', 'tests/test_scoring_suite.py::test_an_adapter_that_changes_nothing_stops_the_run_and_one_of_the_tower_does_not'),
+    ),
+    Mutation(
+        '5.8', 'an adapter on the tower alone is taken for idle', 'qwen2vl_sft/model/load.py',
+        'for output in (lambda: model(input_ids=ids, use_cache=False).logits, lambda: _tower_output(inner)):',
+        'for output in (lambda: model(input_ids=ids, use_cache=False).logits,):',
+        ('tests/test_scoring_suite.py::test_an_adapter_that_changes_nothing_stops_the_run_and_one_of_the_tower_does_not',),
+    ),
+    Mutation(
+        '8', 'predictions of another precision stay', 'qwen2vl_sft/scoring/suite.py',
+        '"precision": candidate.precision, ',
+        '',
+        ('tests/test_scoring_suite.py::test_another_precision_is_another_prediction_and_another_device_is_not', 'tests/test_scoring_suite.py::test_what_predictions_follow_from'),
+    ),
+    Mutation(
+        '8', 'a row that left the test set stays in the predictions', 'qwen2vl_sft/scoring/experiment.py',
+        'data.split) and has_leftovers(one, data, rule):',
+        'data.split) and False:',
+        ('tests/test_scoring_suite.py::test_a_row_that_left_the_test_set_leaves_the_predictions',),
+    ),
+    Mutation(
+        '5.14', 'the self-test leaves out all adapters but the last', 'qwen2vl_sft/scoring/experiment.py',
+        'for number, one in enumerate(loaded.group.candidates):',
+        'for number, one in enumerate(loaded.group.candidates[-1:]):',
+        ('tests/test_scoring_suite.py::test_all_runs_and_the_untuned_model_go_over_the_data_once',),
+    ),
+    Mutation(
+        '5.14', 'the self-test writes the whole batch again', 'qwen2vl_sft/scoring/suite.py',
+        'prompts = prefill(model, scorer.encoder, [sample])\n        largest',
+        'prompts = prefill(model, scorer.encoder, samples[i:] + samples[:i])\n        largest',
+        ('tests/test_correctness.py::test_5_14_the_self_test_stops_a_model_that_depends_on_the_batch',),
     ),
     Mutation(
         '5.9', 'the frozen tower builds a graph', 'qwen2vl_sft/model/vision_cache.py',
@@ -602,9 +632,39 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '8.api', 'samples that were not asked leave the table', 'qwen2vl_sft/scoring/remote.py',
-        'if response is not None or place in chosen:',
-        'if response is not None:',
+        'if response is not None or place in chosen or name in earlier:',
+        'if response is not None or name in earlier:',
         ('tests/test_scoring_remote.py::test_a_wrong_key_stops_the_run_and_the_denominator_stays',),
+    ),
+    Mutation(
+        '8.api', 'rows of errors leave the table when fewer samples are asked about', 'qwen2vl_sft/scoring/remote.py',
+        'if response is not None or place in chosen or name in earlier:',
+        'if response is not None or place in chosen:',
+        ('tests/test_scoring_remote.py::test_no_row_is_lost_by_asking_about_fewer',),
+    ),
+    Mutation(
+        '8.api', 'a minute begins with all of its requests at once', 'qwen2vl_sft/scoring/remote.py',
+        'leak = rate if burst == 1 else max(rate - burst, rate / 2)',
+        'burst, leak = max(rate, 1.0), rate',
+        ('tests/test_scoring_remote.py::test_in_no_minute_more_than_stated_leaves',),
+    ),
+    Mutation(
+        '8.api', 'a response without usage is free', 'qwen2vl_sft/scoring/remote.py',
+        'return response | {"estimated": [question.tokens, config.max_tokens]}',
+        'return response',
+        ('tests/test_scoring_remote.py::test_settings_that_the_model_refuses_are_left_out',),
+    ),
+    Mutation(
+        '8.api', "another run's lost requests are this run's", 'qwen2vl_sft/scoring/responses.py',
+        'WHERE ended IS NULL AND run = ?", [run])',
+        'WHERE ended IS NULL")',
+        ('tests/test_scoring_remote.py::test_a_run_counts_its_own_lost_requests',),
+    ),
+    Mutation(
+        '8.api', 'Retry-After is not waited for', 'qwen2vl_sft/scoring/remote.py',
+        'return backoff(state) if asked is None else min(asked, config.longest_wait)',
+        'return backoff(state)',
+        ('tests/test_scoring_remote.py::test_the_key_is_nowhere',),
     ),
     Mutation(
         '8.api', 'what is in flight does not count against the budget', 'qwen2vl_sft/scoring/remote.py',
@@ -632,8 +692,8 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '8.calibration', 'the temperature is applied upside down', 'qwen2vl_sft/scoring/calibration.py',
-        'powers = np.maximum(values, SMALLEST) ** (1 / temperature)',
-        'powers = np.maximum(values, SMALLEST) ** temperature',
+        'return softmax(np.log(np.maximum(values, SMALLEST)) / temperature, axis=1)',
+        'return softmax(np.log(np.maximum(values, SMALLEST)) * temperature, axis=1)',
         ('tests/test_scoring_calibration.py::test_the_temperature_has_the_greatest_likelihood', 'tests/test_scoring_labeler.py::test_calibration_and_threshold_apply'),
     ),
     Mutation(
@@ -647,6 +707,12 @@ MUTATIONS: list[Mutation] = [
         'temperature, note = fit_temperature(splits["validation"])',
         'temperature, note = fit_temperature(splits.get("test", splits["validation"]))',
         ('tests/test_scoring_calibration.py::test_the_test_set_decides_nothing',),
+    ),
+    Mutation(
+        '8.calibration', "other weights take over a name's calibration", 'qwen2vl_sft/scoring/calibration.py',
+        'if stored.get("weights") != weights:',
+        'if not weights:',
+        ('tests/test_scoring_calibration.py::test_a_calibration_belongs_to_its_labels_and_its_weights', 'tests/test_scoring_labeler.py::test_calibration_and_threshold_apply'),
     ),
     Mutation(
         '8.label', 'what is below the threshold is labelled all the same', 'qwen2vl_sft/scoring/labeler.py',

@@ -515,7 +515,7 @@ def test_5_14_the_self_test_stops_a_model_that_depends_on_the_batch(project, enc
     prepared = prepare(load_suite(write_toy_suite(project / "toy", rows=6)))
     data, scorer = test_set(prepared, prepared.suite.tasks[0], ScoringConfig()), Scorer(encoder, ScoringConfig())
     model = load_base(CPU)
-    self_test(model, scorer, data)
+    assert self_test(model, scorer, data) < 1e-4 and self_test(model, scorer, data, "free") < 1e-4
     head = model.lm_head.forward
     tokens = [encoder.text_ids(label)[0] for label in ("red", "green", "blue")]
 
@@ -528,6 +528,9 @@ def test_5_14_the_self_test_stops_a_model_that_depends_on_the_batch(project, enc
     monkeypatch.setattr(model.lm_head, "forward", leaking)
     with pytest.raises(RunFailure, match="self-test"):
         self_test(model, scorer, data)
+    word = test_set(prepared, prepared.suite.task("word"), ScoringConfig())
+    with pytest.raises(RunFailure, match=r"self-test: sample 0 of word is '.*' alone and '.*' in a batch \(rule free\)"):
+        self_test(model, scorer, word, "free")
 
 
 def test_weights_and_trainer_state_are_read_without_running_code(project):

@@ -102,6 +102,10 @@ def test_two_processes_train_and_score_as_one_with_twice_the_accumulation(projec
         there = project / "runs" / "by-two" / method
         assert yaml.safe_load((there / "config.yaml").read_text())["schedule"]["effective_batch"] == json.loads((there / "plan.json").read_text())["effective_batch"] == 12
     assert said.count("million weights train") == 3 and said.count("scoring plain base (base, ") == 1
+    total = (1 + 2 * len(runs)) * 24  # answers of both processes; one of them draws
+    assert len(re.findall(rf"score word: 100%[^\r\n]*{total}/{total} ", said)) == 1 and f"{total} answers in" in said
+    progress = RunDir(project / "runs" / "by-two" / "lora").status().progress
+    assert (progress["answers"], progress["of"], progress["seconds_left"]) == (total, total, 0)
 
     # predictions: scored again by this one process from the very same checkpoints
     again = project / "runs" / "again"

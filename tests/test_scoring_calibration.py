@@ -17,6 +17,7 @@ from qwen2vl_sft.scoring.calibration import (
     calibrate_predictions,
     calibrate_run,
     calibration_figures,
+    calibration_for,
     calibration_path,
     fit_temperature,
     read_calibration,
@@ -34,7 +35,7 @@ def drawn(task: Task, samples: int, seed: int, sharpness: float = 2.0) -> pd.Dat
     rng = np.random.default_rng(seed)
     honest = rng.dirichlet(np.full(len(task.labels), 0.5), samples)
     truth = [task.labels[rng.choice(len(task.labels), p=row)] for row in honest]
-    stated = (honest**sharpness / (honest**sharpness).sum(axis=1, keepdims=True)).round(6)
+    stated = (honest**sharpness / (honest**sharpness).sum(axis=1, keepdims=True))
     return pd.DataFrame({
         "id": [f"{task.name}-{i}" for i in range(samples)], "target": truth, "rule": "closed",
         "probabilities": [json.dumps(dict(zip(task.labels, row, strict=True))) for row in stated],
@@ -43,7 +44,7 @@ def drawn(task: Task, samples: int, seed: int, sharpness: float = 2.0) -> pd.Dat
 
 def as_arrays(task: Task, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     values = np.array([list(json.loads(row).values()) for row in table["probabilities"]])
-    return np.maximum(values, 5e-7), np.array([task.labels.index(target) for target in table["target"]])
+    return np.maximum(values, 1e-300), np.array([task.labels.index(target) for target in table["target"]])
 
 
 @pytest.mark.parametrize("task", [FACE, KIND], ids=["two", "four"])
@@ -130,10 +131,17 @@ def test_thresholds_by_exhaustive_search():
             Wanted(**bad)
 
 
+def predicted(run: RunDir, task: Task, split: str, seed: int, weights: str = "w") -> None:
+    "Predictions of a checkpoint that is there, with the note that scoring makes."
+    (run.path / "checkpoints" / "step-4").mkdir(parents=True, exist_ok=True)
+    run.note_decided("step-4", task.name, "closed", f"{weights} {task.fingerprint}", split, {"task": task.fingerprint, "weights": weights})
+    run.write_predictions("step-4", task.name, 0, drawn(task, 120, seed).assign(split=split))
+
+
 def test_a_run_is_calibrated_from_its_files_and_changed_predictions_void_it(tmp_path):
     run = RunDir(tmp_path / "runs/x/mix")
     for split, seed in (("validation", 5), ("test", 6)):
-        run.write_predictions("step-4", "face", 0, drawn(FACE, 120, seed).assign(split=split))
+        predicted(run, FACE, split, seed)
     open_task = Task(name="word", question="Which word?", answer="text")
     written = calibrate_run(run, [FACE, KIND, open_task], Wanted(recall=0.9))
     assert [one["task"] for one in written] == ["face"]
@@ -142,3 +150,35 @@ def test_a_run_is_calibrated_from_its_files_and_changed_predictions_void_it(tmp_
     assert {one["n"] for one in (stored["figures"]["validation"]["after"], stored["figures"]["test"]["after"])} == {120}
     run.write_predictions("step-4", "face", 0, drawn(FACE, 120, 7).assign(split="validation"))
     assert read_calibration(run, "step-4", "face") is None
+
+
+def test_a_calibration_belongs_to_its_labels_and_its_weights(tmp_path):
+    "A label that came later, other weights under the same name, predictions of two states: each is refused with what to do."
+    run = RunDir(tmp_path / "runs/x/mix")
+    predicted(run, KIND, "validation", 8)
+    wider = Task(name="kind", question="What is it?", labels=["a", "b", "c", "d", "e"], aliases={"a": ["A one"]})
+    with pytest.raises(InputError, match="task 'kind' has another question or other labels than when x/mix/step-4 was scored on validation; run `qwen2vl-sft score x --split validation` first"):
+        calibrate_run(run, [wider])
+    with pytest.raises(InputError, match=r"task 'kind': its predictions were made over other labels \(e came or went\)"):
+        calibrate_predictions(wider, run.predictions("step-4", "kind", "closed", "validation"))
+    predicted(run, KIND, "test", 9, weights="newer")
+    with pytest.raises(InputError, match="x/mix/step-4 was scored on test and on validation with different weights; run `qwen2vl-sft score x --split test` first"):
+        calibrate_run(run, [KIND])
+    predicted(run, KIND, "test", 9)
+    (written,) = calibrate_run(run, [KIND])
+    assert calibration_for(run, "step-4", KIND, "w") == written and calibration_for(run, "step-5", KIND, "w") is None
+    for task, weights, message in ((KIND, "newer", "was calibrated with other weights than it has now"), (wider, "w", "has another question or other labels than when")):
+        with pytest.raises(InputError, match=rf"{message}.*run `qwen2vl-sft score x --split validation` and `qwen2vl-sft calibrate x`, or delete .*calibration.json"):
+            calibration_for(run, "step-4", task, weights)
+    predicted(run, KIND, "validation", 10)
+    with pytest.raises(InputError, match="the validation predictions of x/mix/step-4 have changed since it was calibrated"):
+        calibration_for(run, "step-4", KIND, "w")
+    (run.path / "checkpoints" / "step-4").rmdir()
+    assert calibrate_run(run, [wider]) == []  # deleted since: nobody can score it again
+
+
+def test_a_confidence_beyond_six_decimals_counts():
+    "Wrong answers that the model was surer of than any rounding shows make the temperature higher."
+    sure = pd.DataFrame({"id": range(40), "target": ["yes"] * 36 + ["no"] * 4, "probabilities": [json.dumps({"yes": 1 - 1e-12, "no": 1e-12})] * 40})
+    temperature = calibrate_predictions(FACE, sure)["temperature"]
+    assert temperature == pytest.approx(np.log((1 - 1e-12) / 1e-12) / np.log(0.9 / 0.1), rel=1e-3)  # where 90 % are right, 0.9 is what to state

@@ -15,15 +15,18 @@ import pytest
 import torch
 from PIL import Image
 
+from qwen2vl_sft import cli
 from qwen2vl_sft.config import RunConfig, ScoringConfig
 from qwen2vl_sft.core import InputError
 from qwen2vl_sft.data.prepare import prepare
 from qwen2vl_sft.data.sources import Row
 from qwen2vl_sft.data.toy import write_toy_suite
+from qwen2vl_sft.encoding.batch import Sample
 from qwen2vl_sft.rundir import RunDir
+from qwen2vl_sft.scoring import suite as scoring_suite
 from qwen2vl_sft.scoring.calibration import Wanted, calibrate_run, calibration_path
 from qwen2vl_sft.scoring.experiment import score_experiment
-from qwen2vl_sft.scoring.labeler import Labeler, find_checkpoint, images_of, label_to_file, label_pictures, read_picture
+from qwen2vl_sft.scoring.labeler import Labeler, find_checkpoint, fitting, images_of, label_to_file, label_pictures, read_picture
 from qwen2vl_sft.tasks import load_suite
 from qwen2vl_sft.training.trainer import train
 
@@ -84,14 +87,13 @@ def test_labels_are_those_of_scoring(home):
 @pytest.mark.slow
 def test_calibration_and_threshold_apply(home):
     table, images = scored(home)
-    suite = load_suite(home / "toy" / "toy.yaml")
-    content, = calibrate_run(RunDir(home / "runs/toy/lora"), suite.tasks, Wanted(recall=0.9))
+    content, = calibrate_run(RunDir(home / "runs/toy/lora"), load_suite(home / "toy" / "toy.yaml").tasks, Wanted(recall=0.9))
     stated = pd.DataFrame([json.loads(text) for text in table["probabilities"]])[["red", "green", "blue"]].to_numpy()
     path = calibration_path(RunDir(home / "runs/toy/lora"), "step-4", "colour")
     for temperature in (2.5, content["temperature"]):
         path.write_text(json.dumps(content | {"temperature": temperature}))
         labelled = Labeler.load(CHECKPOINT, ["colour"], device="cpu").label(images)
-        powers = np.maximum(stated, 5e-7) ** (1 / temperature)
+        powers = stated ** (1 / temperature)
         ours = pd.DataFrame([json.loads(text) for text in labelled["probabilities"]])[["red", "green", "blue"]].to_numpy()
         assert np.abs(ours - powers / powers.sum(axis=1, keepdims=True)).max() < 1e-3
     assert labelled["calibrated"].all()
@@ -106,6 +108,47 @@ def test_calibration_and_threshold_apply(home):
     other.write_text(text.replace("Which colour is it?", "What colour is it?"))
     with pytest.raises(InputError, match="task 'colour' has another question or other labels than when toy/lora/step-4 was calibrated"):
         Labeler.load(CHECKPOINT, ["colour"], suite=other, device="cpu")
+    settings = home / "runs/toy/lora/checkpoints/step-4/adapter_config.json"
+    before = settings.read_text()
+    settings.write_text(json.dumps(json.loads(before) | {"lora_alpha": 1}))  # other weights under the same name
+    try:
+        with pytest.raises(InputError, match="task 'colour': toy/lora/step-4 was calibrated with other weights than it has now; run `qwen2vl-sft score toy --split validation` and"):
+            Labeler.load(CHECKPOINT, ["colour"], device="cpu")
+    finally:
+        settings.write_text(before)
+
+
+@pytest.mark.slow
+def test_the_commands_calibrate_and_label(home, tmp_path, capsys):
+    assert cli.main(["calibrate", "toy", "--task", "colour", "--recall", "0.9"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].split()[:4] == ["run", "checkpoint", "task", "temperature"] and [line.split()[:3] for line in shown[1:]] == [["base", "base", "colour"], ["lora", "step-4", "colour"]]
+    for number in range(3):
+        shutil.copy(home / "toy" / "pictures" / f"test-{number}.png", tmp_path / f"{number}.png")
+    (tmp_path / "torn.png").write_bytes(b"nothing")
+    for out, read in (("labels.csv", pd.read_csv), ("labels.parquet", pd.read_parquet)):
+        assert cli.main(["label", CHECKPOINT, str(tmp_path), "--task", "colour", "--out", str(tmp_path / out), "--threshold", "1.01", "--device", "cpu"]) == 0
+        table = read(tmp_path / out).set_index("image")
+        said = capsys.readouterr().out
+        assert table.index.tolist() == ["0.png", "1.png", "2.png", "torn.png"] and table["calibrated"].tolist()[:3] == [True] * 3
+        assert ((table["label"] == "undecided") == (table["most_probable"] == "red")).all() and table.loc["torn.png", "reason"].startswith("not_an_image")
+        assert "unreadable" in said and said.splitlines()[-1] == str(tmp_path / out)
+
+
+def test_many_pictures_go_through_the_tower_in_parts_with_the_same_labels(home, monkeypatch):
+    labeler = Labeler.load(CHECKPOINT, device="cpu")
+    runs = []
+    labeler.model.get_base_model().model.visual.register_forward_hook(lambda module, inputs, output: runs.append(len(inputs[0])))
+    pictures = [read_picture(labeler.encoder, row) for row in list(images_of(home / "toy/pictures"))[:6]]
+    whole = label_pictures(labeler, pictures)
+    assert len(runs) == 1
+    monkeypatch.setattr(scoring_suite, "TOWER_BYTES", 2 * pictures[0].pixels.size)
+    labeler.tokens = 1  # and one sample in a pass of the language model
+    parts = label_pictures(labeler, pictures)
+    assert len(runs) >= 1 + 3 and sum(runs[1:]) == runs[0]
+    assert [(row["image"], row["task"], row["label"]) for row in parts] == [(row["image"], row["task"], row["label"]) for row in whole]
+    samples = [Sample(range(length)) for length in (4, 3, 9, 2, 2)]
+    assert [[len(one.encoded) for one in part] for part in fitting(samples, 9)] == [[4, 3], [9], [2, 2]]
 
 
 def test_two_tasks_run_the_tower_once(home):

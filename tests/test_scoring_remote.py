@@ -12,9 +12,12 @@ import time
 import urllib.request
 from collections import Counter
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
+import numpy as np
 import pytest
 from faulty_server import behaviour_of
 from PIL import Image
@@ -24,16 +27,20 @@ from qwen2vl_sft.config import ScoringConfig
 from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.data.toy import write_toy_suite
 from qwen2vl_sft.rundir import RunDir
+from qwen2vl_sft.scoring import responses
 from qwen2vl_sft.scoring.remote import (
     ApiConfig,
     Question,
+    Session,
     ask_all,
+    connect,
     load_api_recipe,
     open_session,
     picture_url,
     prediction_row,
     run_to_end,
     score_api,
+    wait_for_turn,
 )
 from qwen2vl_sft.scoring.responses import Key, ResponseStore
 from qwen2vl_sft.tasks import Task
@@ -105,6 +112,8 @@ def test_the_key_is_nowhere(project, key, caplog, capfd):
         assert counts(address)["bad_keys"] == 0
     rows = [prediction_row(WEAPON, str(i), "yes", session.store.get(q.key), reasons.get(q.key, "not asked"), None) for i, q in enumerate(questions)]
     assert [row["outcome"] for row in rows] == [EXPECTED[behaviour_of(i)] for i in range(40)]
+    first, second = session.store.database.execute("SELECT started, ended, state FROM requests WHERE image = ? ORDER BY number", [questions[0].key.image]).fetchall()
+    assert first[2].startswith("failed: HTTP 429") and second[2] == "answered" and 1.0 <= second[0] - first[1] < 5  # as Retry-After asks; of itself it would wait 0.02 s
     shown = capfd.readouterr()
     written = b"".join(file.read_bytes() for file in project.glob("store.sqlite*"))
     assert "chat/completions" in caplog.text  # the client did log
@@ -208,7 +217,37 @@ def test_what_a_killed_process_left_is_taken_over(tmp_path):
     number = store.begin(Key("p", "q"), "r", 600, 0.25)
     assert number is not None and store.begin(Key("p", "q"), "r", 600, 0.25) is None
     assert store.usage("r") == {"requests": 2, "lost": 1, "tokens_in": 0, "tokens_out": 0, "cost": 0.75, "states": {"in flight": 1, "lost": 1}}
-    assert store.settle() == 0
+    assert store.settle("r") == 0
+
+
+def test_a_run_counts_its_own_lost_requests(project, key):
+    code = f"from qwen2vl_sft.scoring.responses import *\nstore = ResponseStore({str(project / 's.sqlite')!r})\nfor run in ('a', 'a', 'b'): store.begin(Key(run, str(store.usage(run)['requests'])), run, 600, 0.5)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    store = ResponseStore(project / "s.sqlite")
+    config = config_for("http://127.0.0.1:9")
+    assert [open_session(config, store, run).counts["lost"] for run in ("c", "b", "a", "a")] == [0, 1, 2, 0]
+    assert [store.usage(run)["lost"] for run in ("a", "b", "c")] == [2, 1, 0]
+
+
+def test_a_full_disk_ends_the_run_with_one_line(project, key, monkeypatch):
+    "SQLite itself finds no more room; what is stored is kept, what is in flight comes home, nothing more is asked."
+    monkeypatch.setattr(responses, "GRACE_SECONDS", 0.0)  # requests whose end couldn't be noted count as lost when their time is over
+    questions = numbered([50 * i + 17 for i in range(60)])
+    with served("faulty_server.py") as address:
+        store = ResponseStore(project / "store.sqlite")
+        pages = store.database.execute("PRAGMA page_count").fetchone()[0]
+        store.database.execute(f"PRAGMA max_page_count = {pages + 6}")
+        session = open_session(config_for(address, concurrency=4, timeout=1.0), store, "faults/faulty")
+        with pytest.raises(RunFailure, match=r"store.sqlite: can't be written \(database or disk is full\); nothing more is asked.*the same command continues") as failure:
+            run_to_end(partial(ask_all, session, questions), session)
+        kept, seen = store.database.execute("SELECT count(*) FROM responses").fetchone()[0], sum(counts(address)["asked"].values())
+        assert "\n" not in str(failure.value) and 0 < kept < 60 and seen <= kept + 4
+        store.close()
+        session, reasons = asked(config_for(address, concurrency=4), project / "store.sqlite", questions)
+        assert reasons == {} and sum(counts(address)["answered"].values()) <= 60 + 4
+    (project / "text.sqlite").write_text("no database, but long enough to be read as one " * 30)
+    with pytest.raises(InputError, match=r"text.sqlite: can't be opened as a store of responses \(file is not a database\)"):
+        ResponseStore(project / "text.sqlite")
 
 
 # --- money, time and pace ------------------------------------------------------------------------------
@@ -234,27 +273,59 @@ def test_the_budget_ends_the_run_and_more_money_continues_it(project, key):
         assert sum(counts(address)["asked"].values()) == 40
 
 
-def test_time_and_requests_a_minute_are_kept(project, key):
+class FastLoop(asyncio.SelectorEventLoop):
+    "An event loop whose clock jumps to the next timer."
+
+    def __init__(self):
+        super().__init__()
+        self.now, select = 0.0, self._selector.select
+
+        def jump(timeout: float | None):
+            self.now += (timeout or 0.0) + 1e-7  # time passes, as it does
+            return select(0)
+
+        self._selector.select = jump
+
+    def time(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("requests", "tokens", "largest", "most", "least"),
+    [(4, None, 1, 4, 39), (300, None, 1, 300, 2900), (1000, None, 1, 1000, 9800), (None, 30_000, 1000, 30_000, 285_000), (600, 60_000, 600, 60_000, 580_000), (None, 1000, 900, 1500, 4900)],
+    ids=str,
+)
+def test_in_no_minute_more_than_stated_leaves(requests, tokens, largest, most, least):
+    "Ten minutes of a clock that jumps: the fullest window of sixty seconds, and that little is left unused."
+    config = ApiConfig(model="m", key_variable=None, requests_per_minute=requests, tokens_per_minute=tokens)
+    left: list[tuple[float, float]] = []
+
+    async def ten_minutes():
+        session = Session(config, None, "r", None, "none")
+        connect(session, largest)
+        loop, sizes = asyncio.get_running_loop(), cycle((largest, largest / 2, largest / 3))
+
+        async def work():
+            while loop.time() < 600:
+                amount = next(sizes)
+                await wait_for_turn(session, amount)
+                left.append((loop.time(), 1 if tokens is None else amount))
+
+        await asyncio.gather(*(work() for _ in range(8)))
+
+    with asyncio.Runner(loop_factory=FastLoop) as runner:
+        runner.run(ten_minutes())
+    times, amounts = (np.array(column) for column in zip(*left, strict=True))
+    total = np.concatenate([[0.0], amounts.cumsum()])
+    windows = [total[np.searchsorted(times, time + 60 - 1e-6)] - total[i] for i, time in enumerate(times)]
+    assert max(windows) <= most + 1e-6 and total[np.searchsorted(times, 600)] >= least
+
+
+def test_the_time_is_kept(project, key):
     questions = numbered([50 * i + 17 for i in range(30)])
     with served("faulty_server.py") as address:
-        started = time.monotonic()
-        config = config_for(address, requests_per_minute=300, max_minutes=3 / 60, concurrency=2)
-        config = config.model_copy(update={"requests_per_minute": 4.0})  # a burst of 4, then one every 15 s
-        import asyncio
-
-        async def first_seconds():
-            session = open_session(config, ResponseStore(project / "store.sqlite"), "faults/faulty")
-            task = asyncio.create_task(ask_all(session, questions))
-            await asyncio.wait([task], timeout=2)
-            task.cancel()
-            await asyncio.wait([task])
-            return session
-
-        session = asyncio.run(first_seconds())
-        assert session.counts["answered"] == 4 and time.monotonic() - started < 10
-        late = config_for(address, max_minutes=1e-6)
-        session, reasons = asked(late, project / "store.sqlite", questions)
-        assert len(reasons) == 26 and session.stopped.startswith("max_minutes=1e-06 are over")
+        session, reasons = asked(config_for(address, max_minutes=1e-6), project / "store.sqlite", questions)
+        assert len(reasons) == 30 and session.stopped.startswith("max_minutes=1e-06 are over") and counts(address)["asked"] == {}
 
 
 def test_a_budget_needs_a_price_and_a_key_must_be_there(project, key, monkeypatch):
@@ -332,6 +403,8 @@ def test_a_run_from_the_command_line(project, key, capfd, monkeypatch):
         for task in ("colour", "word"):
             table = run.predictions("service", task)
             assert len(table) == 6 and table["id"].is_unique and (table["rule"] == "free").all() and table["text"].eq("Yes.").all()
+            assert table["detail"].eq("auto").all() and not table["tokens_estimated"].any()
+            assert all(timedelta(0) <= datetime.now(UTC) - datetime.fromisoformat(date) < timedelta(minutes=5) for date in table["date"])
         assert run.predictions("service", "colour")["outcome"].eq("off_list").all() and run.status().state == "finished"
 
         (project / "api.yaml").write_text((project / "api.yaml").read_text() + "\nconcurrency: 3\ndetail: auto")
@@ -403,6 +476,7 @@ def test_settings_that_the_model_refuses_are_left_out(project, key):
     server = HTTPServer(("127.0.0.1", 0), Choosy)
     Thread(target=server.serve_forever, daemon=True).start()
     try:
+        (project / "prices.yaml").write_text("faulty: {input: 1000, output: 10000}\n")
         config = config_for(f"http://127.0.0.1:{server.server_port}", concurrency=1, structured=True, extra={"reasoning_effort": "low"})
         session, reasons = asked(config, project / "store.sqlite", numbered([17, 37]))
     finally:
@@ -410,9 +484,64 @@ def test_settings_that_the_model_refuses_are_left_out(project, key):
     assert reasons == {} and len(received) == 4
     assert [sorted(body.keys() & {"temperature", "max_tokens", "max_completion_tokens"}) for body in received[2:]] == [["max_completion_tokens"]] * 2
     assert received[3]["reasoning_effort"] == "low" and received[3]["response_format"]["json_schema"]["schema"]["properties"]["label"]["enum"] == ["yes", "no"]
-    row = prediction_row(WEAPON, "1", "yes", session.store.get(numbered([17])[0].key), "", None)
+    row = prediction_row(WEAPON, "1", "yes", session.store.get(numbered([17])[0].key), "", session.price)
     assert row["outcome"] == "correct" and row["text"] == "yes"
+    assert row["tokens_estimated"] and (row["tokens_in"], row["tokens_out"]) == (100, 128)  # no usage is stated: as the forecast counts
+    assert row["cost"] == pytest.approx(0.1 + 1.28) and session.spent == pytest.approx(2 * row["cost"])
     assert "temperature" not in json.loads(row["settings"]) and json.loads(row["settings"])["max_completion_tokens"] == 128
+
+
+def test_no_row_is_lost_by_asking_about_fewer(project, key, capfd):
+    "Rows of errors stay, with their reason, when a later command asks about a part of the samples; so do rows whose picture has changed."
+    with served("faulty_server.py") as address:
+        command = start_toy(project, address, concurrency=1, attempts=1)
+        suite = (project / "toy" / "toy.yaml").read_text()
+        (project / "toy" / "toy.yaml").write_text(suite.replace("sample 17", "sample 13"))  # always HTTP 500
+        outcomes = lambda: RunDir(project / "runs/toy/service").predictions("service", "colour").set_index("id")
+        assert cli.main(command) == 0
+        before = outcomes()
+        assert len(before) == 6 and before["outcome"].eq("error").all() and before["reason"].str.startswith("HTTP 500").all()
+        assert cli.main([*command, "--limit", "2"]) == 0
+        after = outcomes()
+        assert after[["outcome", "reason"]].equals(before[["outcome", "reason"]])
+        suite = (project / "toy" / "toy.yaml").read_text()
+        (project / "toy" / "toy.yaml").write_text(suite.replace("sample 13", "sample 17"))
+        assert cli.main([*command, "--limit", "2"]) == 0
+        changed = outcomes()
+        assert changed.index.equals(before.index) and sorted(changed["outcome"]) == ["error"] * 4 + ["off_list"] * 2
+        assert cli.main(command) == 0 and outcomes()["outcome"].eq("off_list").all()
+        (project / "toy" / "toy.yaml").write_text(suite.replace("sample 13", "sample 37"))
+        assert cli.main([*command, "--limit", "2"]) == 0
+        assert outcomes()["reason"].eq("not asked: its picture or question has changed since its answer").sum() == 4
+
+
+@pytest.mark.slow
+def test_the_key_is_in_no_executed_notebook_and_no_report(project, key, capfd):
+    "A notebook whose calls fail and succeed against a service that repeats the key, and the report on the run."
+    import nbformat
+    from nbclient import NotebookClient
+
+    from qwen2vl_sft.comparison.report import write_report
+
+    with served("faulty_server.py") as address:
+        start_toy(project, address, attempts=1)
+        suite = (project / "toy" / "toy.yaml").read_text()
+        (project / "toy" / "toy.yaml").write_text(suite.replace("sample 17", "sample 11").replace("sample 37", "sample 14"))  # both repeat the key
+        cells = [
+            "from pathlib import Path; from qwen2vl_sft.scoring.remote import *; from qwen2vl_sft.config import ScoringConfig",
+            f"config = load_api_recipe({str(project / 'api.yaml')!r}); config",
+            f"run = score_api(Path({str(project / 'runs' / 'toy')!r}), config, ScoringConfig()); run",
+            "session = open_session(config, ResponseStore('again.sqlite'), 'a/b'); session",
+            "for task in ('colour', 'word'): print(run.predictions('service', task)[['text', 'reason']].to_dict())",
+            f"score_api(Path({str(project / 'runs' / 'toy')!r}), config.model_copy(update={{'run': 'other', 'budget': 1.0}}), ScoringConfig())",
+        ]
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+        NotebookClient(notebook, allow_errors=True, timeout=120, resources={"metadata": {"path": str(project)}}).execute()
+    written = nbformat.writes(notebook)
+    assert CANARY not in written
+    assert written.count("(your key is [key])") >= 6 and written.count("Invalid image, key [key]") >= 6 and "InputError" in written
+    report = Path(write_report(project / "runs" / "toy"))
+    assert CANARY not in report.read_text() and CANARY.encode() not in b"".join(file.read_bytes() for file in project.rglob("*") if file.is_file())
 
 
 @pytest.mark.slow

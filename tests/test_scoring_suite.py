@@ -1,27 +1,35 @@
 """Scoring checkpoints: all in one pass, by both rules, killed and continued, redone when what decides them changes."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections import Counter
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
-from qwen2vl_sft.config import PreprocessingConfig, RunConfig, ScoringConfig
-from qwen2vl_sft.core import InputError
+from qwen2vl_sft.config import MethodConfig, ModelConfig, PreprocessingConfig, RunConfig, ScoringConfig
+from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.data.prepare import prepare
 from qwen2vl_sft.data.toy import toy_picture, write_toy_suite
-from qwen2vl_sft.rundir import RunDir
+from qwen2vl_sft.encoding.prompt import load_encoder
+from qwen2vl_sft.model.load import base_location, load_base, trainable
+from qwen2vl_sft.rundir import RunDir, Status
 from qwen2vl_sft.scoring import experiment, suite
 from qwen2vl_sft.scoring.experiment import score_experiment, score_run
+from qwen2vl_sft.scoring.labels import LabelScores, TreeReading, label_tree, path_sums
 from qwen2vl_sft.scoring.suite import test_set
-from qwen2vl_sft.tasks import load_suite
+from qwen2vl_sft.tasks import Task, load_suite
 from qwen2vl_sft.training.trainer import train
 
 SETTINGS = ScoringConfig(max_new_tokens=4, batch=4)
@@ -56,10 +64,13 @@ def test_all_runs_and_the_untuned_model_go_over_the_data_once(project, prepared,
     capsys.readouterr()
     decoded = counted(monkeypatch, suite, "open_image")
     towers = counted(monkeypatch, suite, "tower_features")
+    tested = counted(monkeypatch, experiment, "self_test")
     score_experiment(project / "runs" / "toy", SETTINGS, baselines=False)
-    assert len(decoded) == 24 + 4 * 4  # each picture once for all models; the self-test takes 4 for each of the four
+    assert len(decoded) == 24 + 2 * 3  # each picture once for all models; the self-test takes three a rule
     assert sum(len(args[2]) for args in towers) == 24
     said = capsys.readouterr().out
+    assert Counter((data.task.name, rule) for _, _, data, rule, _ in tested) == {("colour", "closed"): 7, ("word", "free"): 7}  # every candidate
+    assert said.count("answered alike") == 4
     assert "plain base (base, lora/step-2, lora/step-4)" in said and "nf4 base (qlora/step-2, qlora/step-4)" in said
     for run in runs:
         assert run.predicted() == [(f"step-{step}", task) for step in (2, 4) for task in ("colour", "word")]
@@ -109,7 +120,11 @@ def test_both_rules_lie_side_by_side_and_their_disagreement_is_kept(project, pre
     table = pd.read_csv(run.path.parent / "rules.csv").set_index(["run", "checkpoint", "task"])
     line = table.loc["lora", "step-4", "colour"]
     assert line["n"] == 12 and line["differ"] == pytest.approx((closed["prediction"] != free["prediction"].reindex(closed.index)).mean())
-    assert "rules.csv" in capsys.readouterr().out and list(table.index.unique("task")) == ["colour"]
+    said = capsys.readouterr().out
+    assert "rules.csv" in said and list(table.index.unique("task")) == ["colour"]
+    heads, *lines = [one.split() for one in said[said.index("rules.csv") :].splitlines()[1:]]
+    shown = {tuple(line[:3]): dict(zip(heads[3:], map(float, line[3:]), strict=True)) for line in lines}  # the same in the terminal, a line a task
+    assert shown.keys() == set(table.index) and shown["lora", "step-4", "colour"] == pytest.approx(line.to_dict(), abs=5e-4)
 
 
 def test_a_changed_picture_or_label_is_scored_again_and_no_other_row(project, prepared):
@@ -203,3 +218,187 @@ def test_the_closed_rule_needs_a_closed_task_and_a_limit_draws_at_random(prepare
     assert len(some) == 5 and some.chosen != list(range(5)) and some.chosen == sorted(some.chosen)
     assert some.chosen == test_set(prepared, prepared.suite.task("colour"), ScoringConfig(limit=5)).chosen
     assert torch.is_grad_enabled()
+
+
+# --- what decides a prediction, without a training ---------------------------------------------------------
+
+CPU = ModelConfig(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return load_encoder(base_location("small"))
+
+
+def scored_untuned(project, prepared, model: ModelConfig, **changes) -> RunDir:
+    run = RunDir(project / "runs" / "toy" / "base")
+    experiment.score_untuned(run, prepared, model, PreprocessingConfig(), SETTINGS.model_copy(update=changes))
+    return run
+
+
+def test_another_precision_is_another_prediction_and_another_device_is_not(project, prepared, capsys):
+    run = scored_untuned(project, prepared, CPU)
+    before = part_times(run)
+    scored_untuned(project, prepared, ModelConfig(device="auto" if not torch.cuda.is_available() else "cpu", dtype="float32"))
+    assert part_times(run) == before and "device" not in run.config_path.read_text()  # the same computation
+    capsys.readouterr()
+    scored_untuned(project, prepared, CPU.model_copy(update={"dtype": "bfloat16"}))
+    changed = part_times(run)
+    assert changed.keys() == before.keys() and not changed.items() & before.items()
+    assert "base: other precision than its predictions were made with; made again: colour (closed), word (free)" in capsys.readouterr().out
+    assert "dtype: bfloat16" in run.config_path.read_text()
+    scored_untuned(project, prepared, CPU.model_copy(update={"dtype": "bfloat16"}))
+    assert part_times(run) == changed and "made again" not in capsys.readouterr().out
+
+
+def test_what_predictions_follow_from(project, prepared, encoder, tmp_path):
+    scorer, data = suite.Scorer(encoder, SETTINGS), test_set(prepared, prepared.suite.task("colour"), SETTINGS)
+    decided = lambda **model: suite.decided_by(suite.Candidate(RunDir(tmp_path), "step-1", tmp_path, "w", "b", ModelConfig(**model)), data, "closed", scorer)
+    assert decided(device="cpu") == decided(device="cpu", dtype="float32") != decided(device="cpu", dtype="bfloat16") == decided(device="cuda:7")
+    assert decided(device="cpu", attention="eager") != decided(device="cpu") == decided(device="cpu", attention="flash_attention_2")  # which takes no masks
+
+
+def test_the_untuned_row_follows_what_all_runs_state(project):
+    "A run that sorts first, on another device or in another precision, changes no weights of the untuned row."
+    config = lambda **model: RunConfig(suite="toy.yaml", experiment="toy", model=model, method={"name": "lora"}, schedule={"steps": 1})
+    runs = {"mix": config(device="cpu", dtype="float32")}
+    assert experiment.untuned_settings(runs)[0] == ModelConfig(device="cpu", dtype="float32")
+    both = {"a": config(device="auto", dtype="bfloat16"), **runs}
+    assert experiment.untuned_settings(both)[0] == ModelConfig()
+    run = RunDir(project / "runs" / "toy" / "base")
+    for model in (experiment.untuned_settings(runs)[0], experiment.untuned_settings(both)[0]):
+        one = experiment.untuned_candidate(run, "toy", model, PreprocessingConfig())
+    assert one.precision == "float32, sdpa" or torch.cuda.is_available()
+    with pytest.raises(InputError, match="the run exists with suite: toy, now other is asked for"):
+        experiment.untuned_candidate(run, "other", CPU, PreprocessingConfig())
+
+
+def test_a_row_that_left_the_test_set_leaves_the_predictions(project, prepared):
+    run = scored_untuned(project, prepared, CPU)
+    table = (project / "toy" / "test.csv").read_text().splitlines()
+    (project / "toy" / "test.csv").write_text("\n".join(table[:-1]) + "\n")  # ids are numbers of lines
+    again = prepare(load_suite(project / "toy" / "toy.yaml"))
+    ids = again.split("colour", "test").column("id")
+    before = run.predictions("base", "colour").set_index("id")["seconds"]
+    scored_untuned(project, again, CPU)
+    after = run.predictions("base", "colour").set_index("id")["seconds"]
+    assert len(after) == 11 and set(after.index) == set(ids) and after.isin(before).sum() == 11
+
+
+def test_probabilities_are_kept_however_small(encoder):
+    values = np.array([1 - 3.3e-9, 3.3e-9 - 1.25e-30, 1.25e-30])
+    read = json.loads(suite.stated(["a", "b", "c"], values))
+    assert list(read.values()) == pytest.approx(values.tolist(), rel=1e-8) and sum(read.values()) == pytest.approx(1, abs=1e-8)
+    scores = LabelScores(["red", "blue"], np.array([[1 - 2e-11, 2e-11]]), np.ones(1), [None])
+    row, = suite.closed_rows(scores, ["red"], Task(name="t", question="?", labels=["red", "blue"]))
+    assert json.loads(row["probabilities"])["blue"] == pytest.approx(2e-11, rel=1e-8)
+
+
+def test_nothing_that_scores_warns(encoder):
+    "Two wordings of a label are added up without an operation that PyTorch calls unfinished."
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tree = label_tree(encoder, {"yes": ["yes", "yes, it does"], "no": ["no"]})
+            reading = TreeReading(-torch.rand(2, len(tree)), -torch.rand(2, len(tree)), torch.zeros(2, 1 + len(tree), dtype=torch.long))
+            sums = path_sums(reading, tree)
+    finally:
+        torch.set_warn_always(always)
+    ends = {label: [tree.path(node) for index, node in tree.ends if index == label] for label in (0, 1)}
+    for label, paths in ends.items():
+        wordings = torch.stack([reading.arrivals[:, path].sum(1) + reading.stops[:, path[-1]] for path in paths])
+        torch.testing.assert_close(sums[:, label], wordings.logsumexp(0))
+
+
+# --- what is checked before the first answer, and what memory allows -----------------------------------------
+
+
+def written_adapter(folder, scale: float, **method):
+    "An adapter as a training would save it, whose effect is `scale`."
+    model = trainable(load_base(CPU), MethodConfig(name="lora", rank=2, **method))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=scale)
+    model.save_pretrained(folder)
+
+
+def test_an_adapter_that_changes_nothing_stops_the_run_and_one_of_the_tower_does_not(tmp_path, encoder):
+    tower = {"targets": [], "tower_targets": ["qkv"]}
+    for name, scale in (("active", 0.05), ("idle", 0.0)):
+        written_adapter(tmp_path / name, scale, **tower)
+        group = experiment.Group("plain base, own towers", [suite.Candidate(RunDir(tmp_path), name, tmp_path / name, "w", "b", CPU, MethodConfig(name="lora", rank=2, **tower))])
+        if name == "active":
+            assert len(experiment.load_group(group, encoder).adapters) == 1
+            continue
+        with pytest.raises(RunFailure, match="idle: the adapter changes no output.*Train the run further, or delete"):
+            experiment.load_group(group, encoder)
+
+
+def test_the_self_test_takes_an_open_task_for_the_free_rule(prepared, encoder, monkeypatch, capsys):
+    "Also where the suite has no closed task, and each adapter on its own."
+    both, closed, word = (test_set(prepared, prepared.suite.task(name), SETTINGS.model_copy(update={"rule": rule})) for name, rule in (("colour", "both"), ("colour", "auto"), ("word", "auto")))
+    assert [experiment.tested_by(rule, [both, word]) for rule in ("closed", "free")] == [both, word]
+    assert [experiment.tested_by(rule, [word]) for rule in ("closed", "free")] == [None, word] and experiment.tested_by("free", [both]) is both and experiment.tested_by("free", [closed]) is None
+    group = experiment.Group("plain base", [suite.Candidate(RunDir(prepared.folder), "base", None, "w", config=CPU)])
+    experiment.test_models([experiment.load_group(group, encoder)], suite.Scorer(encoder, SETTINGS), [word])
+    assert "self-test, plain base, 1 models: word (free) alone and in a batch answered alike" in capsys.readouterr().out
+
+
+def test_the_tokens_of_a_pass_follow_from_free_memory(monkeypatch):
+    model = load_base(CPU)
+    assert 0 < suite.free_bytes(torch.device("cpu")) < psutil.virtual_memory().total
+    room = {}
+    for free in (0, 2 * 10**9, 4 * 10**9, 10**15):
+        monkeypatch.setattr(suite, "free_bytes", lambda device, free=free: free)
+        room[free] = suite.batch_tokens(model)
+    text = model.config.text_config
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads * 4  # bytes of a token's keys and values
+    assert room[0] == 1024 and room[10**15] == suite.BATCH_TOKENS
+    monkeypatch.setattr(suite, "BATCH_TOKENS", 10**9)
+    monkeypatch.setattr(suite, "free_bytes", lambda device: 2 * 10**9)
+    half = suite.batch_tokens(model)
+    monkeypatch.setattr(suite, "free_bytes", lambda device: 4 * 10**9)
+    assert suite.batch_tokens(model) == pytest.approx(2 * half, rel=1e-3) and half * cache < 2 * 10**9 / 3
+
+
+def test_a_batch_that_is_too_large_is_halved_and_a_sample_that_is_gets_named(project, prepared, monkeypatch, capsys):
+    "The error is the CPU allocator's own."
+    real, sizes, most = experiment.score_batch, [], [2]
+
+    def tight(model, scorer, data, places, *rest):
+        sizes.append(len(places))
+        if len(places) > most[0]:
+            torch.empty(2**60, dtype=torch.uint8)
+        return real(model, scorer, data, places, *rest)
+
+    monkeypatch.setattr(experiment, "score_batch", tight)
+    run = scored_untuned(project, prepared, CPU, batch=8)
+    assert sizes[:6] == [8, 4, 2, 2, 4, 2] and "out of memory: a batch of 8 is halved" in capsys.readouterr().out
+    assert all(len(run.predictions("base", task)) == 12 and run.predictions("base", task)["id"].is_unique for task in ("colour", "word"))
+    most[0] = 0
+    for path in run.path.glob("predictions/*/*/*"):
+        path.unlink()
+    with pytest.raises(RunFailure, match=r"colour, row \S+: one sample doesn't fit in memory; lower preprocessing.max_pixels"):
+        scored_untuned(project, prepared, CPU, batch=2)
+
+
+def test_progress_and_the_time_left(monkeypatch, encoder):
+    "Loading the models counts until the first answers are there; of two processes each has half of the work."
+    now, status = [100.0], Status()
+    monkeypatch.setattr(experiment.time, "monotonic", lambda: now[0])
+    report = experiment.progress_of([status])
+    for seconds, done, left in ((110, 10, 90), (120, 60, 8), (128, 100, 0)):
+        now[0] = float(seconds)
+        report(done, 100)
+        assert status.progress == {"answers": done, "of": 100, "seconds_left": left}
+    said = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    work = experiment.Work(None, [], {("a", "t", "closed"): set(range(5))}, lambda *numbers: said.append(numbers))
+    work.missing["a", "t", "closed"] -= {0, 1, 2}
+    with tqdm(total=5, file=io.StringIO()) as bar, tqdm(disable=True) as none:
+        work.count(1, bar)
+        work.count(2, bar)
+        experiment.Work(None, [], {("a", "t", "closed"): {0, 1}}, lambda *numbers: said.append(numbers)).count(1, none)
+        assert said == [(2, 5), (5, 5), (2, 2)] and bar.n == 5

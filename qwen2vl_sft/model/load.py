@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OLDER_NAMES', 'base_location', 'compute_dtype', 'quantisation_config', 'load_base', 'check_token_ids', 'unwrapped',
            'adapter_pattern', 'adapter_settings', 'add_adapters', 'trainable', 'part_of', 'parameter_groups',
-           'current_name', 'load_adapter', 'changes_outputs', 'checkpoint_kind', 'stored_contract', 'load_checkpoint']
+           'current_name', 'load_adapter', 'changes_outputs', 'is_out_of_memory', 'checkpoint_kind', 'stored_contract',
+           'load_checkpoint']
 
 # %% ../../nbs/30_model.load.ipynb #1d7860d9
 import json
@@ -231,18 +232,35 @@ def _check_landed(model: nn.Module, stored: dict[str, torch.Tensor], name: str, 
     if idle := sorted(set(present) - set(stored)):
         raise RunFailure(f"{folder}: the adapter's file has no weight for {idle[0]}; it belongs to another configuration")
 
-# %% ../../nbs/30_model.load.ipynb #0228111a
+# %% ../../nbs/30_model.load.ipynb #1a1d657e
 @torch.no_grad()
 def changes_outputs(
     model: Any,  # PeftModel with the adapter active
 ) -> bool:
-    "Whether the active adapter changes the logits of a few arbitrary tokens."
+    "Whether the active adapter changes the logits of a few arbitrary tokens, or the tower's output for an arbitrary picture."
     inner = unwrapped(model)
     ids = torch.arange(1, 17, device=inner.device)[None] % inner.config.text_config.vocab_size
-    tuned = model(input_ids=ids, use_cache=False).logits
-    with model.disable_adapter():
-        plain = model(input_ids=ids, use_cache=False).logits
-    return not torch.equal(tuned, plain)
+    for output in (lambda: model(input_ids=ids, use_cache=False).logits, lambda: _tower_output(inner)):
+        tuned = output()
+        with model.disable_adapter():
+            if not torch.equal(tuned, output()):
+                return True
+    return False
+
+
+def _tower_output(inner: Qwen2VLForConditionalGeneration) -> torch.Tensor:
+    "Of a picture of two by two tokens."
+    vision = inner.config.vision_config
+    side = 2 * vision.spatial_merge_size
+    patches = torch.linspace(-1, 1, side * side * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2, device=inner.device)
+    return inner.get_image_features(patches.view(side * side, -1), torch.tensor([[1, side, side]], device=inner.device)).pooler_output[0]
+
+# %% ../../nbs/30_model.load.ipynb #e9d7e156
+def is_out_of_memory(error: BaseException) -> bool:
+    "Whether a GPU's or the CPU's allocator had no memory left."
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
 
 # %% ../../nbs/30_model.load.ipynb #52fba8a6
 def checkpoint_kind(

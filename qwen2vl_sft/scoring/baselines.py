@@ -6,10 +6,11 @@
 __all__ = ['PIXELS', 'BASELINES', 'majority_answers', 'thumbnail_pixels', 'nearest_neighbour_answers', 'baseline_predictions',
            'score_baselines']
 
-# %% ../../nbs/44_scoring.baselines.ipynb #78e02113
+# %% ../../nbs/44_scoring.baselines.ipynb #45c9c7ee
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def nearest_neighbour_answers(
 
 BASELINES: dict[str, Callable[[Rows, TestSet], list[str]]] = {"majority": majority_answers, "nearest_neighbour": nearest_neighbour_answers}
 
-# %% ../../nbs/44_scoring.baselines.ipynb #ac378bb7
+# %% ../../nbs/44_scoring.baselines.ipynb #620cc9ec
 def baseline_predictions(
     name: str,  # a key of BASELINES
     prepared: Prepared,
@@ -76,11 +77,15 @@ def baseline_predictions(
 
 
 def _score_baseline(run: RunDir, prepared: Prepared, data: TestSet) -> None:
-    decided = fingerprint([prepared.audit.get("fingerprint"), data.rule, data.column("id")])
-    where = (run.name, data.task.name, data.rule)
-    if run.decided(*where, data.split) != decided or run.predictions(*where, data.split) is None:
-        run.note_decided(*where, decided, data.split)
-        run.write_predictions(run.name, data.task.name, 0, baseline_predictions(run.name, prepared, data))
+    "What was scored before stays in the table when fewer rows are asked for."
+    decided, where, ids = fingerprint([prepared.audit.get("fingerprint"), data.rule]), (run.name, data.task.name, data.rule), data.rows.column("id")
+    done = run.predictions(*where, data.split) if run.decided(*where, data.split) == decided else None
+    scored = set() if done is None else set(done["id"])
+    if set(data.column("id")) <= scored <= set(ids):
+        return
+    rows = sorted({*data.chosen, *(row for row, name in enumerate(ids) if name in scored)})
+    run.note_decided(*where, decided, data.split)
+    run.write_predictions(run.name, data.task.name, 0, baseline_predictions(run.name, prepared, replace(data, chosen=rows)))
 
 
 def score_baselines(

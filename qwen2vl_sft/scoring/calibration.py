@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SMALLEST', 'BINS', 'Probabilities', 'probabilities_of', 'LogProbabilities', 'fit_temperature', 'scaled_probabilities',
            'scaled', 'reliability', 'calibration_figures', 'Wanted', 'threshold_for', 'achieved', 'judged_by',
-           'operating_point', 'calibrate_predictions', 'calibration_path', 'read_calibration', 'calibrate_run',
-           'calibrate_experiment', 'calibration_table']
+           'operating_point', 'calibrate_predictions', 'calibration_path', 'read_calibration', 'calibration_for',
+           'scored_again', 'calibrate_run', 'predicted_with', 'calibrate_experiment', 'calibration_table']
 
-# %% ../../nbs/48_scoring.calibration.ipynb #a5eb1af1
+# %% ../../nbs/48_scoring.calibration.ipynb #60c7a084
 import json
 import warnings
 from collections.abc import Iterable
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.calibration import CalibratedClassifierCV, calibration_curve
 from sklearn.frozen import FrozenEstimator
@@ -28,8 +29,8 @@ from ..rundir import RunDir
 from .metrics import parsed_label
 from ..tasks import Task, load_suite
 
-# %% ../../nbs/48_scoring.calibration.ipynb #67451ac8
-SMALLEST = 5e-7  # stored probabilities have six decimals
+# %% ../../nbs/48_scoring.calibration.ipynb #5811e351
+SMALLEST = 1e-300  # stands for a probability that is too small for a number
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,17 @@ def probabilities_of(
     predictions: pd.DataFrame,  # DESIGN section 4, closed rule
     task: Task,
 ) -> Probabilities:
-    "The predictions' probabilities. Raises `InputError` for a target that is no label."
-    labels = tuple(task.labels)
-    values = np.array([[row[label] for label in labels] for row in map(json.loads, predictions["probabilities"])], dtype=np.float64)
+    "The predictions' probabilities. Raises `InputError` for a target that is no label, and for predictions over other labels."
+    labels, rows = tuple(task.labels), [json.loads(row) for row in predictions["probabilities"]]
+    if other := next((set(labels) ^ set(row) for row in rows if set(row) != set(labels)), None):
+        raise InputError(f"task '{task.name}': its predictions were made over other labels ({', '.join(sorted(other)[:5])} came or went); score the split again")
+    values = np.array([[row[label] for label in labels] for row in rows], dtype=np.float64)
     named = [parsed_label(task, target) for target in predictions["target"]]
     if None in named:
         raise InputError(f"task '{task.name}': the target '{predictions['target'].iloc[named.index(None)]}' is no label; score the split again")
     return Probabilities(labels, values, np.array([labels.index(name) for name in named], dtype=np.int64))
 
-# %% ../../nbs/48_scoring.calibration.ipynb #cf31d064
+# %% ../../nbs/48_scoring.calibration.ipynb #2222d399
 class LogProbabilities(ClassifierMixin, BaseEstimator):
     "A fitted classifier whose features are the log-probabilities themselves."
 
@@ -82,7 +85,7 @@ class LogProbabilities(ClassifierMixin, BaseEstimator):
     def predict(self, X: np.ndarray) -> np.ndarray:
         return X.argmax(axis=1)
 
-# %% ../../nbs/48_scoring.calibration.ipynb #9ea8a0e5
+# %% ../../nbs/48_scoring.calibration.ipynb #6deace6d
 def fit_temperature(
     validation: Probabilities,
 ) -> tuple[float, str]:  # T, and a note when it could not be fitted
@@ -108,10 +111,9 @@ def scaled_probabilities(
     temperature: float,
 ) -> np.ndarray:
     "softmax(log p / T) of each row."
-    powers = np.maximum(values, SMALLEST) ** (1 / temperature)
-    return powers / powers.sum(axis=1, keepdims=True)
+    return softmax(np.log(np.maximum(values, SMALLEST)) / temperature, axis=1)
 
-# %% ../../nbs/48_scoring.calibration.ipynb #3ef46c2f
+# %% ../../nbs/48_scoring.calibration.ipynb #ef64144a
 def scaled(split: Probabilities, temperature: float) -> Probabilities:
     "The split with calibrated probabilities."
     return Probabilities(split.labels, scaled_probabilities(split.values, temperature), split.truth)
@@ -144,7 +146,7 @@ def calibration_figures(split: Probabilities) -> dict[str, float]:
         "log_loss": float(log_loss(split.truth, values, labels=list(indices))),
     }  # fmt: skip
 
-# %% ../../nbs/48_scoring.calibration.ipynb #3b0904f7
+# %% ../../nbs/48_scoring.calibration.ipynb #cf9cec6e
 @dataclass(frozen=True)
 class Wanted:
     "What a threshold shall reach on validation: one of the two."
@@ -157,7 +159,7 @@ class Wanted:
         if len(given) > 1 or not all(0 < value <= 1 for value in given):
             raise InputError("an operating point is one wanted precision or one wanted recall, above 0 and at most 1")
 
-# %% ../../nbs/48_scoring.calibration.ipynb #03bc9398
+# %% ../../nbs/48_scoring.calibration.ipynb #77a860ab
 def threshold_for(
     hit: np.ndarray,  # bool [samples]: true positives of the task, or right answers
     score: np.ndarray,  # float [samples]
@@ -176,7 +178,7 @@ def threshold_for(
     below = score[score < thresholds[best]]
     return float((thresholds[best] + below.max()) / 2) if len(below) else 0.0
 
-# %% ../../nbs/48_scoring.calibration.ipynb #26c100cd
+# %% ../../nbs/48_scoring.calibration.ipynb #4dc11778
 def achieved(
     hit: np.ndarray,
     score: np.ndarray,
@@ -219,7 +221,7 @@ def operating_point(
         found["test"] = achieved(*judged_by(test, positive), threshold) if test is not None else None
     return found
 
-# %% ../../nbs/48_scoring.calibration.ipynb #b5c2a0c6
+# %% ../../nbs/48_scoring.calibration.ipynb #59d746ca
 def calibrate_predictions(
     task: Task,
     validation: pd.DataFrame,  # closed predictions on validation
@@ -234,7 +236,7 @@ def calibrate_predictions(
     after = {name: scaled(split, temperature) for name, split in splits.items()}
     asked = wanted is not None and (wanted.precision or wanted.recall)
     return {
-        "task": task.name, "labels": task.labels, "task_fingerprint": task.fingerprint, "temperature": temperature, "note": note,
+        "task": task.name, "labels": task.labels, "positive": task.positive, "task_fingerprint": task.fingerprint, "temperature": temperature, "note": note,
         "figures": {name: {"before": calibration_figures(split), "after": calibration_figures(after[name])} for name, split in splits.items()},
         "reliability": {name: {"before": reliability(split).to_dict("records"), "after": reliability(after[name]).to_dict("records")} for name, split in splits.items()},
         "operating_point": operating_point(task.positive, after["validation"], after.get("test"), wanted) if asked else None,
@@ -245,7 +247,7 @@ def calibration_path(run: RunDir, checkpoint: str, task: str) -> Path:
     "Where a checkpoint's calibration of one task lies."
     return run.predictions_folder(checkpoint, task) / "calibration.json"
 
-# %% ../../nbs/48_scoring.calibration.ipynb #554875e6
+# %% ../../nbs/48_scoring.calibration.ipynb #1c7484bd
 def read_calibration(
     run: RunDir,
     checkpoint: str,
@@ -259,29 +261,69 @@ def read_calibration(
     return content if content["follows_from"] == _rows_hash(rows) else None
 
 
+def calibration_for(
+    run: RunDir,
+    checkpoint: str,
+    task: Task,
+    weights: str,  # `Candidate.all_weights` of the checkpoint as it is now
+) -> dict[str, Any] | None:
+    "The stored calibration, or None if there is none. Raises `InputError` if it was made of other predictions, weights, question or labels than there are now."
+    path = calibration_path(run, checkpoint, task.name)
+    if not path.exists():
+        return None
+    stored, name, again = read_calibration(run, checkpoint, task.name), f"{run.experiment}/{run.name}/{checkpoint}", scored_again(run.experiment)
+    if stored is None:
+        raise InputError(f"task '{task.name}': the validation predictions of {name} have changed since it was calibrated; {again}, or delete {path}")
+    if stored["task_fingerprint"] != task.fingerprint or stored.get("positive") != task.positive:
+        raise InputError(f"task '{task.name}' has another question or other labels than when {name} was calibrated; {again}, or delete {path}")
+    if stored.get("weights") != weights:
+        raise InputError(f"task '{task.name}': {name} was calibrated with other weights than it has now; {again}, or delete {path}")
+    return stored
+
+
+def scored_again(experiment: str) -> str:
+    "What to do about a calibration that belongs to something else."
+    return f"run `qwen2vl-sft score {experiment} --split validation` and `qwen2vl-sft calibrate {experiment}`"
+
+
 def _rows_hash(rows: pd.DataFrame) -> str:
     return fingerprint(rows.sort_values("id")[["id", "target", "probabilities"]].to_numpy().tolist())
 
-# %% ../../nbs/48_scoring.calibration.ipynb #202237d6
+# %% ../../nbs/48_scoring.calibration.ipynb #33836da2
 def calibrate_run(
     run: RunDir,
     tasks: Iterable[Task],
     wanted: Wanted | None = None,
 ) -> list[dict[str, Any]]:  # what was written
-    "Calibrate every checkpoint on every closed task that has validation predictions."
-    written = []
+    "Calibrate every checkpoint on every closed task that has validation predictions; one whose folder is gone keeps what it has. Raises `InputError` for predictions of other labels or weights."
+    written, tasks, present = [], list(tasks), {f"step-{step}" for step in run.checkpoints()}
     for checkpoint in dict.fromkeys(name for name, _ in run.predicted("validation")):
-        for task in tasks:
+        for task in tasks if not checkpoint.startswith("step-") or checkpoint in present else []:
             rows = run.predictions(checkpoint, task.name, "closed", "validation") if task.is_closed else None
             if rows is None or rows["probabilities"].isna().any():  # the baselines state none
                 continue
+            weights = predicted_with(run, checkpoint, task)
             content = calibrate_predictions(task, rows, run.predictions(checkpoint, task.name, "closed", "test"), wanted)
-            content = {"run": run.name, "checkpoint": checkpoint, "follows_from": _rows_hash(rows), **content}
+            content = {"run": run.name, "checkpoint": checkpoint, "weights": weights, "follows_from": _rows_hash(rows), **content}
             write_atomically(calibration_path(run, checkpoint, task.name), json.dumps(content, ensure_ascii=False, indent=1))
             written.append(content)
     return written
 
-# %% ../../nbs/48_scoring.calibration.ipynb #a80034c0
+
+def predicted_with(run: RunDir, checkpoint: str, task: Task) -> str:
+    "The weights that validation (and test) were predicted with. Raises `InputError` where a question, labels or weights aren't what they were."
+    noted, name = {split: run.decided_parts(checkpoint, task.name, "closed", split) for split in ("validation", "test")}, f"{run.experiment}/{run.name}/{checkpoint}"
+    if run.predictions(checkpoint, task.name, "closed", "test") is None:
+        del noted["test"]
+    for split, parts in noted.items():
+        again = f"run `qwen2vl-sft score {run.experiment} --split {split}` first"
+        if parts.get("task") != task.fingerprint:
+            raise InputError(f"task '{task.name}' has another question or other labels than when {name} was scored on {split}; {again}")
+        if parts.get("weights") != noted["validation"].get("weights"):
+            raise InputError(f"task '{task.name}': {name} was scored on test and on validation with different weights; {again}")
+    return noted["validation"]["weights"]
+
+# %% ../../nbs/48_scoring.calibration.ipynb #5058d7af
 def calibrate_experiment(
     experiment: Path,  # runs/<experiment>
     names: list[str] | None = None,  # tasks; None: all closed ones
@@ -302,7 +344,7 @@ def calibrate_experiment(
         raise InputError(f"{experiment}: no closed predictions on validation; run `qwen2vl-sft score {Path(experiment).name} --split validation` first")
     return calibration_table(written)
 
-# %% ../../nbs/48_scoring.calibration.ipynb #2e8dbb79
+# %% ../../nbs/48_scoring.calibration.ipynb #dd98d71a
 def calibration_table(written: list[dict[str, Any]]) -> pd.DataFrame:
     "Temperatures, errors before and after on the test set (validation where there is none), and operating points."
     lines = []

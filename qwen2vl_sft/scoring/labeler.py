@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['UNDECIDED', 'EMPTY', 'FLUSH_SECONDS', 'FLUSH_ROWS', 'Checkpoint', 'find_checkpoint', 'suite_of', 'Decision',
            'decided_labels', 'decision_for', 'Picture', 'Labeler', 'read_picture', 'load_labeler', 'label_pictures',
-           'task_answers', 'stamp_of', 'label_rows', 'label', 'table_records', 'images_of', 'image_columns',
-           'label_to_file', 'without_pixels', 'write_part', 'read_parts', 'finished', 'assembled']
+           'tower_outputs', 'fitting', 'task_answers', 'stamp_of', 'label_rows', 'label', 'table_records', 'images_of',
+           'image_columns', 'label_to_file', 'without_pixels', 'write_part', 'read_parts', 'finished', 'assembled']
 
-# %% ../../nbs/49_scoring.labeler.ipynb #7eefb169
+# %% ../../nbs/49_scoring.labeler.ipynb #56f15b37
 import json
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,17 @@ from ..data.guess import IMAGE_SUFFIXES, by_name, share_of_images
 from ..data.sources import Row, files_below, locate_text, row_of_record
 from ..encoding.batch import Sample
 from ..encoding.prompt import Encoder, check_contract, load_encoder, preprocessing_contract
-from ..model.load import base_location, check_token_ids, checkpoint_kind, load_base, load_checkpoint, stored_contract
+from ..model.load import base_location, check_token_ids, checkpoint_kind, load_base, load_checkpoint, stored_contract, unwrapped
 from ..model.vision_cache import tower_features
 from ..rundir import RunDir
-from .calibration import read_calibration, scaled_probabilities
-from .experiment import scoring_model
+from .calibration import calibration_for, scaled_probabilities
+from .experiment import candidate_at
 from .labels import LabelTree, label_tree, score_labels
-from .suite import weights_hash
+from .suite import BATCH_TOKENS, Candidate, batch_tokens, scoring_model, stated, tower_passes, weights_hash
 from .text import write_answers
 from ..tasks import Suite, Task, load_suite
 
-# %% ../../nbs/49_scoring.labeler.ipynb #56eff63f
+# %% ../../nbs/49_scoring.labeler.ipynb #6b223541
 @dataclass(frozen=True)
 class Checkpoint:
     "Weights to label with, and the run that they come from."
@@ -54,7 +54,7 @@ class Checkpoint:
     def name(self) -> str:
         return f"{self.run.experiment}/{self.run.name}/{self.folder.name}" if self.run else self.folder.name
 
-# %% ../../nbs/49_scoring.labeler.ipynb #5326957f
+# %% ../../nbs/49_scoring.labeler.ipynb #9bcbec39
 def find_checkpoint(
     name: str | Path,
 ) -> Checkpoint:
@@ -86,7 +86,7 @@ def suite_of(
         suite = checkpoint.folder / "suite.yaml"
     return load_suite(suite or checkpoint.config.suite_path)
 
-# %% ../../nbs/49_scoring.labeler.ipynb #cab258d1
+# %% ../../nbs/49_scoring.labeler.ipynb #636858ce
 UNDECIDED = "undecided"
 
 
@@ -115,24 +115,28 @@ def decided_labels(
     below = np.where(best == positive, -1, best)
     return names[np.where(values[:, positive] >= threshold, positive, below)].tolist()
 
-# %% ../../nbs/49_scoring.labeler.ipynb #b1f417ab
+# %% ../../nbs/49_scoring.labeler.ipynb #1ac01d8f
 def decision_for(
     checkpoint: Checkpoint,
     task: Task,
     threshold: float | None = None,  # instead of the stored one
+    weights: str = "",  # a hash of all weights that label
 ) -> Decision:
-    "The calibration that belongs to a checkpoint and a task. Raises `InputError` if it was made for other labels."
+    "The calibration that belongs to a checkpoint and a task. Raises `InputError` if it was made for other weights, another question or other labels."
     exported = checkpoint.folder / "calibration" / f"{task.name}.json"
-    stored = read_calibration(checkpoint.run, checkpoint.folder.name, task.name) if checkpoint.run else json.loads(exported.read_text(encoding="utf-8")) if exported.exists() else None
+    if checkpoint.run:
+        stored = calibration_for(checkpoint.run, checkpoint.folder.name, task, weights)
+    else:
+        stored = json.loads(exported.read_text(encoding="utf-8")) if exported.exists() else None
     if stored is None:
         return Decision(threshold=threshold)
     if stored["task_fingerprint"] != task.fingerprint:
-        raise InputError(f"task '{task.name}' has another question or other labels than when {checkpoint.name} was calibrated; score validation and calibrate again")
+        raise InputError(f"{exported}: made for another question or other labels than task '{task.name}' has now; delete it, or name the suite that it was made for")
     point = stored["operating_point"]
     limit = threshold if threshold is not None or point is None else point["threshold"] if point["reached"] else np.inf
     return Decision(stored["temperature"], limit, True)
 
-# %% ../../nbs/49_scoring.labeler.ipynb #8ef76fde
+# %% ../../nbs/49_scoring.labeler.ipynb #6e25b3f1
 @dataclass
 class Picture:
     "An image that was read, or the reason why it can't be."
@@ -152,9 +156,10 @@ class Labeler:
     tasks: list[Task]
     decisions: dict[str, Decision]
     name: str  # the checkpoint's
-    weights: str  # hash of the weights
+    weights: str  # hash of the weights and of the precision that they are computed in
     batch: int = 32
     max_new_tokens: int = 48  # of open answers
+    tokens: int = BATCH_TOKENS  # in one forward pass, padded
 
     def __post_init__(self):
         check_token_ids(self.model, self.encoder)
@@ -163,7 +168,7 @@ class Labeler:
         made = {task.name: [self.weights, contract, task.fingerprint, task.positive, vars(self.decisions[task.name]), self.max_new_tokens] for task in self.tasks}
         self.follows_from = {name: fingerprint(content) for name, content in made.items()}
 
-# %% ../../nbs/49_scoring.labeler.ipynb #a3fd3ba1
+# %% ../../nbs/49_scoring.labeler.ipynb #02bb2c48
 def read_picture(encoder: Encoder, row: Row) -> Picture:
     "Decode and resize one image as scoring does; the reason where that fails."
     try:
@@ -176,7 +181,7 @@ def read_picture(encoder: Encoder, row: Row) -> Picture:
     except InputError as problem:
         return Picture(row, reason=str(problem))
 
-# %% ../../nbs/49_scoring.labeler.ipynb #1e04afc2
+# %% ../../nbs/49_scoring.labeler.ipynb #948e501e
 def load_labeler(
     checkpoint: str | Path,  # see `find_checkpoint`
     tasks: list[str] | None = None,  # None: all of the suite
@@ -190,7 +195,6 @@ def load_labeler(
     known = suite_of(found, suite)
     chosen = [known.task(name) for name in tasks] if tasks else list(known.tasks)
     contract = stored_contract(found.folder)
-    decisions = {task.name: decision_for(found, task, threshold) if task.is_closed else Decision() for task in chosen}
     if found.config:
         model_settings, method, settings = found.config.model, found.config.method, found.config.preprocessing
         encoder = load_encoder(base_location(model_settings.base), settings, revision=model_settings.revision)
@@ -201,25 +205,26 @@ def load_labeler(
         encoder = load_encoder(str(found.folder), settings)
     check_contract(encoder, contract, found.name)
     model_settings = scoring_model(model_settings.model_copy(update={"device": device} if device != "auto" else {}))
+    one = replace(candidate_at(found.run, found.config, found.folder), config=model_settings) if found.config else Candidate(RunDir(found.folder), found.name, found.folder, weights_hash(found.folder), config=model_settings)
+    decisions = {task.name: decision_for(found, task, threshold, one.all_weights) if task.is_closed else Decision() for task in chosen}
     model = load_checkpoint(model_settings, method, found.folder) if method else load_base(model_settings)
-    base = weights_hash(base_location(model_settings.base)) if method else ""
-    return Labeler(model.eval(), encoder, chosen, decisions, found.name, fingerprint([base, weights_hash(found.folder)]), batch)
+    return Labeler(model.eval(), encoder, chosen, decisions, found.name, fingerprint([one.all_weights, one.precision]), batch, tokens=batch_tokens(model))
 
 
 Labeler.load = staticmethod(load_labeler)
 
-# %% ../../nbs/49_scoring.labeler.ipynb #ee826ffc
+# %% ../../nbs/49_scoring.labeler.ipynb #f0e142c7
 def label_pictures(
     labeler: Labeler,
     pictures: list[Picture],
 ) -> list[dict[str, Any]]:  # a row for each picture and task
-    "Label one batch."
+    "Label one batch, in as few passes as memory allows."
     readable, rows = [picture for picture in pictures if picture.pixels is not None], []
-    features = tower_features(labeler.model, *labeler.encoder.images.patches([picture.pixels for picture in readable])) if readable else ()
+    features = tower_outputs(labeler, [picture.pixels for picture in readable])
     for task in labeler.tasks:
         encoded = [labeler.encoder.encode(picture.row.question or task.question, picture.size) for picture in readable]
         samples = [Sample(one, features=value) for one, value in zip(encoded, features, strict=True)]
-        answers = iter(task_answers(labeler, task, samples) if samples else [])
+        answers = iter([answer for part in fitting(samples, labeler.tokens) for answer in task_answers(labeler, task, part)])
         for picture in pictures:
             answer = next(answers) if picture.pixels is not None else {"label": None, "reason": picture.reason}
             rows.append({"image": picture.row.id, "task": task.name, **EMPTY, **answer, "checkpoint": labeler.name, "follows_from": labeler.follows_from[task.name], "stamp": stamp_of(picture.row)})
@@ -228,7 +233,25 @@ def label_pictures(
 
 EMPTY = {"label": None, "probability": np.nan, "most_probable": None, "calibrated": False, "in_set_mass": np.nan, "probabilities": None, "reason": ""}
 
-# %% ../../nbs/49_scoring.labeler.ipynb #44486a6d
+
+def tower_outputs(labeler: Labeler, pixels: list[np.ndarray]) -> list[Any]:  # a picture: [tokens, hidden]
+    "The tower over all pictures, no more of them in a pass than in scoring."
+    images, device = labeler.encoder.images, unwrapped(labeler.model).device
+    return [value for places in tower_passes(pixels) for value in tower_features(labeler.model, *images.patches(pixels[places], device))]
+
+
+def fitting(samples: list[Sample], tokens: int) -> Iterator[list[Sample]]:
+    "The samples in order, in parts that have no more tokens, padded, or a single sample."
+    part: list[Sample] = []
+    for sample in samples:
+        if part and max(len(one.encoded) for one in [*part, sample]) * (len(part) + 1) > tokens:
+            yield part
+            part = []
+        part.append(sample)
+    if part:
+        yield part
+
+# %% ../../nbs/49_scoring.labeler.ipynb #ecd9b627
 def task_answers(labeler: Labeler, task: Task, samples: list[Sample]) -> list[dict[str, Any]]:
     "Labels of a closed task, or the text of an open one."
     if not task.is_closed:
@@ -241,8 +264,7 @@ def task_answers(labeler: Labeler, task: Task, samples: list[Sample]) -> list[di
     for i, label in enumerate(labels):
         most = task.labels[best[i]]
         shown = values[i, task.labels.index(label)] if label != UNDECIDED else values[i, best[i]]
-        probabilities = dict(zip(task.labels, values[i].round(6).tolist(), strict=True))
-        made.append({"label": label, "probability": float(shown), "most_probable": most, "calibrated": decision.calibrated, "in_set_mass": float(scores.in_set_mass[i]), "probabilities": json.dumps(probabilities, ensure_ascii=False)})
+        made.append({"label": label, "probability": float(shown), "most_probable": most, "calibrated": decision.calibrated, "in_set_mass": float(scores.in_set_mass[i]), "probabilities": stated(task.labels, values[i])})
     return made
 
 
@@ -286,7 +308,7 @@ def label(
 
 Labeler.label = label
 
-# %% ../../nbs/49_scoring.labeler.ipynb #a7d0ef70
+# %% ../../nbs/49_scoring.labeler.ipynb #407ffed7
 def table_records(file: Path) -> Iterator[dict[str, Any]]:
     "The records of a table. Raises `InputError` if it can't be read."
     suffix = file.suffix.lower()
@@ -305,7 +327,7 @@ def table_records(file: Path) -> Iterator[dict[str, Any]]:
     except (ValueError, OSError) as error:
         raise InputError(f"{file}: not readable as {suffix[1:]}: {' '.join(str(error).split())[:200]}") from error
 
-# %% ../../nbs/49_scoring.labeler.ipynb #3925718b
+# %% ../../nbs/49_scoring.labeler.ipynb #b8bc22dc
 def images_of(
     source: Path | str,  # a folder, an image, or a table
     column: str | None = None,  # of the table; None: the one that holds images
@@ -328,7 +350,7 @@ def images_of(
     else:
         raise InputError(f"{source}: neither an image nor a table (.csv, .tsv, .jsonl, .parquet)")
 
-# %% ../../nbs/49_scoring.labeler.ipynb #def59042
+# %% ../../nbs/49_scoring.labeler.ipynb #9bda6f18
 def image_columns(file: Path, column: str | None) -> dict[str, str]:
     "Which columns hold the image and, where there is one, an id."
     first = list(islice(table_records(file), 50))
@@ -343,7 +365,7 @@ def image_columns(file: Path, column: str | None) -> dict[str, str]:
         raise InputError(f"{file}: which column holds the image isn't clear; name it. Its columns: {', '.join(columns)}")
     return {"image": image} | ({"id": "id"} if "id" in columns and image != "id" else {})
 
-# %% ../../nbs/49_scoring.labeler.ipynb #edc0e0d5
+# %% ../../nbs/49_scoring.labeler.ipynb #10bda35e
 FLUSH_SECONDS, FLUSH_ROWS = 20.0, 2048
 
 
@@ -377,7 +399,7 @@ def label_to_file(
     write_atomically(out, table.to_csv(index=False) if out.suffix.lower() == ".csv" else table.to_parquet(index=False))
     return table
 
-# %% ../../nbs/49_scoring.labeler.ipynb #b577d548
+# %% ../../nbs/49_scoring.labeler.ipynb #88db9853
 def without_pixels(rows: Iterable[Row]) -> Iterator[Row]:
     "The rows as they are, one an id. Raises `InputError` for an id that comes twice."
     seen: set[str] = set()
@@ -406,7 +428,7 @@ def finished(parts: Path, labeler: Labeler) -> set[tuple[str, str, str]]:
     table = table[table["label"].notna() & table["follows_from"].isin(labeler.follows_from.values())]
     return set(zip(table["image"], table["stamp"], table["follows_from"], strict=True))
 
-# %% ../../nbs/49_scoring.labeler.ipynb #0b5f7237
+# %% ../../nbs/49_scoring.labeler.ipynb #1ff933ca
 def assembled(parts: Path, rows: list[Row], labeler: Labeler) -> pd.DataFrame:
     "The rows of the present images and tasks, in their order; the latest counts."
     table = read_parts(parts)

@@ -20,7 +20,7 @@ from ..encoding.prompt import Encoder
 from ..model.load import unwrapped
 from ..model.prefill import Prefill, prefill
 
-# %% ../../nbs/41_scoring.labels.ipynb #9b92767e
+# %% ../../nbs/41_scoring.labels.ipynb #b16c3f53
 @dataclass
 class LabelTree:
     "All wordings of a label set, their shared beginnings merged."
@@ -53,7 +53,7 @@ class LabelTree:
             node = self.children[node, token]
         self.ends.append((label, node))
 
-# %% ../../nbs/41_scoring.labels.ipynb #21e445f2
+# %% ../../nbs/41_scoring.labels.ipynb #85fbd10e
 def label_tree(
     encoder: Encoder,
     wordings: dict[str, list[str]],  # label -> accepted wordings, from `Task.wordings`
@@ -195,7 +195,7 @@ def walks(
         found.append(written if node is not None else None)
     return found
 
-# %% ../../nbs/41_scoring.labels.ipynb #47753f28
+# %% ../../nbs/41_scoring.labels.ipynb #242681b8
 @dataclass
 class LabelScores:
     "The closed rule's answer for a batch."
@@ -224,7 +224,10 @@ def score_labels(
     tree: LabelTree,
     prompts: Prefill | None = None,  # the samples' prompts, where they have been read already
 ) -> LabelScores:
-    "Probabilities of every label for every sample."
+    """Probabilities of every label for every sample.
+
+    In float32 the log-probabilities are within 1e-4 of one stock forward pass a label. In bfloat16 a probability was at most 0.0055 away from float32's, and no label changed (48 pictures, 10 labels, on a CPU, `benchmarks/scoring.py`); labels whose best two are less than `BFLOAT16_MARGIN` apart are counted as near ties.
+    """
     reading = read_tree(model, encoder, prompts or prefill(model, encoder, samples), tree)
     scores = path_sums(reading, tree).double().cpu()
     return LabelScores(

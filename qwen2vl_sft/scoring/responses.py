@@ -7,7 +7,7 @@ __all__ = ['TABLES', 'GRACE_SECONDS', 'POLICY_CODES', 'REFUSAL_PHRASES', 'NO_INF
            'this_process', 'is_gone', 'begin', 'finish', 'settle', 'usage', 'completed_message', 'error_details',
            'policy_code', 'guessed_outcome', 'Answer', 'written_text', 'structured_text', 'read_answer', 'judge_answer']
 
-# %% ../../nbs/46_scoring.responses.ipynb #fb39b8e9
+# %% ../../nbs/46_scoring.responses.ipynb #8666d411
 import json
 import math
 import os
@@ -15,16 +15,19 @@ import re
 import socket
 import sqlite3
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
+from ..core import InputError, RunFailure
 from .metrics import Judged, judge
 from ..tasks import Task
 
-# %% ../../nbs/46_scoring.responses.ipynb #5bafce75
+# %% ../../nbs/46_scoring.responses.ipynb #491d2223
 TABLES = """
 CREATE TABLE IF NOT EXISTS responses (image TEXT, asked TEXT, response TEXT NOT NULL, PRIMARY KEY (image, asked)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS requests (
@@ -41,23 +44,41 @@ class Key(NamedTuple):
     image: str  # sha256 of the picture's bytes
     asked: str  # fingerprint of prompt, model and settings
 
-
+# %% ../../nbs/46_scoring.responses.ipynb #c66ab457
 class ResponseStore:
     "Responses and the ledger of requests, in one SQLite file that several processes of one machine may share."
 
     def __init__(self, path: Path | str):
+        "Raises `InputError` for a file that is no store."
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.owner = this_process()
-        self.database = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)  # notebooks ask from a second thread, one at a time
-        self.database.execute("PRAGMA journal_mode=WAL")
-        self.database.execute("PRAGMA synchronous=NORMAL")  # survives a killed process; a power cut may cost the last answers
-        self.database.executescript(TABLES)
+        try:
+            self.database = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)  # notebooks ask from a second thread, one at a time
+            self.database.execute("PRAGMA journal_mode=WAL")
+            self.database.execute("PRAGMA synchronous=NORMAL")  # survives a killed process; a power cut may cost the last answers
+            self.database.executescript(TABLES)
+        except sqlite3.DatabaseError as error:
+            raise InputError(f"{self.path}: can't be opened as a store of responses ({error}); name another file as store=..., or move this one away") from error
 
     def get(self, key: Key) -> dict[str, Any] | None:
         "The stored response, or None."
         row = self.database.execute("SELECT response FROM responses WHERE image = ? AND asked = ?", key).fetchone()
         return None if row is None else json.loads(row[0])
+
+    @contextmanager
+    def changing(self) -> Iterator[sqlite3.Connection]:
+        "A transaction, all of it or nothing. Raises `RunFailure` where the file can't be written, such as on a full disk."
+        try:
+            self.database.execute("BEGIN IMMEDIATE")
+            yield self.database
+            self.database.execute("COMMIT")
+        except sqlite3.DatabaseError as error:
+            raise RunFailure(f"{self.path}: can't be written ({error}); nothing more is asked. What is stored is kept: free disk space, and the same command continues") from error
+        finally:
+            if self.database.in_transaction:
+                with suppress(sqlite3.DatabaseError):
+                    self.database.execute("ROLLBACK")
 
     def close(self) -> None:
         self.database.close()
@@ -80,7 +101,7 @@ def is_gone(
     except psutil.NoSuchProcess:
         return True
 
-# %% ../../nbs/46_scoring.responses.ipynb #30942e13
+# %% ../../nbs/46_scoring.responses.ipynb #fabbabcf
 def begin(
     store: ResponseStore,
     key: Key,
@@ -90,25 +111,22 @@ def begin(
 ) -> int | None:  # the request's number in the ledger
     "Enter a request into the ledger before it leaves; None if it is answered or being asked."
     now = time.time()
-    store.database.execute("BEGIN IMMEDIATE")
-    try:
-        if store.database.execute("SELECT 1 FROM responses WHERE image = ? AND asked = ?", key).fetchone():
+    with store.changing() as database:
+        if database.execute("SELECT 1 FROM responses WHERE image = ? AND asked = ?", key).fetchone():
             return None
-        open_one = store.database.execute("SELECT number, owner, latest FROM requests WHERE image = ? AND asked = ? AND ended IS NULL", key).fetchone()
+        open_one = database.execute("SELECT number, owner, latest FROM requests WHERE image = ? AND asked = ? AND ended IS NULL", key).fetchone()
         if open_one:
             number, owner, latest = open_one
             if not (is_gone(owner) or now > latest):
                 return None
-            store.database.execute("UPDATE requests SET ended = ?, state = 'lost' WHERE number = ?", (now, number))
+            database.execute("UPDATE requests SET ended = ?, state = 'lost' WHERE number = ?", (now, number))
         row = (*key, run, store.owner, now, now + timeout + GRACE_SECONDS, cost)
-        return store.database.execute("INSERT INTO requests (image, asked, run, owner, started, latest, cost) VALUES (?, ?, ?, ?, ?, ?, ?)", row).lastrowid
-    finally:
-        store.database.execute("COMMIT")
+        return database.execute("INSERT INTO requests (image, asked, run, owner, started, latest, cost) VALUES (?, ?, ?, ?, ?, ?, ?)", row).lastrowid
 
 
 GRACE_SECONDS = 30.0  # beyond the timeout, before another machine's request is taken for lost
 
-# %% ../../nbs/46_scoring.responses.ipynb #b19a5e4c
+# %% ../../nbs/46_scoring.responses.ipynb #f1aba0ef
 def finish(
     store: ResponseStore,
     number: int,  # from `begin`
@@ -118,24 +136,25 @@ def finish(
     cost: float = 0.0,
 ) -> None:
     "Complete a request's line; keep its response."
-    store.database.execute("BEGIN IMMEDIATE")
-    try:
+    with store.changing() as database:
         if response is not None:
-            image, asked = store.database.execute("SELECT image, asked FROM requests WHERE number = ?", [number]).fetchone()
-            store.database.execute("INSERT OR IGNORE INTO responses VALUES (?, ?, ?)", (image, asked, json.dumps(response, ensure_ascii=False)))
+            image, asked = database.execute("SELECT image, asked FROM requests WHERE number = ?", [number]).fetchone()
+            database.execute("INSERT OR IGNORE INTO responses VALUES (?, ?, ?)", (image, asked, json.dumps(response, ensure_ascii=False)))
         ended = (time.time(), state, *tokens, cost, number)
-        store.database.execute("UPDATE requests SET ended = ?, state = ?, tokens_in = ?, tokens_out = ?, cost = ? WHERE number = ?", ended)
-    finally:
-        store.database.execute("COMMIT")
+        database.execute("UPDATE requests SET ended = ?, state = ?, tokens_in = ?, tokens_out = ?, cost = ? WHERE number = ?", ended)
 
-# %% ../../nbs/46_scoring.responses.ipynb #bcbf5c7c
+# %% ../../nbs/46_scoring.responses.ipynb #dc4dd73f
 def settle(
     store: ResponseStore,
+    run: str,  # whose requests; others settle their own
 ) -> int:  # requests newly found lost
-    "Complete the lines of processes that are gone: what was in flight when they were killed."
-    open_ones = store.database.execute("SELECT number, owner, latest FROM requests WHERE ended IS NULL").fetchall()
+    "Complete the lines of processes that are gone: what a run had in flight when they were killed."
+    open_ones = store.database.execute("SELECT number, owner, latest FROM requests WHERE ended IS NULL AND run = ?", [run]).fetchall()
     lost = [number for number, owner, latest in open_ones if is_gone(owner) or time.time() > latest]
-    ended = store.database.executemany("UPDATE requests SET ended = ?, state = 'lost' WHERE number = ? AND ended IS NULL", [(time.time(), number) for number in lost])
+    if not lost:
+        return 0
+    with store.changing() as database:
+        ended = database.executemany("UPDATE requests SET ended = ?, state = 'lost' WHERE number = ? AND ended IS NULL", [(time.time(), number) for number in lost])
     return max(ended.rowcount, 0)
 
 
