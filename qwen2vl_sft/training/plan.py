@@ -8,10 +8,9 @@ __all__ = ['MOST_PICTURES', 'PICTURES_ON_CPU', 'FOREACH', 'WIDE_EMBEDDINGS', 'CU
            'activation_passes', 'tower_bytes', 'reading_pass', 'reading_bytes', 'Weights', 'weight_bytes', 'Estimate',
            'on_cuda', 'pictures_at_once', 'held_by_cache', 'validation_batch', 'estimate', 'sample_sizes',
            'worst_shape', 'Plan', 'usable_memory', 'planned', 'memory_plan', 'resolved', 'plan_lines', 'plan_record',
-           'is_out_of_memory', 'halved', 'HalvingTrainer', 'end_for_all', 'make_smaller', 'smaller_batches',
-           'on_smaller']
+           'halved', 'HalvingTrainer', 'end_for_all', 'make_smaller', 'smaller_batches', 'on_smaller']
 
-# %% ../../nbs/54_training.plan.ipynb #e0d7c13b
+# %% ../../nbs/54_training.plan.ipynb #6c04658d
 import gc
 import json
 import os
@@ -30,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import DataLoader
 from transformers import DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Trainer
 
@@ -40,7 +39,7 @@ from ..data.forecast import PUBLISHED, PUBLISHED_TOWER
 from ..model.attention import use_packed_attention
 from ..model.fused import fuse_lora, fuse_tower
 from ..model.last_layer import Places, only_at
-from ..model.load import base_location, compute_dtype, trainable, unwrapped
+from ..model.load import base_location, compute_dtype, is_out_of_memory, trainable, unwrapped
 from ..model.vision_cache import BATCH_BYTES
 from ..scoring.labels import PROJECTED
 from .order import TrainingOrder
@@ -605,12 +604,7 @@ def plan_record(
     "The plan for `plan.json` in the run directory, in bytes."
     return json.dumps({**asdict(plan), "fits": plan.fits}, indent=1)
 
-# %% ../../nbs/54_training.plan.ipynb #27128241
-def is_out_of_memory(error: BaseException) -> bool:
-    "Whether a GPU's or the CPU's allocator had no memory left."
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
-
-
+# %% ../../nbs/54_training.plan.ipynb #69e7b484
 NOTHING_SMALLER = "set activation_checkpointing=true, lower preprocessing.max_pixels or choose another method"
 
 
