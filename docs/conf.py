@@ -32,6 +32,7 @@ add_module_names = False
 python_use_unqualified_type_names = True
 toc_object_entries = False  # an API page starts with a table of its own; the side bar would be copied into every page
 default_role = "code"
+smartquotes = False  # `--retry` has two hyphens
 
 html_theme = "furo"
 html_title = "qwen2vl-sft"

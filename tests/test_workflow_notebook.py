@@ -180,6 +180,20 @@ def test_a_failed_notebook_leaves_a_true_record(training, code, error, message):
     assert (run.path / "notebook.html").exists()
 
 
+def test_a_kernel_that_dies_at_its_start_is_started_again(training, tmp_path, monkeypatch, capfd):
+    "As one does that lost a race for a port. The first one ends before it is up; the second runs the notebook."
+    folder, marker = tmp_path / "first", tmp_path / "was-started"
+    folder.mkdir()
+    code = f"import os, pathlib, sys\nmarker = pathlib.Path({str(marker)!r})\n"
+    code += "if 'ipykernel_launcher' in ' '.join(sys.orig_argv) and not marker.exists():\n    marker.touch()\n    os._exit(1)\n"
+    (folder / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    run = training("with running('training'): pass")
+    run_notebook("train")
+    assert marker.exists() and run.status().state == "finished"
+    assert "the kernel didn't start; trying again (1 of 2)" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_reaches_the_stage(training, project, number):
     "The stage sees KeyboardInterrupt, has time to save, and the caller's process ends as interrupted."

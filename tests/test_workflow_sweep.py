@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import yaml
 
 from qwen2vl_sft.core import InputError
 from qwen2vl_sft.data.toy import write_toy_suite
-from qwen2vl_sft.rundir import RunDir
+from qwen2vl_sft.rundir import RunDir, Status, write_status
 from qwen2vl_sft.workflow.sweep import Sweep, load_sweep, plan_sweep, plan_table, run_sweep, seconds_a_sample
 
 COMMAND = [sys.executable, "-c", "import sys; from qwen2vl_sft.cli import main; sys.exit(main(sys.argv[1:]))"]
@@ -87,30 +88,42 @@ def test_the_estimate_is_the_pace_of_earlier_runs_times_what_is_left(toy):
     assert list(plan_table(plan_sweep(sweep)).minutes) == [3.0, 3.0]
 
 
+def refused(project):
+    "Settings of a run that is refused when its turn comes: the suite file is there, and says nothing."
+    (project / "broken.yaml").write_text("name: broken\ntasks: []\n")
+    return {"run": "bad", "suite": "broken.yaml"}
+
+
+@pytest.mark.slow
+def test_failed_runs_are_started_again_only_on_request(toy):
+    file, bad = write_sweep(toy, runs=[refused(toy)]), RunDir(toy / "runs/e/bad")
+    write_status(bad, Status("failed", "training", message="a sample has 31 tokens, above schedule.max_tokens=1"))
+    table = run_sweep(file, compare=False)
+    assert list(table.state) == ["failed"] and table.notes[0] == "a sample has 31 tokens, above schedule.max_tokens=1"
+    assert not (bad.path / "train.log").exists(), "left alone"
+    table = run_sweep(file, compare=False, retry=True)
+    assert list(table.state) == ["failed"] and "broken.yaml: tasks" in table.notes[0] and (bad.path / "train.log").exists()
+
+
 @pytest.mark.slow
 def test_a_sweep_fails_is_killed_is_stopped_and_goes_on(toy):
-    "Three starts of one sweep: killed in the second of three runs, then stopped in the third, then to its end."
-    runs = [{"run": "too-long", "max_tokens": 1}, {"run": "a"}, {"run": "b", "seed": 1, "steps": 150}]
-    file = write_sweep(toy, settings={"steps": 40, "save_at": [3]}, runs=runs, scoring={"limit": 2})
-    bad, a, b = (RunDir(toy / "runs/e" / one["run"]) for one in runs)
+    "Three starts of one sweep of three runs: killed in the second, stopped in the third, then to its end."
+    file = write_sweep(toy, settings={"save_at": [3]}, runs=[refused(toy), {"run": "a", "steps": 40}, {"run": "b", "seed": 1, "steps": 60}], scoring={"limit": 2})
+    a, b = RunDir(toy / "runs/e/a"), RunDir(toy / "runs/e/b")
     killed = started(toy, file, "--no-compare")
     wait_for(lambda: 3 in a.checkpoints())
     killed.kill()  # its training goes on by itself
-    killed.wait()
+    text = killed.communicate()[0]
+    assert re.search("1/3 bad: FAILED: .*broken.yaml: tasks", text), "a failure is reported, and stops no other"
     assert a.status().state == "running"
-    assert bad.status().state == "failed", "a failure stops no other"
-    before = bad.status().started
-    stopped = started(toy, file, "--no-compare", "--retry", "--slots", "2")  # waits for the one that is left over
-    wait_for(lambda: 3 in b.checkpoints() and bad.status().state == "failed" and bad.status().started != before)
+    stopped = started(toy, file, "--no-compare", "--slots", "2")  # waits for the one that is left over
+    wait_for(lambda: 3 in b.checkpoints())
     stopped.send_signal(signal.SIGTERM)
-    text = stopped.communicate(timeout=60)[0]
-    assert stopped.returncode == 130 and "above schedule.max_tokens=1" in text, text
+    assert stopped.wait(60) == 130
     assert a.status().state == "finished" and list(a.checkpoints()) == [3, 40]
     assert b.status().state == "interrupted"
-    before = bad.status().started
     table = run_sweep(file)
-    assert list(table.state) == ["failed", "done", "done"] and list(table.step) == [0, 40, 150]
-    assert "max_tokens=1" in table.notes[0] and bad.status().started == before, "left alone without --retry"
+    assert list(table.state) == ["failed", "done", "done"] and list(table.step) == [0, 40, 60]
     assert (b.path / "notebook.ipynb").exists() and (b.path / "train.log").exists()
     board = (toy / "runs/e/scoreboard.csv").read_text()
     assert "a,40" in board and "b,3" in board and (toy / "runs/e/report.html").exists()
@@ -119,8 +132,7 @@ def test_a_sweep_fails_is_killed_is_stopped_and_goes_on(toy):
 @pytest.mark.slow
 def test_ray_places_the_runs(toy):
     pytest.importorskip("ray", reason="lacks ray (pip install 'qwen2vl-sft[ray]')")
-    (toy / "broken.yaml").write_text("name: broken\ntasks: []\n")
-    file = write_sweep(toy, runs=[{"run": "good"}, {"run": "bad", "suite": "broken.yaml"}], ray={"address": "local", "cpus": 1})
+    file = write_sweep(toy, runs=[{"run": "good"}, refused(toy)], ray={"address": "local", "cpus": 1})
     table = run_sweep(file, compare=False)
     assert list(table.state) == ["done", "failed"] and "broken.yaml: tasks" in table.notes[1]
     assert json.loads((toy / "runs/e/good/status.json").read_text())["state"] == "finished"
