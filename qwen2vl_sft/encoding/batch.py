@@ -138,7 +138,7 @@ def sample_html(sample: Sample) -> str:
 
 Sample._repr_html_ = sample_html
 
-# %% ../../nbs/12_encoding.batch.ipynb #c45a952f
+# %% ../../nbs/12_encoding.batch.ipynb #25a5fb4c
 def kinds_of(
     batch: Batch,
 ) -> list[np.ndarray]:  # one a sample: at each position an index of KINDS
@@ -147,7 +147,7 @@ def kinds_of(
     found = []
     for row, (labels, time) in enumerate(zip(batch["labels"].numpy(), positions[1] if packed else positions[0], strict=True)):
         real = batch["attention_mask"][row].numpy() == 1 if "attention_mask" in batch else np.ones(len(labels), dtype=bool)
-        still = np.diff(time) == 0
+        still = np.diff(np.where(real, time, -1)) == 0  # padding has position 0, as a first token has
         kinds = np.where(np.append(still, False) | np.insert(still, 0, False), 2, 1)
         kinds = np.where(real, np.where(labels != IGNORED, 3, kinds), 0)
         found += np.split(kinds, np.flatnonzero(positions[0, row] == 0)[1:]) if packed else [kinds]
