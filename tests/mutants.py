@@ -245,10 +245,10 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_model_last_layer.py::test_padding_on_the_left_is_not_seen',),
     ),
     Mutation(
-        '7', 'a continued stream reads its first pass again', 'qwen2vl_sft/data/stream.py',
-        'uses.append((seen[row], row))',
-        'uses.append((0, row))',
-        ('tests/test_data_stream.py::test_every_sample_gets_its_own_picture_and_few_are_held',),
+        '7', 'a continued stream misses its first picture', 'qwen2vl_sft/training/order.py',
+        'index >= data.start and',
+        'index > data.start and',
+        ('tests/test_data_stream.py::test_a_run_from_a_stream_that_is_cut_or_decoded_by_workers_ends_with_the_same_bits',),
     ),
     Mutation(
         '7', 'a stream holds every picture that it passes', 'qwen2vl_sft/training/order.py',

@@ -53,20 +53,20 @@ def test_the_vision_cache_is_filled_from_the_stream(project, no_lookup):
     assert 2 in train(config(project, "cached", steps=2, save_at=[], vision_cache=True)).checkpoints()
 
 
-@pytest.mark.parametrize(("workers", "start"), [(0, 0), (2, 0), (0, 17)])
+@pytest.mark.parametrize(("workers", "start"), [(0, 0), (2, 0), (0, 17), (0, 60)])
 def test_every_sample_gets_its_own_picture_and_few_are_held(project, monkeypatch, workers, start):
-    write_toy_suite(project / "toy", rows=48)
+    write_toy_suite(project / "toy", rows=24)
     streams = []
     begin = ImageStream.__init__
     monkeypatch.setattr(ImageStream, "__init__", lambda self, *arguments: streams.append(self) or begin(self, *arguments))
-    settings = config(project)
+    settings = config(project, steps=12)  # an epoch and a half
     data = TrainingOrder(prepared_suite(settings.suite_path), load_encoder(base_location("small")), settings)
     data.start = start
     loader, most = DataLoader(data, batch_size=None, sampler=StreamSampler(data), num_workers=workers), 0
     for index, sample in enumerate(loader):
         assert torch.equal(torch.as_tensor(sample.pixels), torch.as_tensor(data[index].pixels))
         most = max(most, *(len(stream.held) for stream in streams))
-    assert index == 35 and 0 < most <= 3 + 6 + (6 if workers else 0)  # the buffer, and a batch that is sorted by length
+    assert index == 71 and 0 < most <= 3 + 6 + (6 if workers else 0)  # the buffer, and a batch that is sorted by length
 
 
 def test_the_order_of_a_stream_shuffles_anew_in_each_epoch(project):
