@@ -4,6 +4,8 @@
 the tutorials from top to bottom and keeps what a reader should see: no progress bars, hours or temporary folders.
 """
 
+import base64
+import io
 import json
 import os
 import re
@@ -11,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "nbs"
@@ -69,8 +73,18 @@ def clean() -> None:
 
 PASSING = re.compile(  # what is there already, the hour, a temporary folder, how long something took here
     r"(?m)^(?:\[[\d:]+\] )?\S+ is up to date\n|^\[\d\d:\d\d:\d\d\] |"
-    rf"(?:{re.escape(tempfile.gettempdir())}|/tmp)/tmp\w+/?| [\d.k]+ samples/s .*left$|, \d+ s to fill, .*$| in \d+ s$"
+    rf"(?:{re.escape(tempfile.gettempdir())}|/tmp)/tmp\w+/?| [\d.,kM]+ samples/s .*left$|, \d+ s to fill, .*$| in \d+ s$"
 )
+
+
+def in_few_colours(png: str) -> str:
+    "A picture (base64) in 128 colours, if that is smaller."
+    picture, small = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
+    white = Image.new("RGBA", picture.size, "white")
+    white.alpha_composite(picture.convert("RGBA"))
+    white.convert("RGB").quantize(128).save(small, "PNG", optimize=True)
+    fewer = base64.b64encode(small.getvalue()).decode()
+    return min(png, fewer, key=len)
 
 
 def without_passing(output: dict) -> dict:
@@ -79,6 +93,8 @@ def without_passing(output: dict) -> dict:
     if "text" in output:
         return {**output, "text": tidied(output["text"])}
     data = {kind: tidied(value) if kind.startswith("text/") else value for kind, value in output.get("data", {}).items()}
+    if "image/png" in data:
+        data["image/png"] = in_few_colours(data["image/png"])
     return {**output, "data": data} if data else output
 
 
