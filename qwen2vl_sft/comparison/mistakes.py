@@ -22,7 +22,7 @@ from ..core import InputError
 from ..data.mixture import expected_shares
 from ..scoring.metrics import ANSWERED, normalised_text
 
-# %% ../../nbs/65_comparison.mistakes.ipynb #08859648
+# %% ../../nbs/65_comparison.mistakes.ipynb #7779f235
 NO_ANSWER, OTHER = "(no answer)", "(other labels)"
 
 
@@ -40,10 +40,12 @@ def confusion(
     counts = predictions["target"].value_counts()
     known = [label for label in (labels or counts.index) if label in counts.index or labels]
     shown = known if len(known) <= most else [label for label in counts.index if label in known][:most]
-    fold = lambda values: values.where(values.isin([*shown, NO_ANSWER]), OTHER)
-    table = pd.crosstab(fold(predictions["target"]), fold(answers_of(predictions)))
-    columns = [*shown, *(name for name in (OTHER, NO_ANSWER) if name in table.columns)]
-    return table.reindex(index=[*shown, *([OTHER] if OTHER in table.index else [])], columns=columns, fill_value=0)
+    place = {name: i for i, name in enumerate([*shown, OTHER, NO_ANSWER])}
+    places = lambda values: np.array([place.get(value, len(shown)) for value in values.tolist()], dtype=int)
+    table = np.zeros((len(shown) + 1, len(place)), dtype=int)
+    np.add.at(table, (np.minimum(places(predictions["target"]), len(shown)), places(answers_of(predictions))), 1)
+    table = pd.DataFrame(table, index=[*shown, OTHER], columns=list(place))
+    return table.loc[[*shown, *([OTHER] if table.loc[OTHER].any() else [])], [*shown, *(name for name in (OTHER, NO_ANSWER) if table[name].any())]]
 
 # %% ../../nbs/65_comparison.mistakes.ipynb #856a4688
 TRAJECTORIES = ("always right", "learned", "unstable", "forgotten", "never right")

@@ -285,15 +285,15 @@ def training_pictures(prepared: Path, task: str) -> pd.DataFrame:
     "Near-duplicate group and hash of a task's training pictures."
     return split_columns(prepared, task, "train", ["group", "sha256"])
 
-# %% ../../nbs/61_comparison.samples.ipynb #2af0741e
+# %% ../../nbs/61_comparison.samples.ipynb #84c788d0
 def read_run(
     run: RunDir,
     facts: Mapping[str, pd.DataFrame],  # task -> what `test_facts` gives
 ) -> pd.DataFrame:  # columns of the predictions, and row, model, step, kind, task, group, leaked, elsewhere
     "All predictions of a run on the test sets, one line a (row, task, rule, sample)."
-    tables = []
+    tables, predicted = [], run.predicted()
     for row in rows_of(run):
-        for checkpoint, task in run.predicted():
+        for checkpoint, task in predicted:
             if checkpoint != row.checkpoint:
                 continue
             where = str(run.predictions_folder(checkpoint, task))
