@@ -249,7 +249,7 @@ def summary_html(
     further = look_at(material)
     return f'{tiles_html(material)}<p class="lead">{breakable(first)}</p>{list_html(known)}{caution}{f"<h3>Look at</h3>{list_html(further)}" if further else ""}'
 
-# %% ../../nbs/69_comparison.report.ipynb #5a8d3a0f
+# %% ../../nbs/69_comparison.report.ipynb #47c78d2a
 def differences(
     board: Scoreboard,
 ) -> dict[tuple[str, str], Mapping]:  # (row, task) -> a line of `paired_tests`
@@ -268,16 +268,16 @@ def difference_html(line: Mapping | None) -> str:
     return f'<td>{number(line["difference"], True)}</td><td class="text" title="{title}">{html.escape(verdict_text(line))}{reach}</td>'
 
 
-def task_line(one: Mapping, line: Mapping | None) -> str:
-    "One row's counts on a task as a `<tr>`."
-    counts = "".join(f"<td>{one[outcome] if one['n'] else '–'}</td>" for outcome in OUTCOMES)
+def task_line(one: Mapping, line: Mapping | None, outcomes: Sequence[str]) -> str:
+    "One row's figures and counts on a task as a `<tr>`."
+    counts = "".join(f"<td>{one[outcome] if one['n'] else '–'}</td>" for outcome in outcomes)
     interval = f"{number(one['low'])}–{number(one['high'])}" if pd.notna(one["low"]) else "–"
     further = "".join(f"<td>{number(one[column])}</td>" for column in ("macro_f1", "auroc", "precision_at_recall"))
     badges = "".join(f'<span class="b">{html.escape(badge)}</span>' for badge in one["badges"] if badge != "chosen on test")
     detail = f" <small>{breakable(one['collapsed'] or one['note'])}</small>" if one["collapsed"] or one["note"] else ""
     beside = f"<small>{one['beside_rule']} {number(one['beside'])}</small>" if one["beside_rule"] else ""
     return (f'<tr><th scope="row">{breakable(one["row"])}<small>{html.escape(one["rule"])}</small></th><td>{number(one["accuracy"])}{beside}</td><td>{interval}</td><td>{one["n"] or "–"}</td>'
-            f'{further}{counts}{difference_html(line)}<td class="text">{badges}{detail}</td></tr>')
+            f'{difference_html(line)}<td class="text">{badges}{detail}</td>{further}{counts}</tr>')
 
 # %% ../../nbs/69_comparison.report.ipynb #85924d3b
 def table_html(head: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int] = ()) -> str:
@@ -306,7 +306,7 @@ def classes_html(material: Material, task: str) -> str:
     more = f"<p>The {len(lines)} most frequent of {len(labels)} labels.</p>" if len(labels) > len(lines) else ""
     return f"<h4>Precision / recall / F1 of each label, %</h4>{table_html(['label', 'n', *map(breakable, figures)], lines)}{more}"
 
-# %% ../../nbs/69_comparison.report.ipynb #3f3627c1
+# %% ../../nbs/69_comparison.report.ipynb #eddb33ad
 def task_html(
     material: Material,
     task: str,
@@ -316,9 +316,10 @@ def task_html(
     "One task's section."
     board, described = material.board, material.board.described.get(task, {})
     cells = board.cells[board.cells["task"] == task].to_dict("records")
-    heads = ["model(step)", "accuracy, %", "95 % interval", "n", "macro F1", "AUROC", "precision at 90 % recall", *(outcome.replace("_", "-") for outcome in OUTCOMES), "to untuned", "evidence", ""]
+    outcomes = [outcome for outcome in OUTCOMES if outcome in ("correct", "wrong") or any(one[outcome] for one in cells)]
+    heads = ["model(step)", "accuracy, %", "95 % interval", "n", "to untuned", "evidence", "", "macro F1", "AUROC", "precision at 90 % recall", *(outcome.replace("_", "-") for outcome in outcomes)]
     head = "".join(f'<th scope="col"{" class=text" if name in ("evidence", "") else ""}>{name}</th>' for name in heads)
-    body = "".join(task_line(one, lines.get((one["row"], task))) for one in cells)
+    body = "".join(task_line(one, lines.get((one["row"], task)), outcomes) for one in cells)
     question = f"<p>{breakable(str(described['question']))}</p>" if described.get("question") else ""
     labels = described.get("labels")
     answer = f"<p>Labels: {breakable(', '.join(map(str, labels)))}</p>" if isinstance(labels, list) else ""
