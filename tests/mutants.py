@@ -673,6 +673,12 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_scoring_remote.py::test_the_budget_ends_the_run_and_more_money_continues_it',),
     ),
     Mutation(
+        '6', 'a pause inside a pause counts twice', 'qwen2vl_sft/training/progress.py',
+        'self.paused = before + time.perf_counter() - started',
+        'self.paused += time.perf_counter() - started',
+        ('tests/test_training_trainer.py::test_a_pause_inside_a_pause_counts_once',),
+    ),
+    Mutation(
         '8.api', 'the store of responses is bound to the thread that opened it', 'qwen2vl_sft/scoring/responses.py',
         ', check_same_thread=False)',
         ')',

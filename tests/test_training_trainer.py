@@ -1,6 +1,7 @@
 """Training goes on where it was, for every method, and ends instead of pretending."""
 
 import shutil
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.data.toy import write_toy_suite
 from qwen2vl_sft.model.load import base_location
 from qwen2vl_sft.rundir import RunDir
+from qwen2vl_sft.training.progress import Speed
 from qwen2vl_sft.training.trainer import train
 
 
@@ -83,3 +85,12 @@ def test_a_frozen_tower_keeps_its_precision_and_weights_in_full_training(project
     tower = {name for name in base if name.startswith("visual")}
     assert tower and all(torch.equal(tuned[name], base[name]) for name in tower)
     assert {tuned[name].dtype for name in tuned if name not in tower} == {torch.float32}
+
+
+def test_a_pause_inside_a_pause_counts_once():
+    "The picture that a validation draws is no second pause: a speed must not come from time below zero."
+    speed = Speed()
+    time.sleep(0.02)
+    with speed.pause(), speed.pause():
+        time.sleep(0.05)
+    assert speed.read({"samples": 1, "tokens": 3}, 1)["samples_per_second"] < 50

@@ -91,7 +91,7 @@ class Tally:
         losses = {f"loss/{task}": loss / tokens for task, (loss, tokens) in zip(self.tasks, total, strict=False) if tokens}
         return {"samples": total[-1][0], "tokens": total[-1][1], **losses}
 
-# %% ../../nbs/55_training.progress.ipynb #54003159
+# %% ../../nbs/55_training.progress.ipynb #b651a9e6
 def memory_gb() -> dict[str, float]:
     "The most that tensors took (and the allocator reserved) on the GPU so far, or this process's memory now; 10^9 bytes."
     if torch.cuda.is_available():
@@ -108,11 +108,11 @@ class Speed:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        started = time.perf_counter()
+        started, before = time.perf_counter(), self.paused
         try:
             yield
         finally:
-            self.paused += time.perf_counter() - started
+            self.paused = before + time.perf_counter() - started  # a pause inside, such as the picture during a validation, counts once
 
     def read(self, counted: dict[str, float], steps: int) -> dict[str, float]:  # `steps` since the last reading
         "samples_per_second and tokens_per_second since the last reading."
