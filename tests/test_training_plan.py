@@ -22,7 +22,7 @@ from qwen2vl_sft.data.toy import write_toy_suite
 from qwen2vl_sft.model import vision_cache
 from qwen2vl_sft.training import plan as plan_module
 from qwen2vl_sft.training import trainer
-from qwen2vl_sft.training.plan import MOST_PICTURES, _rounded, memory_plan, tower_bytes
+from qwen2vl_sft.training.plan import _rounded, memory_plan, tower_bytes
 from qwen2vl_sft.training.trainer import LabelTrainer, train
 from qwen2vl_sft.training.validation import Reading
 
@@ -101,7 +101,7 @@ def allocated(monkeypatch) -> Callable[[RunConfig], int]:
 
 @pytest.mark.slow
 def test_estimates_are_within_15_percent_of_measured_peaks(project, middling, allocated, monkeypatch):
-    monkeypatch.setattr(plan_module, "MOST_PICTURES", 2)  # in one pass of the tower, so that filling the cache isn't all there is to see
+    monkeypatch.setattr(plan_module, "PICTURES_ON_CPU", 2)  # in one pass of the tower, so that filling the cache isn't all there is to see
     suite, ratios = write_toy_suite(project / "toy", rows=24), {}
     for name, (method, schedule) in CASES.items():
         schedule = {"steps": 2, "micro_batch": 8, "learning_rate": 1e-4, "log_every": 1, "save_at": [], "tensorboard": False, **schedule}
@@ -243,7 +243,7 @@ def test_what_a_validation_reads_is_in_the_plan_and_made_to_fit():
     tight = memory_plan(with_overrides(config, {"plan.memory_gb": roomy.peak / 1.5e9}), SIZES, reading)
     assert tight.fits and 1 <= tight.estimate.validation_batch < 32
     cached = memory_plan(base_config(validate_every=2), SIZES, reading)
-    assert cached.shape.picture == 12_000 and cached.estimate.pictures_at_once < MOST_PICTURES  # its pictures go into the cache, too
+    assert cached.shape.picture == 12_000 and cached.estimate.pictures == tower_bytes("small", torch.float32, cached.estimate.pictures_at_once * 12_000)  # its pictures go into the cache, too
 
 
 def test_pictures_beyond_the_caches_limit_are_computed_beside_the_optimizers_states():
@@ -257,6 +257,6 @@ def test_pictures_beyond_the_caches_limit_are_computed_beside_the_optimizers_sta
 def test_validation_fills_the_cache_as_many_pictures_at_a_time_as_training(project, monkeypatch):
     passes, real = [], vision_cache.tower_features
     monkeypatch.setattr(vision_cache, "tower_features", lambda model, pixels, grid: (passes.append(len(grid)), real(model, pixels, grid))[1])
-    monkeypatch.setattr(plan_module, "MOST_PICTURES", 2)
+    monkeypatch.setattr(plan_module, "PICTURES_ON_CPU", 2)
     train(toy(project, "filled", steps=1, validate_every=1))
     assert max(passes) == 2 and len(passes) > 12
