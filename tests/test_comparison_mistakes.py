@@ -61,6 +61,12 @@ def test_planted_label_noise_comes_first(board):
     assert all(len(models) == len({m.split("(")[0] for m in models}) for models in queue["models"])  # one vote a run
 
 
+def test_an_answer_that_is_correct_in_other_words_accuses_no_label():
+    table = pd.DataFrame({"id": ["1", "2"], "target": ["wx: abc", "wx: abc"], "prediction": ["WeChat abc", "wx: abd"], "outcome": ["correct", "wrong"], "rule": "free"})
+    votes = votes_of(table, None)
+    assert votes["vote"].isna().tolist() == [True, False] and votes["doubt"].tolist() == [0.0, 1.0]
+
+
 def test_confident_thresholds_and_issues_are_cleanlabs():
     count = pytest.importorskip("cleanlab.count", reason="lacks cleanlab (pip install cleanlab)")
     rng = np.random.default_rng(0)

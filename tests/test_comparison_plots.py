@@ -252,6 +252,18 @@ def test_mixture_and_cost_plots_name_their_points(rich):
     assert "cost of 1,000 images" in drawn(plots.cost_accuracy(cost_table(board, {EVERY: Price(2.0)})))
 
 
+def test_a_row_without_a_price_is_left_out_of_the_cost_plot_by_name():
+    costs = pd.DataFrame({"row": ["mix(1)", "gpt-4o", "paper"], "kind": ["trained", "api", "imported"], "accuracy": [80.0, 70, 90], "low": np.nan, "high": np.nan, "images_per_second": [100, 1.0, np.nan], "cost_per_1000": [0.01, 2.0, np.nan]})
+    texts = drawn(plots.cost_accuracy(costs))
+    assert "cost of 1,000 images" in texts and "paper" not in texts and any("not shown, no price: paper" in text for text in texts)
+
+
+def test_the_heat_map_marks_the_row_chosen_on_test(board):
+    picked = [row.rpartition("(")[2].rstrip(")") for row in board.chosen_on_test]
+    texts = drawn(plots.heat_map(board.cells, board.means))
+    assert picked and {f"{step} t" for step in picked} <= set(texts) and any("t: chosen on test" in text for text in texts)
+
+
 def test_every_plot_names_its_rule(rich):
     board, folder = rich
     own = board.samples[(board.samples["row"] == "mix(300)") & (board.samples["task"] == "weapon")]

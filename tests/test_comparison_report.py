@@ -13,7 +13,7 @@ from synthetic_experiment import LABELS, Plan, build_experiment
 from qwen2vl_sft.cli import main
 from qwen2vl_sft.comparison.browser import BROWSER_SCRIPT, browser_data, error_browser, static_browser
 from qwen2vl_sft.comparison.mistakes import label_noise
-from qwen2vl_sft.comparison.report import SCRIPT, Material, page, pictures, write_report
+from qwen2vl_sft.comparison.report import SCRIPT, Material, material_of, page, pictures, write_report
 from qwen2vl_sft.comparison.scoreboard import Scoreboard, csv_text
 from qwen2vl_sft.core import InputError
 from qwen2vl_sft.rundir import RunDir
@@ -129,6 +129,24 @@ def test_a_second_report_replaces_the_first(tmp_path):
     first, again = write_report(folder).read_text(), write_report(folder).read_text()
     without_time = lambda text: re.sub(r"Written [^w]*with", "", text)
     assert without_time(first) == without_time(again) and not list(folder.rglob("*.tmp"))
+
+
+def test_a_plot_that_is_no_longer_drawn_is_removed_and_nothing_else(tmp_path):
+    folder = build_experiment(tmp_path, Plan(samples=12, labels={"face": LABELS["face"]}))
+    (folder / "plots").mkdir()
+    for name in ("task_differences_2", "mixture_gain", "my_own_1"):
+        (folder / "plots" / f"{name}.png").write_bytes(b"old")
+    write_report(folder)
+    left = {path.stem for path in (folder / "plots").glob("*.png")}
+    assert {"heat_map", "my_own_1"} <= left and not {"task_differences_2", "mixture_gain"} & left
+
+
+def test_with_many_rows_the_ones_that_matter_keep_their_thresholds(tmp_path, monkeypatch):
+    monkeypatch.setattr("qwen2vl_sft.comparison.report.ROWS_DEPLOYED", 2)
+    folder = build_experiment(tmp_path, Plan(samples=20, labels={"face": LABELS["face"]}, collapsed={}))
+    material = material_of(folder)
+    assert material.deployed == [material.best, "base"] and set(material.confidences["row"]) == set(material.deployed)
+    assert "worked out for 2 rows" in page(material, {}) and material.board.rows[-1] in material.cut
 
 
 def test_runs_that_failed_are_said(tmp_path):

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,10 +14,10 @@ import pandas as pd
 import pytest
 from synthetic_experiment import LABELS, Plan, build_experiment
 
-from qwen2vl_sft.comparison.board import accuracy_table, against, best_row, choice_table, differing, lead, row_of_kind, settings_table, step_table
+from qwen2vl_sft.comparison.board import accuracy_table, against, best_row, choice_table, differing, lead, row_of_kind, settings_table, standings, step_table
 from qwen2vl_sft.comparison.findings import findings
-from qwen2vl_sft.comparison.samples import ORIGINAL, checked_accuracies, class_figures, imported_cells, precision_at, prepared_folder
-from qwen2vl_sft.comparison.scoreboard import LATEX, Scoreboard, cells_text, csv_text, difference, display_width, latex_table, latex_text, markdown_table, shortened, text_table
+from qwen2vl_sft.comparison.samples import ORIGINAL, checked_accuracies, class_figures, imported_cells, precision_at, prepared_folder, speed_figures, validation_choice
+from qwen2vl_sft.comparison.scoreboard import LATEX, Scoreboard, cells_text, csv_text, difference, display_width, latex_table, latex_text, markdown_table, means_text, shortened, text_table, top_cells
 from qwen2vl_sft.comparison.statistics import mcnemar
 from qwen2vl_sft.core import InputError
 from qwen2vl_sft.rundir import RunDir
@@ -90,6 +91,14 @@ def test_last_step_best_step_and_the_choice_on_test(original):
     assert "Qwen2-vl-mix(3370) is 1.2 points below Qwen2-vl-mix(3000)" in text["last step"]
     assert original.chosen_on_test == ["Qwen2-vl-mix(3000)", "Qwen2-vl-full(3370)"]
     assert original.means.loc["Qwen2-vl-mix(3000)", "common"] - original.means.loc["Qwen2-vl-mix(3370)", "common"] == pytest.approx(1.3, abs=0.05)
+
+
+def test_the_best_step_differs_by_data_set(original):
+    table = accuracy_table(original).filter(like="Qwen2-vl-mix(", axis=0)
+    best = table.columns[table.max() > table.loc["Qwen2-vl-mix(3000)"] + 0.05]
+    assert topics(original)["step by task"].startswith(f"On {len(best)} of 20 tasks another step of Qwen2-vl-mix scores higher than Qwen2-vl-mix(3000): ")
+    by = step_table(original).set_index(["model", "task"])["picked"]
+    assert 1 < len(best) < 20 and all(table.loc[f"Qwen2-vl-mix({by['Qwen2-vl-mix', task]})", task] == table[task].max() for task in original.tasks)
 
 
 def test_best_row_against_gpt4o(original):
@@ -210,6 +219,41 @@ def test_common_support_leaves_out_for_everybody_what_one_did_not_answer(board):
     assert board.means.loc["mix(300)", "common"] == pytest.approx(100 * kept.groupby("task").mean().mean())
     assert board.means.loc["mix(300)", "common_micro"] == pytest.approx(100 * kept.mean())
     assert 0 < len(kept) < len(row)
+
+
+def imported(lines: str) -> pd.DataFrame:
+    return imported_cells(checked_accuracies(pd.read_csv(io.StringIO("model,step,dataset,accuracy,note,n,rule\n" + lines)).assign(reported_mean_score=None), Path("x")))
+
+
+def test_a_mean_that_is_missing_turns_no_winner():
+    board = Scoreboard(imported("mix,1,a,90,,100,closed\nmix,1,b,80,,100,closed\ngpt,,a,70,,100,closed\n"))
+    assert math.isnan(board.means.loc["gpt", "strict"]) and "api" in topics(board) and "rule turns winner" not in topics(board)
+
+
+def test_a_row_that_lacks_tasks_shrinks_the_common_support_for_all_and_is_never_bold(tmp_path):
+    folder = build_experiment(tmp_path, Plan(samples=30, labels={task: ["x", "y"] for task in "abc"}, collapsed={}, refused={}))
+    (folder / "paper").mkdir()
+    write(folder / "paper" / "accuracies.csv", "model,step,dataset,accuracy,n\nsota,,a,99,200\n")
+    board = Scoreboard.from_experiment(folder)
+    accuracy = accuracy_table(board)
+    assert board.means.loc["mix(300)", "common"] == pytest.approx(accuracy.loc["mix(300)", "a"])  # one set of tasks for all rows
+    assert board.means.loc["sota", "coverage"] == pytest.approx(100 / 3) and board.means.loc["sota", "common"] == 99
+    assert not {("sota", "common"), ("sota", "answered_only")} & top_cells(board) and ("sota", "a") in top_cells(board)
+    for text in (text_table(board), markdown_table(board), latex_table(board), board.to_html()):
+        assert "30 of 90 samples, 1 of 3 tasks" in text
+    shutil.rmtree(folder / "full" / "predictions" / "step-100" / "b")
+    assert Scoreboard.from_experiment(folder).means.loc["full(100)", "coverage_micro"] == pytest.approx(200 / 3)
+
+
+def test_requests_without_a_response_count_neither_as_quick_nor_as_free():
+    table = pd.DataFrame({"outcome": ["correct", "error", "wrong", "error"], "seconds": [1.0, 0.0, 2.0, 0.0], "cost": [0.002, 0.0, 0.004, 0.0]})
+    assert speed_figures(table) == pytest.approx({"seconds": 1.5, "cost_per_1000": 3.0})
+
+
+def test_a_rule_from_a_file_is_escaped_in_every_form():
+    board = Scoreboard(imported('mix,1,a,90,,100,"<b>|x\x1b[31m"\n'))
+    text = markdown_table(board)
+    assert "<b>" not in text and "&lt;b&gt;\\|x" in text and "\x1b" not in text + text_table(board)
 
 
 def test_macro_and_micro_means_have_their_intervals(board):
@@ -552,6 +596,15 @@ def test_validation_predictions_choose_where_there_is_no_best_json(tmp_path):
     assert board.chosen["mix"] == f"mix({max(accuracy, key=accuracy.get)})" and board.chosen_on_test == []
 
 
+def test_a_step_that_is_best_on_validation_but_not_scored_on_test_is_not_chosen(tmp_path):
+    folder = build_experiment(tmp_path, Plan(samples=30, labels={"face": LABELS["face"]}, validation=True, collapsed={}, skills={"mix(200)": 1.0}))
+    assert validation_choice(RunDir(folder / "mix")).step == 200
+    for part in (folder / "mix" / "predictions" / "step-200").rglob("part-test-*"):
+        part.unlink()
+    board = Scoreboard.from_experiment(folder)
+    assert board.choices["mix"].step != 200 and board.choices["mix"].by_task["face"] != 200 and board.chosen["mix"] in board.rows
+
+
 def test_runs_that_differ_in_the_seed_alone_are_one_recipe(tmp_path):
     seeds = {f"mix-{i}": {"schedule": {"seed": i}} for i in range(3)} | {"slow": {"schedule": {"learning_rate": 1e-5, "seed": 9}}}
     skills = {"mix-0(100)": 0.70, "mix-1(100)": 0.90, "mix-2(100)": 0.80, "slow(100)": 0.5}
@@ -570,6 +623,23 @@ def test_runs_that_differ_in_the_seed_alone_are_one_recipe(tmp_path):
     assert topics(board)["several settings"].startswith("mix-0 and slow differ in 2 settings (schedule.learning_rate and schedule.seed)")
     assert one["seed_low"] < one["lowest"] and one["seed_high"] > one["highest"]  # three seeds say little
     assert settings_table(board.configs).index.tolist() == ["schedule.learning_rate", "schedule.seed"]
+
+
+def test_a_recipe_is_named_and_ranked_by_its_seeds_even_if_the_first_one_is_not_complete(tmp_path):
+    seeds = {f"mix-{i}": {"schedule": {"seed": i}} for i in range(3)} | {"slow": {"schedule": {"learning_rate": 1e-5}}}
+    skills = {"mix-0(100)": 0.70, "mix-1(100)": 0.90, "mix-2(100)": 0.80, "slow(100)": 0.75}
+    folder = build_experiment(tmp_path, Plan(samples=90, labels={"a": ["x", "y"], "b": ["x", "y"]}, runs=seeds, steps=(100,), skills=skills, collapsed={}))
+    board = Scoreboard.from_experiment(folder)
+    own = board.means.loc[[f"mix-{i}(100)" for i in range(3)], "strict"]
+    said, behind = topics(board), own.mean() - board.means.loc["slow(100)", "strict"]
+    assert said["best"].startswith(f"mix(100) x 3 seeds has the highest strict mean of the rows to choose from (seeds by their mean): {own.mean():.1f} % (95 % interval")
+    assert f"slow(100), is {behind:.1f} points behind mix(100) x 3 seeds" in said["runner-up"] and behind > 0
+    assert f"That is {own.mean() - board.means.loc['base', 'strict']:.1f} points above" in said["gain"]
+    assert f"from {own.min():.1f} to {own.max():.1f}" in said["ship"] and "differ by chance" in said["ship"] and "mix-0(100), the first that is fully scored" in said["ship"]
+    shutil.rmtree(folder / "mix-0" / "predictions" / "step-100" / "a")
+    board = Scoreboard.from_experiment(folder)
+    assert [one.recipe for one in standings(board)] == ["mix", "slow"] and best_row(board) == "mix-1(100)"
+    assert topics(board)["best"].startswith("mix(100) x 2 seeds has the highest") and f"{own.iloc[1:].mean():.1f} %" in topics(board)["best"]
 
 
 def test_pairs_without_the_best_row_that_differ_in_several_settings_are_named_too():
@@ -681,6 +751,22 @@ def test_means_over_samples_stand_in_every_form(board):
     for text in (text_table(board), markdown_table(board), latex_table(board)):
         line = next(line for line in text.splitlines() if "mix(300)" in line and re.search(r"\d\.\d", line))
         assert re.search(r"\bmicro\b", text) and value in line
+
+
+def test_means_keep_their_intervals_and_seeds_in_every_file(tmp_path):
+    seeds = {f"mix-{i}": {"schedule": {"seed": i}} for i in range(2)}
+    board = Scoreboard.from_experiment(build_experiment(tmp_path, Plan(samples=30, labels={"a": ["x", "y"], "b": ["x", "y"]}, runs=seeds, steps=(100,), collapsed={})))
+    mean, (over,) = board.means.loc["base"], board.seeds[board.seeds["task"].isna()].to_dict("records")
+    low, high = f"{mean['strict_low']:.1f}", f"{mean['strict_high']:.1f}"
+    assert f"{mean['strict']:.1f} ({low}–{high})" in markdown_table(board) and rf"{{\footnotesize({low}--{high})}}" in latex_table(board)
+    spread = f"seeds {over['lowest']:.1f} to {over['highest']:.1f}"
+    assert all(spread in text and "n = 30 for each task" in text.replace("\\", "") for text in (markdown_table(board), latex_table(board)))
+    assert {len(row) for row in latex_rows(latex_table(board))} == {1 + 4 + 3 + 2}
+    table = pd.read_csv(io.StringIO(means_text(board))).set_index("row")
+    for rule in ("strict", "answered_only", "common", "strict_micro"):
+        assert table.loc["base", [rule, f"{rule}_low", f"{rule}_high"]].tolist() == pytest.approx([mean[rule], mean[f"{rule}_low"], mean[f"{rule}_high"]], abs=1e-4)
+    one = table.loc["mix(100) x 2 seeds"]
+    assert (one["kind"], one["seeds"]) == ("seeds", 2) and one[["strict", "strict_low", "sd"]].tolist() == pytest.approx([over["accuracy"], over["low"], over["sd"]], abs=1e-4)
 
 
 def test_column_maxima_are_bold_in_html(original):

@@ -109,13 +109,14 @@ def confident_thresholds(
     own = np.bincount(truth, weights=scores[np.arange(len(truth)), truth], minlength=scores.shape[1])
     return np.where(counts > 0, own / np.maximum(1, counts), 2.0)
 
-# %% ../../nbs/65_comparison.mistakes.ipynb #7cb18d51
+# %% ../../nbs/65_comparison.mistakes.ipynb #04582f7b
 def votes_of(
     predictions: pd.DataFrame,  # of one row on one task
     labels: Sequence[str] | None,  # None: open text
 ) -> pd.DataFrame:  # index id; vote (an answer other than the truth, or nothing), doubt (1 - the truth's probability)
     "Where a model contradicts the truth with confidence."
-    same = [normalised_text(a) == normalised_text(t) for a, t in zip(answers_of(predictions), predictions["target"], strict=True)]
+    texts = zip(answers_of(predictions), predictions["target"], predictions["outcome"], strict=True)
+    same = [outcome == "correct" or normalised_text(a) == normalised_text(t) for a, t, outcome in texts]  # correct in other words agrees
     vote = answers_of(predictions).mask(np.array(same) | ~predictions["outcome"].isin(ANSWERED).to_numpy())
     doubt = (~np.array(same)).astype(float)
     known = labels and "probabilities" in predictions and predictions["probabilities"].notna().all() and set(predictions["target"]) <= set(labels)

@@ -123,7 +123,7 @@ def blank_figure(width: float, height: float) -> "Figure":  # inches
     plt.close(figure)
     return figure
 
-# %% ../../nbs/67_comparison.plots.ipynb #4bc08090
+# %% ../../nbs/67_comparison.plots.ipynb #b536975b
 def heat_map(
     cells: pd.DataFrame,  # Scoreboard.cells
     means: pd.DataFrame | None = None,  # Scoreboard.means; adds the strict mean as a last line
@@ -140,7 +140,7 @@ def heat_map(
         if means is not None:
             draw_means(axes, means["strict"].reindex(table.columns), len(table))
         label_heat_map(axes, cells, names, means is not None)
-        used = {badge for badges in cells["badges"] for badge in badges if badge != "chosen on test"}
+        used = {badge for badges in cells["badges"] for badge in badges}
         marks = "   ".join(f"{letter}: {badge}" for badge, (letter, _) in BADGES.items() if badge in used)
         add_note(figure, list(table.index), "   ".join(filter(None, [rules_note(cells), marks])))
     return figure
@@ -199,7 +199,7 @@ def draw_means(axes: "Axes", means: pd.Series, y: int) -> None:
     for x, value in enumerate(means):
         draw_box(axes, x, y + 0.25, float(value), bold=True)
 
-# %% ../../nbs/67_comparison.plots.ipynb #52991fc7
+# %% ../../nbs/67_comparison.plots.ipynb #1ed7078d
 def label_heat_map(axes: "Axes", cells: pd.DataFrame, names: Sequence[str], with_means: bool) -> None:
     "Names at the side, and runs with their steps above."
     rows = cells.drop_duplicates("row")[["model", "step"]].reset_index(drop=True)
@@ -210,7 +210,9 @@ def label_heat_map(axes: "Axes", cells: pd.DataFrame, names: Sequence[str], with
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.xaxis.tick_top()
-    above = [wrapped(model, 9, 3) if pd.isna(step) else str(step) for model, step in zip(drawable(list(rows["model"])), rows["step"], strict=True)]
+    picked = set(cells.loc[["chosen on test" in badges for badges in cells["badges"]], "row"])
+    rows["mark"] = [" t" if row in picked else "" for row in cells.drop_duplicates("row")["row"]]
+    above = [wrapped(model, 9, 3) + mark if pd.isna(step) else f"{step}{mark}" for model, step, mark in zip(drawable(list(rows["model"])), rows["step"], rows["mark"], strict=True)]
     axes.set_xticks(range(len(rows)), above, fontsize=8)
     for model, part in rows[rows["step"].notna()].groupby("model", sort=False):
         label_group(axes, drawable([model])[0], part.index[0], part.index[-1])
@@ -578,7 +580,7 @@ def label_points(
         line = {"arrowstyle": "-", "color": "#BBBBBB", "linewidth": 0.6} if at[i][1] - y > 6 else None
         axes.annotate(names[i], (xs[i], ys[i]), xytext=(7, y - at[i][1]), textcoords="offset points", va="center", fontsize=8, color="#333333", arrowprops=line)
 
-# %% ../../nbs/67_comparison.plots.ipynb #ef42e581
+# %% ../../nbs/67_comparison.plots.ipynb #7cf974ed
 def tidy_logarithm(axes: "Axes") -> None:
     "Ticks of a logarithmic axis at 1, 2 and 5, written out."
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -594,9 +596,10 @@ def cost_accuracy(
     "What a row costs against what it gives; up and to the left is better."
     rows = costs.dropna(subset="accuracy")
     rows = rows[rows["kind"] != "majority"]  # it looks at no picture
-    priced = rows["cost_per_1000"].gt(0)
-    money = bool(len(rows)) and (priced | rows["kind"].eq("nearest_neighbour")).all()
-    rows = rows[priced] if money else rows[rows["images_per_second"] > 0]
+    priced, timed = rows["cost_per_1000"].gt(0), rows["images_per_second"].gt(0)
+    money = priced.any() and (priced | ~rows["kind"].isin(["base", "trained"]) | ~timed).all()  # every local row that was measured
+    every, rows = rows, rows[priced if money else timed]
+    left_out = [row for row, kind in zip(every["row"], every["kind"], strict=True) if row not in set(rows["row"]) and kind != "nearest_neighbour"]
     rows = rows.assign(x=rows["cost_per_1000"] if money else 1 / rows["images_per_second"])
     rows = rows if {"model", "step"} <= set(rows) else rows.assign(model=rows["row"], step=pd.NA)
     colours, styles = colours_of(rows), reference_styles(rows)
@@ -617,7 +620,8 @@ def cost_accuracy(
             tidy_logarithm(axes)
         axes.set(xlabel="cost of 1,000 images" if money else "seconds an image, as measured while scoring", ylabel="strict mean accuracy, %")
         lines = "   lines: 95 % intervals" if rows["low"].notna().any() else ""
-        add_note(figure, list(rows["row"]), f"named: the best row of each model{lines}\n{rule_of(rows)}".strip())
+        missing = f"\nnot shown, no {'price' if money else 'speed'}: {', '.join(drawable([shortened(row, 24) for row in left_out[:3]]))}{f' and {len(left_out) - 3} more' if len(left_out) > 3 else ''}" if left_out else ""
+        add_note(figure, list(rows["row"]), f"named: the best row of each model{lines}{missing}\n{rule_of(rows)}".strip())
     return figure
 
 # %% ../../nbs/67_comparison.plots.ipynb #226d8eaa

@@ -13,13 +13,14 @@ __all__ = ['ROWS_DEPLOYED', 'CAPTIONS', 'GOOD_TO_KNOW', 'SAMPLES_HELD', 'TEXTS_H
            'settings_html', 'provenance_html', 'policy', 'verdict_styles', 'scoreboard_html', 'page', 'write_report',
            'material_of', 'publish']
 
-# %% ../../nbs/69_comparison.report.ipynb #a5d08fc4
+# %% ../../nbs/69_comparison.report.ipynb #b15add27
 import base64
 import hashlib
 import html
 import io
 import json
 import platform
+import re
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from .board import against, best_row, choice_table, lead, ranking, row_of_kind, settings_table, step_table
+from .board import Standing, against, best_row, choice_table, lead, row_of_kind, settings_table, standing_interval, standings, step_table
 from .browser import BROWSER_SCRIPT, BROWSER_STYLE, browser_data, thumbnails
 from .deployment import Terms, confidence_table, cost_table, speed_table, thresholds
 from .findings import findings, in_words, number, rule_text
@@ -46,7 +47,7 @@ from qwen2vl_sft.comparison.plots import (
     task_differences,
 )
 from .samples import class_figures, kind_of, prepared_folder
-from .scoreboard import Scoreboard, breakable, cells_text, html_table, latex_table, markdown_table, verdict_text
+from .scoreboard import Scoreboard, breakable, cells_text, html_table, latex_table, markdown_table, means_text, verdict_text
 from ..core import sha256_of, write_atomically
 from ..rundir import RunDir
 from ..scoring.metrics import OUTCOMES
@@ -55,7 +56,7 @@ from ..scoring.metrics import OUTCOMES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../../nbs/69_comparison.report.ipynb #1c854536
+# %% ../../nbs/69_comparison.report.ipynb #bbd208cf
 ROWS_DEPLOYED = 40  # rows whose thresholds are worked out
 
 
@@ -71,7 +72,9 @@ class Material:
         again = {model for models in board.seed_groups.values() for model in models[1:]}  # further seeds of a recipe
         others = [row for row in voters(board) if board.means.loc[row, "model"] not in again and board.means.loc[row, "kind"] != "api"]
         self.shown = list(dict.fromkeys(filter(None, [self.best, row_of_kind(board, "base"), *others])))[:5]  # in plots of few lines
-        self.confidences = confidence_table(folder, self.prepared, board.rows[:ROWS_DEPLOYED]) if folder else pd.DataFrame({"row": [], "task": [], "split": []})
+        wanted = list(dict.fromkeys(filter(None, [self.best, *self.shown, *self.references, *board.rows])))  # the rows that matter first
+        self.deployed, self.cut = wanted[:ROWS_DEPLOYED], wanted[ROWS_DEPLOYED:]
+        self.confidences = confidence_table(folder, self.prepared, [row for row in board.rows if row in self.deployed]) if folder else pd.DataFrame({"row": [], "task": [], "split": []})
         self.thresholds = thresholds(self.confidences, terms.precision, terms.recall, self.positives)
         self.costs, self.speeds = cost_table(board, terms.prices), speed_table(board, terms.prices)
         self.trajectories, self.noise, self.steps = trajectory_table(board), label_noise(board), step_table(board)
@@ -169,9 +172,9 @@ def figure_html(name: str, content: bytes) -> str:
     address = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     return f'<figure id="{name}"><div class="scroll" tabindex="0"><img width="{width}" alt="{caption_of(name)}" src="{address}"></div><figcaption>{caption_of(name)}</figcaption></figure>'
 
-# %% ../../nbs/69_comparison.report.ipynb #7a4a2f2a
+# %% ../../nbs/69_comparison.report.ipynb #4356ca93
 GOOD_TO_KNOW = (
-    "best", "gain", "runner-up", "seeds", "api", "wins", "paired", "closed beside", "majority", "nearest_neighbour",
+    "best", "ship", "gain", "runner-up", "seeds", "api", "wins", "paired", "closed beside", "majority", "nearest_neighbour",
     "chosen on validation", "chosen by task", "step by task",
 )
 
@@ -198,7 +201,7 @@ def look_at(material: Material) -> list[str]:
     said += [f"{model} ended with {count} samples wrong that it had right before, and {unstable[model]} that changed more than once." for model, count in forgot.items() if count or unstable[model]]
     return said
 
-# %% ../../nbs/69_comparison.report.ipynb #f0250199
+# %% ../../nbs/69_comparison.report.ipynb #098b21d9
 def automatic_share(material: Material) -> float:  # percent, mean over tasks; nan where it is not known
     "What the best row would decide automatically at the wanted precision."
     own = material.thresholds[material.thresholds["row"] == material.best]
@@ -219,14 +222,17 @@ def tiles_html(material: Material) -> str:
     board, best = material.board, material.best
     if best is None:
         return ""
-    mean, base = board.means.loc[best], row_of_kind(board, "base")
+    first, base = standings(board)[0], row_of_kind(board, "base")
+    low, high = standing_interval(board, first)
     chosen = "chosen on test: optimistic" if best in board.chosen_on_test else "step chosen on validation" if best in board.chosen.values() else ""
-    tiles = [("ship", breakable(best), chosen), ("strict mean, %", number(mean["strict"]), f"{number(mean['low'])} to {number(mean['high'])}" if pd.notna(mean["low"]) else "no interval: n is not known")]
-    next_best = [row for row in ranking(board).index if board.means.loc[row, "model"] != mean["model"]][:1]
-    for other in list(dict.fromkeys(filter(None, [base, *board.means.index[board.means["kind"] == "api"], *next_best])))[:3]:
-        ahead = lead(board.samples, best, other)
-        gain = ahead[0] if ahead else mean["strict"] - board.means.loc[other, "strict"]
-        tiles.append((f"points to {breakable(other)}", number(gain, True), f"{number(ahead[1], True)} to {number(ahead[2], True)}" if ahead else "no interval"))
+    seeds = f"; mean of {len(first.rows)} seeds, {number(min(first.scores))} to {number(max(first.scores))}" if len(first.rows) > 1 else ""
+    chosen = "; ".join(filter(None, [f"any seed of {first.recipe} may be; they differ by chance" if seeds else "", chosen]))
+    tiles = [("ship", breakable(best), chosen), ("strict mean, %", number(first.strict), (f"{number(low)} to {number(high)}" if pd.notna(low) else "no interval: n is not known") + seeds)]
+    stepless = [Standing(row, row, (row,), (board.means.loc[row, "strict"],)) for row in dict.fromkeys(filter(None, [base, *board.means.index[board.means["kind"] == "api"]]))]
+    for other in [*stepless, *[one for one in standings(board) if one.recipe != first.recipe][:1]][:3]:
+        ahead = lead(board.samples, first.rows, other.rows)
+        gain = ahead[0] if ahead else first.strict - other.strict
+        tiles.append((f"points to {breakable(other.name)}", number(gain, True), f"{number(ahead[1], True)} to {number(ahead[2], True)}" if ahead else "no interval"))
     if base and len(tests := board.tests(base)):
         own = tests.loc[tests["row"] == best, "verdict"].value_counts()
         tiles.append(("tasks lost to untuned", str(own.get("worse", 0)), f"better on {own.get('better', 0)}, no evidence on {own.get('no evidence', 0)}"))
@@ -235,15 +241,15 @@ def tiles_html(material: Material) -> str:
     cells = "".join(f"<div><dt>{name}</dt><dd>{value}<small>{html.escape(small)}</small></dd></div>" for name, value, small in tiles)
     return f'<dl class="tiles">{cells}</dl>'
 
-# %% ../../nbs/69_comparison.report.ipynb #5e879fee
+# %% ../../nbs/69_comparison.report.ipynb #2e31dc34
 def summary_html(
     material: Material,
     troubles: Sequence[str] = (),  # runs that did not finish
 ) -> str:
     "What the table says, what to be careful about, and what to look at."
     found = findings(material.board)
-    first = " ".join(finding.text for finding in found if finding.topic in ("best", "gain"))
-    known = [finding.text for finding in found if finding.topic in GOOD_TO_KNOW and finding.topic not in ("best", "gain")]
+    first = " ".join(finding.text for finding in found if finding.topic in ("best", "ship", "gain"))
+    known = [finding.text for finding in found if finding.topic in GOOD_TO_KNOW and finding.topic not in ("best", "ship", "gain")]
     careful = [*troubles, *(finding.text for finding in found if finding.topic not in GOOD_TO_KNOW)]
     caution = f'<div class="careful"><h3>Be careful</h3>{list_html(careful)}</div>' if careful else ""
     further = look_at(material)
@@ -405,7 +411,7 @@ def queue_html(material: Material) -> str:
             f"(confident learning; one vote a run, none for collapsed rows).{f' The first {QUEUE} of them.' if len(material.noise) > QUEUE else ''}")
     return f'<p>{note} Label in the data → what the models say.</p><div id="queue">{"".join(cards)}</div>'
 
-# %% ../../nbs/69_comparison.report.ipynb #31b3eaa8
+# %% ../../nbs/69_comparison.report.ipynb #a87e725c
 def deployment_html(material: Material) -> str:
     "What each row decides by itself at the wanted precision, how fast, and at what price: all tasks, then task by task."
     terms, table, board = material.terms, material.thresholds, material.board
@@ -425,7 +431,8 @@ def deployment_html(material: Material) -> str:
               "<code>qwen2vl-sft compare … --price ROW=PRICE_AN_HOUR</code>, with <code>@IMAGES_A_SECOND</code> for another machine.</p>")
     head = ["row", "strict mean, %", "images a second", "cost of 1,000 images", *(["automatic, mean"] if tasks else []), *(f"automatic: {breakable(task)}" for task in tasks)]
     details = "".join(task_deployment_html(material, task) for task in board.tasks)
-    return f"{automatic if tasks else ''}{prices}{table_html(head, lines)}<h3>Task by task</h3>{details}"
+    cut = f"<p>Thresholds were worked out for {len(material.deployed)} rows: the best, the ones beside it, then the table's order. Left out: {breakable(in_words(material.cut, 8))}.</p>" if material.cut else ""
+    return f"{automatic if tasks else ''}{cut}{prices}{table_html(head, lines)}<h3>Task by task</h3>{details}"
 
 
 def speed_text(value: float) -> str:
@@ -699,7 +706,7 @@ def page(
         f"<style>{PAGE_STYLE}{PICTURE_STYLE}{CONTROL_STYLE}{BROWSER_STYLE}</style></head><body><header><h1>{title}</h1><p class='about'>{breakable(about)}</p><nav>{links}</nav></header>{body}{data_html(material)}<script>{SCRIPT}</script></body></html>\n"
     )
 
-# %% ../../nbs/69_comparison.report.ipynb #bec190a6
+# %% ../../nbs/69_comparison.report.ipynb #c73a2bf9
 def write_report(
     folder: Path | str,  # runs/<experiment>
     prepared: Path | str | None = None,  # prepared/<suite>; None: beside runs/, by the suite that the runs name
@@ -707,7 +714,7 @@ def write_report(
     reference: str | None = None,  # row that the others are tested against first; None: the untuned model
     terms: Terms = Terms(),  # noqa: B008 (frozen); wanted precision and recall, prices
 ) -> Path:  # report.html
-    "Compare an experiment's runs: scoreboard.csv, .md and .tex, accuracies.csv, plots/*.png and report.html. Raises `InputError`."
+    "Compare an experiment's runs: scoreboard.csv, .md and .tex, accuracies.csv, means.csv, plots/*.png and report.html. Raises `InputError`."
     return publish(material_of(folder, prepared, chosen, reference, terms), Path(folder))
 
 
@@ -730,8 +737,12 @@ def publish(material: Material, folder: Path) -> Path:  # report.html
     board, images = material.board, pictures(material)
     for name, content in images.items():
         write_atomically(folder / "plots" / f"{name}.png", content)
+    for old in (folder / "plots").glob("*.png"):  # of an earlier comparison; pictures by other names stay
+        if old.stem not in images and re.sub(r"_\d+$", "", old.stem) in CAPTIONS:
+            old.unlink()
     board.to_csv(folder / "scoreboard.csv")
     write_atomically(folder / "scoreboard.md", markdown_table(board))
     write_atomically(folder / "accuracies.csv", cells_text(board))
+    write_atomically(folder / "means.csv", means_text(board))
     write_atomically(folder / "scoreboard.tex", latex_table(board))
     return write_atomically(folder / "report.html", page(material, images))

@@ -149,7 +149,7 @@ def cell(
         "note": "",
     }
 
-# %% ../../nbs/61_comparison.samples.ipynb #275f8b7b
+# %% ../../nbs/61_comparison.samples.ipynb #7ca9e7d3
 def leak_figures(predictions: pd.DataFrame) -> dict[str, float]:
     "Test samples whose picture was also trained on, for this task or with another task's question, and the accuracy without them (percent)."
     found = {}
@@ -161,8 +161,10 @@ def leak_figures(predictions: pd.DataFrame) -> dict[str, float]:
 
 
 def speed_figures(predictions: pd.DataFrame) -> dict[str, float]:
-    "Seconds an image, and what 1,000 images cost in the currency of the column `cost`; nan where nothing was measured."
-    mean = lambda column: pd.to_numeric(predictions[column], errors="coerce").mean() if column in predictions else np.nan
+    "Seconds an image, and what 1,000 images cost in the currency of the column `cost`, over the samples that got a response; nan where nothing was measured."
+    taken = pd.to_numeric(predictions["seconds"], errors="coerce") if "seconds" in predictions else pd.Series(dtype=float)
+    asked = predictions[taken > 0] if (taken > 0).any() else predictions  # a failed request has 0 s and costs 0
+    mean = lambda column: pd.to_numeric(asked[column], errors="coerce").mean() if column in asked else np.nan
     seconds, cost = mean("seconds"), mean("cost")
     return {"seconds": seconds if seconds > 0 else np.nan, "cost_per_1000": 1000 * cost}
 
@@ -501,7 +503,7 @@ def flag_repeated(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 
-# %% ../../nbs/61_comparison.samples.ipynb #60512f09
+# %% ../../nbs/61_comparison.samples.ipynb #7bdc839e
 @dataclass(frozen=True)
 class Choice:
     "A run's steps that did best on validation data."
@@ -524,11 +526,11 @@ def validation_choice(run: RunDir) -> Choice | None:
 
 
 def validation_from_predictions(run: RunDir) -> Choice | None:
-    "The steps of the highest accuracy on the validation split, the earlier one of equals."
-    lines = []
+    "Of the steps scored on test, those of the highest accuracy on the validation split, the earlier one of equals."
+    lines, scored = [], {checkpoint for checkpoint, _ in run.predicted()}  # a step without test predictions has no row to name
     for checkpoint, task in run.predicted(split="validation"):
         table = run.predictions(checkpoint, task, split="validation")
-        if checkpoint.startswith("step-") and table is not None:
+        if checkpoint.startswith("step-") and checkpoint in scored and table is not None:
             lines.append({"step": int(checkpoint[5:]), "task": task, "accuracy": table["outcome"].eq("correct").mean()})
     if not lines:
         return None

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['CELL_COLUMNS', 'SHORT', 'MICRO', 'LATEX', 'STYLE', 'MARKS', 'KIND_NAMES', 'csv_text', 'cell_table', 'cells_text',
-           'display_width', 'printable', 'shortened', 'padded', 'letters', 'legend', 'mean_columns', 'text_columns',
-           'text_table', 'seed_text', 'markdown_cell', 'markdown_lines', 'markdown_table', 'latex_text', 'latex_marks',
-           'latex_lines', 'latex_table', 'top_cells', 'breakable', 'cell_title', 'verdict_html', 'html_cell',
-           'mean_cells', 'html_row', 'seed_row', 'body_html', 'verdicts_html', 'legend_html', 'html_table',
-           'Difference', 'paired_between', 'difference', 'changed_settings', 'Scoreboard', 'read_experiment',
-           'with_published', 'read_published']
+           'means_text', 'display_width', 'printable', 'shortened', 'padded', 'letters', 'legend', 'mean_columns',
+           'text_columns', 'text_table', 'seed_text', 'markdown_cell', 'markdown_lines', 'markdown_table',
+           'interval_text', 'sizes_text', 'latex_text', 'latex_marks', 'latex_lines', 'latex_table', 'top_cells',
+           'breakable', 'cell_title', 'verdict_html', 'html_cell', 'mean_cells', 'html_row', 'seed_row', 'body_html',
+           'verdicts_html', 'legend_html', 'html_table', 'Difference', 'paired_between', 'difference',
+           'changed_settings', 'Scoreboard', 'read_experiment', 'with_published', 'read_published']
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #d1076a32
+# %% ../../nbs/64_comparison.scoreboard.ipynb #6f22a3a0
 import html
 import re
 import unicodedata
@@ -30,6 +30,7 @@ from qwen2vl_sft.comparison.board import (
     best_row,
     differing,
     flat_settings,
+    support_text,
     verdict_text,
 )
 from .findings import findings, in_words, number, rule_text
@@ -63,7 +64,7 @@ def csv_text(board: Board) -> str:
     table.insert(1, "step", board.means["step"].tolist())
     return table.assign(mean_score=board.means["strict"].tolist()).to_csv(index=False, float_format="%.1f")
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #96553d99
+# %% ../../nbs/64_comparison.scoreboard.ipynb #85958062
 CELL_COLUMNS = ("rule", "accuracy", "low", "high", "n", *OUTCOMES, "coverage", "answered_only", "macro_f1", "auroc", "precision_at_recall",
                 "leaked", "without_leaked", "elsewhere", "without_elsewhere", "beside_rule", "beside", "collapsed", "note")
 
@@ -79,6 +80,16 @@ def cell_table(board: Board) -> pd.DataFrame:  # model, step, dataset, CELL_COLU
 def cells_text(board: Board) -> str:
     "`cell_table` as CSV."
     return cell_table(board).to_csv(index=False, float_format="%.4f")
+
+
+def means_text(board: Board) -> str:
+    "The means of `accuracies.csv`'s rows as CSV: each with its 95 % interval, coverage and rule; then recipes over their seeds, with the spread."
+    rows = board.means.reset_index().drop(columns=["low", "high"])
+    over = board.seeds[board.seeds["task"].isna()].drop(columns=["models", "task"]).assign(kind="seeds")
+    over = over.rename(columns={"accuracy": "strict", "low": "strict_low", "high": "strict_high"})
+    extra = ["seeds", "sd", "lowest", "highest", "seed_low", "seed_high"]
+    table = pd.concat([rows.astype({"step": object}), over.astype({"step": object})], ignore_index=True) if len(over) else rows
+    return table.reindex(columns=[*rows.columns, *extra]).to_csv(index=False, float_format="%.4f")
 
 # %% ../../nbs/64_comparison.scoreboard.ipynb #a003b71e
 def display_width(text: str) -> int:
@@ -142,7 +153,7 @@ def text_columns(board: Board) -> tuple[list[str], list[list[str]]]:
         columns.append([task, *(number(one["accuracy"] if one else None) + mark.ljust(room) for one, mark in zip(cells, marks, strict=True))])
     return names, columns
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #f80b4c27
+# %% ../../nbs/64_comparison.scoreboard.ipynb #f6518bf4
 def text_table(
     board: Board,
     width: int = 120,  # places in a line
@@ -158,8 +169,9 @@ def text_table(
         blocks[-1].append([padded(shortened(header, places), places, True), *(padded(entry, places, True) for entry in entries)])
         used += places + 2
     text = [
-        f"Accuracy in percent ({rule_text(board)}). Means over tasks: mean is strict (whatever is not correct is wrong),",
-        "answered runs over the answered samples only, coverage percent of all; common over what every row answered.",
+        f"Accuracy in percent ({printable(rule_text(board))}). Means over tasks: mean is strict (whatever is not correct is wrong),",
+        "answered runs over the answered samples only, coverage percent of all; common over what every row answered",
+        f"({support_text(board)}).",
         *(["micro: the same three over samples instead of tasks."] if "strict_micro" in mean_columns(board) else []),
     ]
     for block in blocks:
@@ -175,7 +187,7 @@ def seed_text(board: Board) -> list[str]:
     return [f"{printable(one['row'])}: mean {number(one['accuracy'])} (sampling {number(one['low'])} to {number(one['high'])}; "
             f"seeds {number(one['lowest'])} to {number(one['highest'])}, standard deviation {number(one['sd'])}, mean over seeds {number(one['seed_low'])} to {number(one['seed_high'])})" for one in means]
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #c6bb6c40
+# %% ../../nbs/64_comparison.scoreboard.ipynb #be9b9dbe
 def markdown_cell(text: str) -> str:
     "Text that can't break out of a Markdown table or become HTML."
     return html.escape(printable(text), quote=False).replace("|", "\\|").replace("`", "&#96;").replace("*", "\\*").replace("_", "\\_").replace("[", "\\[")
@@ -188,15 +200,34 @@ def markdown_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
 
 
 def markdown_table(board: Board) -> str:
-    "The scoreboard, its means and findings as GitHub Markdown."
+    "The scoreboard, its means with their intervals, seeds and findings as GitHub Markdown."
     names, columns = text_columns(board)
+    for place, column in enumerate(mean_columns(board)):
+        columns[place] = [columns[place][0], *(f"{entry}{interval_text(board, row, column, ' ({}–{})')}" for entry, row in zip(columns[place][1:], board.rows, strict=True))]
     table = markdown_lines(["model(step)", *(column[0] for column in columns)], [[name, *(column[i + 1].strip() for column in columns)] for i, name in enumerate(names)])
     facts = [f"- {markdown_cell(finding.text)}" for finding in findings(board)]
-    note = f"Accuracy in percent ({rule_text(board)}). **mean** is strict: whatever is not correct is wrong; **answered** runs over the answered samples, **coverage** percent of all; **common** over the samples that every row answered. Means are over tasks; **micro**: the same over samples."
+    note = f"Accuracy in percent ({markdown_cell(rule_text(board))}). **mean** is strict: whatever is not correct is wrong; **answered** runs over the answered samples, **coverage** percent of all; **common** over the samples that every row answered ({support_text(board)}). Means are over tasks; **micro**: the same over samples. In brackets: 95 % intervals{' (not known: the numbers of samples are not given)' if board.means['low'].isna().all() else ''}.{markdown_cell(sizes_text(board))}"
     marks = [f"- `{letter}` {meaning}" for letter, meaning in legend(board).items()]
-    return "\n".join([f"# {markdown_cell(board.title)}", "", note, "", *table, "", *marks, "", "## Findings", "", *facts, ""])
+    seeds = ["", *(f"- {markdown_cell(line)}" for line in seed_text(board))] if len(board.seeds) else []
+    return "\n".join([f"# {markdown_cell(board.title)}", "", note, "", *table, *seeds, "", *marks, "", "## Findings", "", *facts, ""])
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #7ab99c92
+
+def interval_text(board: Board, row: str, column: str, form: str) -> str:
+    "The interval of one of the means, in a form with two places; nothing where it is not known."
+    low, high = (board.means.loc[row].get(f"{column}_{end}") for end in ("low", "high"))
+    return "" if low is None or pd.isna(low) else form.format(number(low), number(high))
+
+
+def sizes_text(board: Board) -> str:
+    "How many samples the tasks have, where that is known."
+    sizes = board.cells.groupby("task", sort=False)["n"].max().reindex(board.tasks)
+    if not sizes.any():
+        return ""
+    if sizes.nunique() == 1:
+        return f" n = {sizes.iloc[0]} for each task."
+    return f" n: {', '.join(f'{task} {n}' for task, n in sizes.items())}."
+
+# %% ../../nbs/64_comparison.scoreboard.ipynb #aacc63b7
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
@@ -221,7 +252,7 @@ def latex_lines(board: Board) -> list[str]:
     bold = lambda key, text: rf"\textbf{{{text}}}" if key in tops else text
     lines = []
     for row in board.rows:
-        entries = [bold((row, column), number(board.means.loc[row, column])) for column in mean_columns(board)]
+        entries = [bold((row, column), number(board.means.loc[row, column])) + interval_text(board, row, column, r" {{\footnotesize({}--{})}}") for column in mean_columns(board)]
         for task in board.tasks:
             one = cells.get((row, task))
             entries.append(bold((row, task), number(one["accuracy"] if one else None)) + latex_marks(letters(one["badges"]) if one else ""))
@@ -234,16 +265,19 @@ def latex_table(board: Board) -> str:
     "The scoreboard as a LaTeX tabular with its rule and letters below (packages booktabs, graphicx, textcomp; Chinese names need XeLaTeX with xeCJK)."
     heads = [*mean_columns(board).values(), *(rf"\rotatebox{{90}}{{{latex_text(task)}}}" for task in board.tasks)]
     notes = [rf"{latex_marks(letter)} {latex_text(meaning)}" for letter, meaning in legend(board).items()]
-    note = f"Accuracy in percent ({latex_text(rule_text(board))}). Mean: strict, whatever is not correct is wrong; answered: over the answered samples; common: over the samples that every row answered{'; micro: over samples instead of tasks' if 'strict_micro' in mean_columns(board) else ''}."
+    notes += [latex_text(line) + "." for line in seed_text(board)]
+    bracketed = "" if board.means["low"].isna().all() else latex_text(" In brackets: 95 % intervals.")
+    note = f"Accuracy in percent ({latex_text(rule_text(board))}).{latex_text(sizes_text(board))}{bracketed} Mean: strict, whatever is not correct is wrong; answered: over the answered samples; common: over the samples that every row answered ({latex_text(support_text(board))}){'; micro: over samples instead of tasks' if 'strict_micro' in mean_columns(board) else ''}."
     return "\n".join([rf"\begin{{tabular}}{{l{'r' * len(heads)}}}", r"\toprule", " & ".join(["model(step)", *heads]) + r" \\", r"\midrule",
                       *latex_lines(board), r"\bottomrule", r"\end{tabular}", rf"\par\smallskip{{\footnotesize {' '.join([note, *notes])}\par}}", ""])
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #a4bcebb3
+# %% ../../nbs/64_comparison.scoreboard.ipynb #cef65bff
 def top_cells(board: Board) -> set[tuple[str, str]]:  # (row, task or mean)
-    "The highest figures of each column; none where every row has the same."
+    "The highest figures of each column; none where every row has the same. What isn't fully scored is never among them."
     tops = set()
-    table = pd.concat([accuracy_table(board), board.means[["strict", "answered_only", "common", *MICRO]]], axis=1)
-    for column, values in table.items():
+    means = board.means.loc[board.means["complete"], ["strict", "answered_only", "common", *MICRO]]  # a mean over fewer samples is another mean
+    whole = accuracy_table(board).where(~accuracy_table(board, "partial").eq(True))
+    for column, values in [*whole.items(), *means.items()]:
         if values.nunique() > 1:
             tops |= {(row, column) for row in values.index[values.round(4) == values.max().round(4)]}
     return tops
@@ -387,11 +421,11 @@ def verdicts_html(board: Board, references: Sequence[str]) -> dict[tuple[str, st
             marks[key] = marks.get(key, "") + verdict_html(line, place)
     return marks
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #6a273a82
+# %% ../../nbs/64_comparison.scoreboard.ipynb #9acdac5f
 def legend_html(board: Board, references: Sequence[str]) -> str:
     "What stands under the table: rule, means, marks, badges."
     small = "; small: 95 % interval" if board.cells["low"].notna().any() else "; no intervals, because the numbers of samples are not known"
-    means = "; ".join(f"<b>{name}</b> {explained}" for name, explained in RULES.values())
+    means = "; ".join(f"<b>{name}</b> {explained}{f' ({support_text(board)})' if column == 'common' else ''}" for column, (name, explained) in RULES.items())
     tests = ""
     if references and len(board.tests(references[0])):
         against = f"{breakable(references[0])}" if len(references) == 1 else "the chosen row"
