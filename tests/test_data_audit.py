@@ -93,6 +93,7 @@ def test_empty_missing_and_unreadable_files(tmp_path):
     assert check(path=str(tmp_path / "missing.png")).reason == "missing_file"
     assert check(path=str(tmp_path)).reason == "missing_file"
     assert check(path=None).reason == "no_image"
+    assert check(path=str(tmp_path / ("x" * 300))).detail.endswith("can't be read (File name too long)")
     os.mkfifo(tmp_path / "pipe.png")  # reading it would wait for ever
     assert check(path=str(tmp_path / "pipe.png")).reason == "missing_file"
     assert check(b"").reason == "empty_file"

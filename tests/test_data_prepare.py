@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import select
 import shutil
 import signal
@@ -14,9 +15,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from qwen2vl_sft.core import InputError, RunFailure, sha256_of
@@ -543,6 +547,38 @@ def test_a_full_disk_is_a_clear_failure(given, tmp_path, monkeypatch):
     with pytest.raises(RunFailure, match="No space left on device"):
         prepare(given, tmp_path / "out")
     assert not (tmp_path / "out" / "s").exists()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis.given(st.lists(st.sampled_from(['1.png', 'a', 'b', ',', '"', '""', "\n", "\r\n", "\r", '1.png,a\n', '"1.png","b"\n', "x" * 300]), max_size=14))
+def test_any_quotes_and_breaks_lose_no_row(tmp_path, pieces):
+    text = "".join(["image,label\n1.png,a\n", *pieces])
+    (tmp_path / "1.png").write_bytes(picture(1))
+    (tmp_path / "all.csv").write_text(text, newline="")
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    try:
+        counts = prepare(suite_of(tmp_path, all="all.csv"), tmp_path / "out", workers=0).audit
+    except InputError as error:
+        assert "all.csv, line " in str(error) and '"' in text
+        return
+    quoted = re.sub(r'"(?:[^"]|"")*"', "q", text)  # whole cells in quotes may hold breaks, and nothing else may
+    rows = [line for line in re.split(r"\r\n|\r|\n", quoted)[1:] if line]
+    assert counts["rows_read"] == len(rows) == counts["accepted"] + counts["repaired"] + counts["quarantined"]
+
+
+def test_a_name_that_is_too_long_and_a_loose_picture_are_quarantined(tmp_path):
+    write_table(tmp_path, "all.csv", [("ab"[i % 2], i) for i in range(4)])
+    add_rows(tmp_path / "all.csv", "x" * 300 + ".png,a,")
+    for label in "ab":
+        (tmp_path / "f" / label).mkdir(parents=True)
+        (tmp_path / "f" / label / "1.png").write_bytes(picture(ord(label)))
+    (tmp_path / "f" / "lost.png").write_bytes(picture(9))
+    (tmp_path / "f" / "notes.txt").touch()
+    suite = suite_of(tmp_path, all="all.csv")
+    suite.tasks.append(Task(name="f", question="?", labels=["a", "b"], sources={"test": {"format": "folder", "path": "f"}}))
+    prepared = prepare(suite, tmp_path / "out", workers=0)
+    assert prepared.audit["rows_read"] == 8 and prepared.audit["reasons"] == {"missing_file": 1, "empty_label": 1}
+    assert any("notes.txt" in remark and "lost" not in remark for remark in prepared.audit["tasks"]["f"]["remarks"])
 
 
 @pytest.mark.parametrize(("content", "message"), [

@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwen2vl_sft.core import InputError
-from qwen2vl_sft.data.sources import LAZY_READERS, READERS, Row, locate_image, read_rows, reader_of, source_contents
+from qwen2vl_sft.data.guess import guess_file
+from qwen2vl_sft.data.sources import (
+    LAZY_READERS,
+    READERS,
+    Row,
+    csv_records,
+    locate_image,
+    loose_files,
+    read_rows,
+    reader_of,
+    source_contents,
+)
 
 HOSTILE = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -95,6 +106,26 @@ def test_a_row_with_too_many_cells_is_kept_with_a_reason(table):
     assert first.reason.startswith("extra_cells") and second.label is None
 
 
+@pytest.mark.parametrize(("content", "line"), [
+    ('image,label\na.png,"yes\nb.png,no\nc.png,yes', 2),  # never closed
+    ('image,label\na.png,yes\n\nb.png,"yes\nb.png,no\nc.png,"no\nd.png,yes\n', 4),  # closed by the next stray quote
+    ('"image,label\na.png,yes\n', 1), ('image,label\na.png,"a\nb"\nb.png,"x" y\n', 4)])
+def test_a_stray_quote_swallows_no_row(table, content, line):
+    (table / "x.csv").write_text(content)
+    (table / "x.tsv").write_text(content.replace(",", "\t"))
+    for source in ({"format": "csv", "path": "x.csv"}, {"format": "tsv", "path": "x.tsv"}):
+        assert f"{source['path']}, line {line}: not readable as CSV" in error_of(table, **source)
+    with pytest.raises(InputError, match=f"x.csv, line {line}"):
+        guess_file(table / "x.csv", table)
+    with pytest.raises(InputError, match=f"x.csv, line {line}"):
+        list(csv_records(table / "x.csv", {}))
+
+
+@pytest.mark.parametrize("delimiter", [r"\t", "||", "", '"', "\n", None])
+def test_a_delimiter_is_one_character(table, delimiter):
+    assert "has to be one character" in error_of(table, format="csv", path="t.csv", delimiter=delimiter)
+
+
 def test_data_uris_longer_than_the_csv_module_allows(table):
     content = os.urandom(300_000)
     (table / "x.csv").write_text(f'image,label\n"data:image/png;base64,{base64.b64encode(content).decode()}",cat\n')
@@ -166,6 +197,25 @@ def test_folders(tmp_path):
         ("bird", "bird"), ("cat/1.png", "cat"), ("cat/deep/2.png", "cat"), ("cat/z", "cat"), ("dog/3.png", "dog")]
     assert [row.id for row in rows if (row.reason or "").startswith("linked_folder")] == ["bird", "cat/z"]
     assert "no subfolders" in error_of(tmp_path, format="folder", path="elsewhere")
+
+
+def test_files_beside_the_folders_of_classes_are_rows_without_a_label_or_named(tmp_path):
+    for name in ("cat/1.png", "lost.PNG", "README.md", ".DS_Store"):
+        (tmp_path / "f" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "f" / name).write_bytes(b"x")
+    source = {"format": "folder", "path": "f"}
+    first, lost = rows_of(tmp_path, **source)
+    assert (first.id, lost.id, lost.label) == ("cat/1.png", "lost.PNG", None) and lost.reason.startswith("empty_label: lost.PNG lies beside")
+    assert loose_files(source, tmp_path) == ["README.md"] and loose_files({"format": "csv"}, tmp_path) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="needs a user whom permissions bind")
+def test_a_folder_that_may_not_be_opened_is_a_row(tmp_path):
+    (tmp_path / "f" / "cat").mkdir(parents=True)
+    (tmp_path / "f" / "dog").mkdir()
+    (tmp_path / "f" / "cat").chmod(0)
+    assert [row.reason[:12] for row in rows_of(tmp_path, format="folder", path="f")] == ["missing_file"]
+    (tmp_path / "f" / "cat").chmod(0o700)
 
 
 def test_a_file_where_a_folder_is_expected(table):

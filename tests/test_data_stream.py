@@ -7,15 +7,16 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from qwen2vl_sft.config import RunConfig, load_recipe
+from qwen2vl_sft.config import ModelConfig, RunConfig, load_recipe
 from qwen2vl_sft.core import InputError
 from qwen2vl_sft.data.prepare import Rows
 from qwen2vl_sft.data.stream import ImageStream
 from qwen2vl_sft.data.toy import write_toy_suite
 from qwen2vl_sft.encoding.prompt import load_encoder
-from qwen2vl_sft.model.load import base_location
+from qwen2vl_sft.model.load import base_location, load_base
 from qwen2vl_sft.rundir import RunDir
-from qwen2vl_sft.training.order import StreamSampler, TrainingOrder
+from qwen2vl_sft.model.vision_cache import VisionCache, tower_features
+from qwen2vl_sft.training.order import StreamSampler, TrainingOrder, streamed_pixels
 from qwen2vl_sft.training.trainer import check_devices, prepared_suite, train
 
 
@@ -51,6 +52,27 @@ def test_a_run_from_a_stream_that_is_cut_or_decoded_by_workers_ends_with_the_sam
 
 def test_the_vision_cache_is_filled_from_the_stream(project, no_lookup):
     assert 2 in train(config(project, "cached", steps=2, save_at=[], vision_cache=True)).checkpoints()
+
+
+def test_what_the_cache_gets_under_a_hash_is_that_picture_though_another_run_stores_between(project):
+    class Contested(VisionCache):
+        "Another run stores the first picture after this one has listed what is missing."
+        def missing(self, images):
+            found = super().missing(images)
+            if len(found) == len(wanted):
+                other.fill(model, encoder.images, found[:1], lambda image: data.pixels(wanted[image]))
+            return found
+
+    settings = config(project)
+    encoder, model = load_encoder(base_location("small")), load_base(ModelConfig(device="cpu"))
+    data = TrainingOrder(prepared_suite(settings.suite_path), encoder, settings)
+    wanted = dict(sorted({data.value(key, "sha256"): key for key in data.order}.items(), key=lambda item: item[1]))
+    cache, other = (kind(project / "cache.sqlite", model, encoder.images, 1) for kind in (Contested, VisionCache))
+    cache.fill(model, encoder.images, wanted, None, 4, lambda lacking: streamed_pixels(data, wanted, lacking))
+    assert VisionCache.missing(cache, wanted) == []
+    for image, key in wanted.items():
+        (expected,) = tower_features(model, *encoder.images.patches([data.pixels(key)]))
+        assert torch.allclose(cache.get(image), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(("workers", "start"), [(0, 0), (2, 0), (0, 17), (0, 60)])

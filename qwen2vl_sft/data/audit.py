@@ -102,7 +102,7 @@ class Unusable(Exception):
         super().__init__(code, detail)
         self.code, self.detail = code, detail
 
-# %% ../../nbs/22_data.audit.ipynb #4c98def0
+# %% ../../nbs/22_data.audit.ipynb #176be5d7
 def read_bytes(row: Row, limits: Limits) -> bytes:
     "The row's image file; Unusable where there is none, or it is empty or too large."
     if row.reason:
@@ -111,14 +111,14 @@ def read_bytes(row: Row, limits: Limits) -> bytes:
     content = row.image
     if content is None:
         path = Path(row.path or "")
-        if not path.is_file():
-            raise Unusable("missing_file" if row.path else "no_image", f"{row.path or 'no path and no bytes'}")
-        if path.stat().st_size > limits.file_bytes:
-            raise Unusable("too_many_bytes", f"{path} has {path.stat().st_size:,} bytes, the limit is {limits.file_bytes:,}")
         try:
+            if not path.is_file():
+                raise Unusable("missing_file" if row.path else "no_image", f"{row.path or 'no path and no bytes'}")
+            if (size := path.stat().st_size) > limits.file_bytes:
+                raise Unusable("too_many_bytes", f"{path} has {size:,} bytes, the limit is {limits.file_bytes:,}")
             content = path.read_bytes()
-        except OSError as error:
-            raise Unusable("missing_file", f"{path} can't be read ({error.strerror})") from None
+        except OSError as error:  # a name that is too long, a folder that may not be searched, a file that has gone
+            raise Unusable("missing_file", f"{str(path)[:300]} can't be read ({error.strerror})") from None
     if not content:
         raise Unusable("empty_file", row.path or "0 bytes")
     if len(content) > limits.file_bytes:

@@ -8,12 +8,12 @@ __all__ = ['COLUMNS', 'FEATURES', 'SCHEMA', 'GROUP_ROWS', 'GROUP_BYTES', 'SHARD_
            'close_shard', 'chunks_of', 'write_chunk', 'records_of', 'images_of', 'end_with_parent', 'Workers', 'start',
            'stop', 'read_split', 'read_task', 'check_fractions', 'parts_to_draw', 'units_of', 'unit_key', 'keep_place',
            'divide', 'draw_folds', 'settle_splits', 'write_task', 'Progress', 'finish_task', 'finished_task',
-           'prepare_task', 'content_of', 'is_current', 'folds_of', 'previous_places', 'assignment', 'write_tables',
-           'join_audits', 'prepare', 'write_suite', 'Rows', 'select', 'read_group', 'image', 'without_images',
-           'Prepared', 'counts', 'quarantine', 'set_forecast', 'fold', 'is_drawn', 'holding_out', 'stream',
-           'prepared_html', 'pictures_html', 'load_split']
+           'loose_remarks', 'prepare_task', 'content_of', 'is_current', 'folds_of', 'previous_places', 'assignment',
+           'write_tables', 'join_audits', 'prepare', 'write_suite', 'Rows', 'select', 'read_group', 'image',
+           'without_images', 'Prepared', 'counts', 'quarantine', 'set_forecast', 'fold', 'is_drawn', 'holding_out',
+           'stream', 'prepared_html', 'pictures_html', 'load_split']
 
-# %% ../../nbs/23_data.prepare.ipynb #81c35d96
+# %% ../../nbs/23_data.prepare.ipynb #5b7a9cb5
 import errno
 import json
 import multiprocessing
@@ -43,7 +43,7 @@ from ..core import InputError, RunFailure, fingerprint, project_root, say, sha25
 from .audit import (FORECAST, Audit, Checked, Limits, assign_groups, connected, forecast_html, inspect_row, note_duplicates,
                                     note_two_labels, number_duplicate_ids, quarantine_leaks, shared_between_tasks,
                                     task_remarks, thumbnail)
-from .sources import Row, read_rows, source_contents
+from .sources import Row, loose_files, read_rows, source_contents
 from ..tasks import SPLITS, Suite, Task, load_suite
 
 # %% ../../nbs/23_data.prepare.ipynb #024ccfd7
@@ -443,14 +443,21 @@ def finished_task(progress: Progress, number: int, suite: Suite) -> Audit | None
 
 Progress.finish_task, Progress.finished_task = finish_task, finished_task
 
-# %% ../../nbs/23_data.prepare.ipynb #9969fca6
+# %% ../../nbs/23_data.prepare.ipynb #85a32935
+def loose_remarks(task: Task, folder: Path) -> list[str]:
+    "Sentences on files beside the folders of classes that are no pictures."
+    found = {split: loose_files(source, folder) for split, source in task.sources.items()}
+    return [f"{split}: beside the folders of the classes lie {', '.join(names[:5])}{' and more' * (len(names) > 5)}, no pictures and not read"
+            for split, names in found.items() if names]
+
+
 def prepare_task(number: int, suite: Suite, progress: Progress, settings: dict, previous: dict, workers: Workers) -> Audit:
     "Read, audit, split and write one task, unless that is done; InputError where no row is usable."
     task, limits = suite.tasks[number], Limits(**settings["limits"])
     if audit := progress.finished_task(number, suite):
         return audit
     records, chunks = read_task(task, suite.folder, limits, progress.state / f"{number:04}", workers)
-    remarks = settle_splits(task, records, limits, settings["fractions"], previous.get(task.name, {}))
+    remarks = settle_splits(task, records, limits, settings["fractions"], previous.get(task.name, {})) + loose_remarks(task, suite.folder)
     audit = Audit(suite.name, records, remarks={task.name: remarks}, open_tasks=set() if task.is_closed else {task.name})
     if all(record.reason for record in records):
         reasons = Counter(record.reason for record in records).most_common()
@@ -596,7 +603,7 @@ def prepare(
         raise InputError(f"{left_out} row{'s are' if left_out != 1 else ' is'} quarantined; see {prepared.folder / 'audit.html'}")
     return prepared
 
-# %% ../../nbs/23_data.prepare.ipynb #b47fa55d
+# %% ../../nbs/23_data.prepare.ipynb #e04db3be
 def write_suite(suite: Suite, progress: Progress, settings: dict, wanted: str, anew: bool, workers: int | None) -> None:
     "Prepare all tasks; the folder appears or changes at the end. Takes up what was done, unless `anew`."
     folder = progress.folder
@@ -617,6 +624,8 @@ def write_suite(suite: Suite, progress: Progress, settings: dict, wanted: str, a
         progress.clear()
         raise
     except OSError as error:
+        if error.errno == errno.EACCES and error.filename and not Path(error.filename).is_relative_to(folder.parent):
+            raise InputError(f"{error.filename} may not be read; change its permissions") from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise RunFailure(f"{folder} can't be written ({error.strerror}); make room or prepare elsewhere") from error
         raise

@@ -169,33 +169,33 @@ def missing(
 
 VisionCache.get, VisionCache.put, VisionCache.missing = get, put, missing
 
-# %% ../../nbs/31_model.vision_cache.ipynb #dfb47044
+# %% ../../nbs/31_model.vision_cache.ipynb #5b64fe5a
 BATCH_BYTES = 64 * 3 * 756 * 756  # of uint8 pixels in one pass of the tower
 
 
 def by_size(
-    names: Iterable[str],
-    pixels: Callable[[str], np.ndarray],
+    pictures: Iterable[tuple[str, np.ndarray]],  # sha256 and pixels
     most: int,  # pictures in a batch
 ) -> Iterator[dict[str, np.ndarray]]:
     "Pictures in batches of at most `most` and about BATCH_BYTES."
     batch: dict[str, np.ndarray] = {}
-    for name in names:
-        batch[name] = pixels(name)
+    for name, pixels in pictures:
+        batch[name] = pixels
         if len(batch) == most or sum(picture.size for picture in batch.values()) >= BATCH_BYTES:
             yield batch
             batch = {}
     if batch:
         yield batch
 
-# %% ../../nbs/31_model.vision_cache.ipynb #6e7f4b74
+# %% ../../nbs/31_model.vision_cache.ipynb #ed7ad9e4
 def fill(
     cache: VisionCache,
     model: nn.Module,
     encoder: ImageEncoder,
     images: Iterable[str],  # sha256 of every picture that will be needed
-    pixels: Callable[[str], np.ndarray],  # sha256 -> uint8 [height, width, 3]
+    pixels: Callable[[str], np.ndarray] | None,  # sha256 -> uint8 [height, width, 3]
     batch: int | None = None,  # pictures in one pass, fewer where they are large; None: 64, and 8 on a CPU, whose caches hold no more
+    stream: Callable[[list[str]], Iterable[tuple[str, np.ndarray]]] | None = None,  # in place of `pixels`: those of a list, each with its hash
 ) -> int:  # pictures that were computed
     "Compute and store what is missing, up to the size limit. A full disk ends the fill with a line, not the run."
     wanted, batch = list(images), batch or (8 if unwrapped(model).device.type == "cpu" else 64)
@@ -205,7 +205,7 @@ def fill(
         cache.make_room()
     size, stored, began = cache.bytes, 0, time.perf_counter()
     with tqdm(total=len(absent), desc="vision cache", unit="picture", leave=False, delay=2.0) as bar:
-        for pictures in by_size(absent, pixels, batch):
+        for pictures in by_size(stream(absent) if stream else ((name, pixels(name)) for name in absent), batch):
             if size >= cache.limit_bytes:
                 break
             values = tower_features(model, *encoder.patches(list(pictures.values())))

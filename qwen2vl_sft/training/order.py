@@ -154,16 +154,17 @@ def collator(
     "How samples become a batch."
     return (lambda samples: pack(samples, encoder.images)) if packing else (lambda samples: pad(samples, encoder.images, encoder.pad_id))
 
-# %% ../../nbs/52_training.order.ipynb #34779793
+# %% ../../nbs/52_training.order.ipynb #07b23758
 def streamed_pixels(
     data: TrainingOrder,
     wanted: dict[str, Key],  # sha256 -> a row with that picture, in the order of the shards
-    cache: VisionCache,
-) -> Callable[[str], np.ndarray]:
-    "What gives the pictures that the cache lacks, in that order, each once."
-    lacking = [wanted[image] for image in cache.missing(wanted)]
-    images = {task: iter(ImageStream(data.streamed, task, [(0, row) for name, row in lacking if name == task])) for task in data.questions}
-    return lambda image: data.pixels(wanted[image], next(images[wanted[image][0]]))
+    lacking: list[str],  # some of them, in that order
+) -> Iterator[tuple[str, np.ndarray]]:
+    "The pictures that the cache lacks, each with its sha256: what is stored under a hash doesn't depend on a count."
+    keys = [wanted[image] for image in lacking]
+    images = {task: iter(ImageStream(data.streamed, task, [(0, row) for name, row in keys if name == task])) for task in data.questions}
+    for image, key in zip(lacking, keys, strict=True):
+        yield image, data.pixels(key, next(images[key[0]]))
 
 
 def filled_cache(
@@ -177,8 +178,8 @@ def filled_cache(
     wanted = {data.value(key, "sha256"): key for key in data.order}
     if data.streamed:  # in the order of the shards
         wanted = dict(sorted(wanted.items(), key=lambda item: item[1]))
-    pixels = streamed_pixels(data, wanted, cache) if data.streamed else lambda image: data.pixels(wanted[image])
-    fresh = cache.fill(model, data.encoder.images, wanted, pixels, at_once)
+    stream = (lambda lacking: streamed_pixels(data, wanted, lacking)) if data.streamed else None
+    fresh = cache.fill(model, data.encoder.images, wanted, lambda image: data.pixels(wanted[image]), at_once, stream)
     beyond = len(cache.missing(wanted))
     full = f"; the limit of {limit_gb} GB leaves {beyond} to be computed each time" if beyond else ""
     say(f"vision cache: {len(wanted) - fresh - beyond} of {len(wanted)} pictures found, {fresh} computed, {cache.bytes / 1e6:.0f} MB{full}")
