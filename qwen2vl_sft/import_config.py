@@ -42,7 +42,7 @@ READ_APART = (
     "mix_strategy", "interleave_probs", "output_dir",
 )  # fmt: skip
 
-# %% ../nbs/06_import_config.ipynb #2b657b13
+# %% ../nbs/06_import_config.ipynb #61c00887
 @dataclass
 class Imported:
     "A recipe and what was found on the way to it."
@@ -65,7 +65,7 @@ class Imported:
         kinds = {"mapped": self.mapped, "not mapped": self.not_mapped, "will differ": self.differs}
         return [f"{kind}: {note}" for kind, notes in kinds.items() for note in notes]
 
-# %% ../nbs/06_import_config.ipynb #85f8696e
+# %% ../nbs/06_import_config.ipynb #a939152d
 def _method(theirs: dict[str, Any], found: Imported) -> None:
     kind, bits = theirs.get("finetuning_type", "lora"), theirs.get("quantization_bit")
     if kind not in ("lora", "full"):
@@ -92,7 +92,7 @@ def _freezing(theirs: dict[str, Any], found: Imported) -> None:
     if theirs.get("freeze_language_model"):
         found.put("method.freeze_embeddings", True, "freeze_language_model (lm_head and embeddings belong to it)")
 
-# %% ../nbs/06_import_config.ipynb #06c7e601
+# %% ../nbs/06_import_config.ipynb #9a85bfba
 def _adapters(theirs: dict[str, Any], found: Imported) -> None:
     rank = theirs.get("lora_rank", 8)
     found.put("method.alpha", theirs.get("lora_alpha") or 2 * rank, "lora_alpha" if theirs.get("lora_alpha") else "lora_alpha (their default, 2 x rank)")
@@ -109,7 +109,31 @@ def _adapters(theirs: dict[str, Any], found: Imported) -> None:
     if theirs.get("freeze_language_model"):
         found.put("method.targets", [], "freeze_language_model")
 
-# %% ../nbs/06_import_config.ipynb #c5a8d69d
+# %% ../nbs/06_import_config.ipynb #e8d52f34
+def _warmup_and_saving(theirs: dict[str, Any], found: Imported, steps: int) -> None:
+    "Settings in optimiser steps; below 1 they are shares of all steps, as transformers reads them. `steps`: 0 where unknown."
+    warmup, save = theirs.get("warmup_steps") or 0, theirs.get("save_steps", 500)
+    if 0 < warmup < 1:
+        found.put("schedule.warmup_ratio", warmup, f"warmup_steps {warmup} (below 1: a share of the steps)")
+    elif warmup and steps > 0:
+        found.put("schedule.warmup_ratio", min(0.999, int(warmup) / steps), "warmup_steps")
+    if steps > 0:
+        every = _whole_steps(save, steps)
+        found.put("schedule.save_at", [step for step in range(every, steps, every) if step > 1] if every >= 1 else [], f"save_steps {save}")
+    stated = {"warmup_steps": warmup >= 1, "save_steps": bool(theirs.get("save_steps"))}
+    found.not_mapped.extend(f"{name} {theirs[name]}: needs the number of steps (--rows N)" for name, needs in stated.items() if needs and steps <= 0)
+    for name, path, is_on in (("logging_steps", "schedule.log_every", True), ("eval_steps", "schedule.validate_every", theirs.get("eval_strategy", "no") == "steps")):
+        value = theirs.get(name) or 0
+        if is_on and 0 < value < 1 and steps > 0:
+            found.put(path, _whole_steps(value, steps), f"{name} {value} (below 1: a share of the steps)")
+        elif is_on and 0 < value < 1:
+            found.not_mapped.append(f"{name} {value}: needs the number of steps (--rows N)")
+
+
+def _whole_steps(value: float, steps: int) -> int:
+    return math.ceil(value * steps) if 0 < value < 1 else value
+
+
 def _batches_and_steps(theirs: dict[str, Any], found: Imported, rows: int | None) -> None:
     batch = theirs.get("per_device_train_batch_size", 8) * theirs.get("gradient_accumulation_steps", 1)
     epochs, steps = theirs.get("num_train_epochs", 3.0), theirs.get("max_steps", -1)
@@ -118,13 +142,9 @@ def _batches_and_steps(theirs: dict[str, Any], found: Imported, rows: int | None
         found.differs.append(f"{epochs} epochs of {rows} rows are {steps} steps of {batch}; the last batch of an epoch is filled from the next one, not left short")
     if steps > 0:
         found.put("schedule.steps", steps, "max_steps" if theirs.get("max_steps", -1) > 0 else "num_train_epochs")
-        if theirs.get("warmup_steps"):
-            found.put("schedule.warmup_ratio", min(0.999, theirs["warmup_steps"] / steps), "warmup_steps")
-        every = theirs.get("save_steps", 500)
-        found.put("schedule.save_at", [step for step in range(every, steps, every) if step > 1] if every >= 1 else [], f"save_steps {every}")
     else:
         found.not_mapped.append(f"num_train_epochs {epochs}: steps here are counted, ceil(rows / {batch}) x {epochs}; give the rows (--rows N), or set schedule.steps; now it is the default")
-        found.not_mapped.extend(f"{name} {theirs[name]}: needs the number of steps (--rows N)" for name in ("warmup_steps", "save_steps") if theirs.get(name))
+    _warmup_and_saving(theirs, found, steps)
 
 
 def _optimisation(theirs: dict[str, Any], found: Imported) -> None:
@@ -135,12 +155,13 @@ def _optimisation(theirs: dict[str, Any], found: Imported) -> None:
         else:
             found.not_mapped.append(f"{name} {value}: does not run here; {path} keeps its default")
     if theirs.get("eval_strategy", "no") == "steps" and theirs.get("eval_steps"):
-        found.put("schedule.validate_every", theirs["eval_steps"], "eval_steps")
+        if theirs["eval_steps"] >= 1:
+            found.put("schedule.validate_every", theirs["eval_steps"], "eval_steps")
         found.differs.append("validation here scores labels on each task's validation split (accuracy, macro F1); theirs measures the loss")
-        if theirs.get("early_stopping_steps"):
+        if theirs.get("early_stopping_steps") and "validate_every" in found.settings["schedule"]:
             found.put("schedule.early_stopping_patience", theirs["early_stopping_steps"], "early_stopping_steps")
 
-# %% ../nbs/06_import_config.ipynb #853cf0da
+# %% ../nbs/06_import_config.ipynb #c2b89521
 def _precision(theirs: dict[str, Any], found: Imported) -> None:
     if theirs.get("bf16") or theirs.get("pure_bf16"):
         found.put("model.dtype", "bfloat16", "pure_bf16" if theirs.get("pure_bf16") else "bf16")
@@ -159,7 +180,7 @@ def _precision(theirs: dict[str, Any], found: Imported) -> None:
     if recompute:
         found.differs.append("theirs recomputes activations by default, the frozen tower's too; here the memory plan decides (activation_checkpointing: auto)")
 
-# %% ../nbs/06_import_config.ipynb #98546daf
+# %% ../nbs/06_import_config.ipynb #e6e30b8d
 def _data(theirs: dict[str, Any], found: Imported, suite: str | None) -> None:
     names = theirs.get("dataset") or "data"
     names = [str(name).strip() for name in (names if isinstance(names, list) else str(names).split(","))]
@@ -189,7 +210,7 @@ def _word(text: str) -> str:
     word = "".join(c if c.isalnum() or c in "._-" else "-" for c in text).strip("-.")
     return word if word and (word[0].isalnum() or word[0] == "_") else "imported"
 
-# %% ../nbs/06_import_config.ipynb #41d94ed3
+# %% ../nbs/06_import_config.ipynb #b95853e6
 ALWAYS_DIFFERS = (
     "theirs also trains the newline after <|im_end|>; here schedule.supervise_newline (off) does",
     "theirs cuts samples at cutoff_len; here a longer one is reported before training starts, and nothing is cut",
@@ -211,6 +232,8 @@ def imported(
     found, adapters = Imported(), theirs.get("finetuning_type", "lora") != "full"
     for name, (path, default) in RENAMED.items():
         value = theirs.get(name, default)
+        if name == "logging_steps" and isinstance(value, float) and 0 < value < 1:
+            continue  # a share of the steps: `_warmup_and_saving`
         if value is not None and (adapters or not path.startswith("method.")) and (name != "double_quantization" or theirs.get("quantization_bit") == 4):
             found.put(path, value, name if name in theirs else f"{name} (their default)")
     try:
@@ -228,7 +251,7 @@ def imported(
     found.differs += ALWAYS_DIFFERS
     return found
 
-# %% ../nbs/06_import_config.ipynb #128a1e5a
+# %% ../nbs/06_import_config.ipynb #5f4311a9
 def import_config(
     path: Path,  # their YAML file
     suite: str | None = None,

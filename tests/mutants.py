@@ -491,6 +491,24 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_export.py::test_an_adapter_of_llama_factory_lands_and_acts[layers]',),
     ),
     Mutation(
+        '7', 'the old best goes before the new one is saved', 'qwen2vl_sft/training/progress.py',
+        'if self.validation and is_due(step, schedule) and not control.should_save:',
+        'if self.validation and is_due(step, schedule):',
+        ('tests/test_training_validation.py::test_each_tasks_best_is_kept_and_an_old_best_stays_until_the_new_one_is_saved',),
+    ),
+    Mutation(
+        '5.12', 'an export takes the place of whatever stands there', 'qwen2vl_sft/training/export.py',
+        'if not is_ours and any(out.iterdir()):',
+        'if not is_ours and not any(out.iterdir()):',
+        ('tests/test_export.py::test_an_export_replaces_an_earlier_one_and_nothing_else',),
+    ),
+    Mutation(
+        '6', "the worker processes of the fill draw from the training's random numbers", 'qwen2vl_sft/training/order.py',
+        'collate_fn=as_it_is, generator=torch.Generator())',
+        'collate_fn=as_it_is)',
+        ('tests/test_model_vision_cache.py::test_worker_processes_decode_the_fill_and_a_pass_too_large_is_halved',),
+    ),
+    Mutation(
         '5.12', 'probabilities may move as they like', 'qwen2vl_sft/model/export.py',
         'if gate.mean_shift > most_shift:',
         'if gate.mean_shift > 2:',

@@ -138,6 +138,43 @@ def test_calibration_goes_along_and_the_labeler_finds_it(trained, tmp_path):
     assert f"| colour | {decision.temperature:.3f} | recall 0.5 | {decision.threshold:.3f} |" in (out / "README.md").read_text()
 
 
+def test_an_export_replaces_an_earlier_one_and_nothing_else(trained, tmp_path, monkeypatch, capsys):
+    place = tmp_path / "models"
+    (place / "older").mkdir(parents=True)
+    (place / "older" / "weights").write_text("months of work")
+    monkeypatch.chdir(place)
+    for given in (str(place), "."):
+        assert main(["export", "toy/mix/step-40", "--out", given]) == 2
+        said = capsys.readouterr().err
+        assert str(place) in said and "other files" in said and len(said.strip().splitlines()) == 1
+    assert (place / "older" / "weights").read_text() == "months of work"
+    (place / "export.json").write_text("[]")  # another program's
+    with pytest.raises(InputError, match="other files"):
+        export_run(trained, 40, False, place)
+    with pytest.raises(InputError, match="is a file"):
+        export_run(trained, 40, False, place / "export.json")
+    out = export_run(trained, 40, False, place / "new")
+    (out / "README.md").unlink()
+    assert export_run(trained, 40, False, Path("new")) == out and (out / "README.md").exists()
+    assert sorted(path.name for path in place.iterdir()) == ["export.json", "new", "older"]
+
+
+def test_a_full_run_leaves_as_whole_weights_that_stock_transformers_loads(trained, tmp_path):
+    project = trained.path.parents[2]
+    run = train(RunConfig(
+        suite=str(project / "toy" / "toy.yaml"), experiment="toy", run="whole", model={"base": str(project / "base"), "device": "cpu"}, method={"name": "full"},
+        schedule={"steps": 1, "micro_batch": 4, "learning_rate": 1e-3, "warmup_ratio": 0.0, "tensorboard": False}, export={"samples": 2, "least_agreement": 0.0, "most_shift": 1.0},
+    ))  # fmt: skip
+    out = export_run(run, 1, False, tmp_path / "out")
+    model, notes = Qwen2VLForConditionalGeneration.from_pretrained(out, dtype="auto", output_loading_info=True)
+    assert not notes["missing_keys"] and not notes["unexpected_keys"] and model.dtype is torch.bfloat16
+    there, base = (Qwen2VLForConditionalGeneration.from_pretrained(place, dtype=torch.float32).state_dict() for place in (run.checkpoints()[1], project / "base"))
+    found = model.state_dict()
+    assert all(torch.equal(found[name], value.bfloat16()) for name, value in there.items())
+    assert sum(not torch.equal(found[name], value.bfloat16()) for name, value in base.items()) > 10
+    assert "Whole weights, from" in (out / "README.md").read_text()
+
+
 # --- what others wrote ---------------------------------------------------------------------------
 def original_files(folder: Path, tied: bool) -> dict[str, torch.Tensor]:
     "A checkpoint with the names of the original Qwen2-VL releases: `visual.*`, `model.*`, and `lm_head.weight` where it is untied."

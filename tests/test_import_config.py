@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
 from qwen2vl_sft.cli import main
 from qwen2vl_sft.config import validated
@@ -42,6 +43,17 @@ def test_epochs_become_steps_when_the_rows_are_known(tmp_path):
     assert config.schedule.steps == 2 * 63 and config.schedule.warmup_ratio == 0.5 and config.schedule.save_at == [50, 100]
     _, found = read(tmp_path, num_train_epochs=2)
     assert any("num_train_epochs" in note for note in found.not_mapped)
+
+
+def test_shares_of_the_steps_are_read_as_transformers_reads_them(tmp_path):
+    stock = TrainingArguments(output_dir=str(tmp_path), max_steps=200, warmup_steps=0.15, use_cpu=True)
+    theirs = {"max_steps": 200, "warmup_steps": 0.15, "save_steps": 0.25, "eval_strategy": "steps", "eval_steps": 0.1, "logging_steps": 0.05}
+    schedule = read(tmp_path, **theirs)[0].schedule
+    assert round(schedule.warmup_ratio * schedule.steps) == stock.get_warmup_steps(200) == 30
+    assert (schedule.save_at, schedule.validate_every, schedule.log_every) == ([50, 100, 150], 20, 10)
+    config, found = read(tmp_path, **{**theirs, "max_steps": -1})
+    assert config.schedule.warmup_ratio == 0.15, "a share needs no number of steps"
+    assert all(any(note.startswith(f"{name} {theirs[name]}: needs the number of steps") for note in found.not_mapped) for name in ("save_steps", "eval_steps", "logging_steps"))
 
 
 def test_every_key_leaves_a_trace(tmp_path):

@@ -1,5 +1,6 @@
 """The vision cache: exact, bounded, shared, and the same training with it, without it and with half of it."""
 
+import os
 import sqlite3
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from qwen2vl_sft.config import ModelConfig, RunConfig
 from qwen2vl_sft.core import InputError
 from qwen2vl_sft.data.toy import write_toy_suite
 from qwen2vl_sft.encoding.prompt import load_encoder
+from qwen2vl_sft.model import vision_cache
 from qwen2vl_sft.model.load import base_location, load_base
 from qwen2vl_sft.model.vision_cache import VisionCache, tower_features, tower_key
-from qwen2vl_sft.training.trainer import train
+from qwen2vl_sft.training.order import TrainingOrder, filled_cache
+from qwen2vl_sft.training.trainer import prepared_suite, train
 
 LOCATION = base_location("small")
 
@@ -37,6 +40,38 @@ def test_a_stored_output_has_the_towers_bits(tmp_path, dtype):
     for name, value in zip(some, fresh, strict=True):
         assert torch.equal(reopened.get(name), value) and reopened.get(name).dtype is getattr(torch, dtype)
     assert reopened.get("another") is None
+
+
+def test_worker_processes_decode_the_fill_and_a_pass_too_large_is_halved(project, monkeypatch, capsys):
+    config = RunConfig(suite=str(write_toy_suite(project / "toy", rows=9)), model={"device": "cpu"}, schedule={"steps": 3, "micro_batch": 6})
+    encoder, model = load_encoder(LOCATION, config.preprocessing), load_base(config.model)
+    data = TrainingOrder(prepared_suite(config.suite_path), encoder, config)
+    images = {data.value(key, "sha256") for key in data.order}
+    real, sizes = vision_cache.tower_features, []
+
+    def filled(name: str, at_once: int, workers: int) -> dict[str, torch.Tensor]:
+        monkeypatch.setenv("QWEN2VL_SFT_ROOT", str(project / name))
+        before = torch.get_rng_state()
+        cache = filled_cache(model, data, 1.0, at_once, workers)
+        assert torch.equal(torch.get_rng_state(), before), "a warm cache and a cold one train the same"
+        return {image: cache.get(image) for image in images}
+
+    def tight(model, pixels, grid):
+        sizes.append(len(grid))
+        if len(grid) > 2:
+            torch.empty(2**60, dtype=torch.uint8)  # the CPU allocator's own error
+        return real(model, pixels, grid)
+
+    expected = filled("serial", 8, 0)
+    opened = os.getpid()
+    monkeypatch.setattr(TrainingOrder, "pixels", lambda data, key, plain=TrainingOrder.pixels: plain(data, key) if os.getpid() != opened else pytest.fail("decoded in the training process"))
+    found = filled("workers", 8, 2)
+    assert all(torch.equal(found[image], expected[image]) for image in images) and len(images) > 8
+    monkeypatch.setattr(vision_cache, "tower_features", tight)
+    found = filled("tight", 8, 2)
+    assert sizes[:3] == [8, 4, 2] and "out of memory; going on with 2 pictures in a pass" in capsys.readouterr().out
+    for image in images:
+        torch.testing.assert_close(found[image], expected[image], rtol=1e-4, atol=1e-5)
 
 
 def test_another_tower_or_resize_shares_nothing(tmp_path):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -49,6 +50,20 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(project, small_disk)
     small_disk()
     assert list(train(settings).checkpoints()) == [2, 4] and run.status().state == "finished"
     assert len(run.metrics()) == 4
+
+
+def test_a_disk_that_is_full_when_a_line_is_logged_is_said_too(project, small_disk, monkeypatch):
+    real = RunDir.log
+
+    def crowded(run, step, **values):
+        with suppress(OSError), (project / "runs" / "ballast").open("ab", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        real(run, step, **values)
+
+    monkeypatch.setattr(RunDir, "log", crowded)
+    with pytest.raises(RunFailure, match=r"runs/default/lines\S* can't be written: No space left on device; make room on that disk, and the same command continues"):
+        train(config(project, "lines", "lora", steps=2, save_at=[], tensorboard=False))
 
 
 def test_skipped_samples_are_not_read_again(project, monkeypatch):

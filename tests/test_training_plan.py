@@ -162,6 +162,12 @@ def test_one_sample_that_does_not_fit_ends_the_run_with_a_remedy(project, monkey
         train(toy(project, "hopeless"))
 
 
+def test_weights_that_do_not_fit_are_said_with_a_remedy(project, monkeypatch):
+    monkeypatch.setattr(trainer, "load_base", lambda *arguments, **options: torch.empty(2**60))
+    with pytest.raises(RunFailure, match=r"out of memory.*before the first step: .* choose method=qlora or a smaller model"):
+        train(toy(project, "heavy"))
+
+
 LIMITED = """
 import gc
 import json

@@ -1,5 +1,6 @@
 """Validation looks and touches nothing, chooses the best checkpoint, stops a run; a user who stops it loses nothing."""
 
+import errno
 import io
 import signal
 import subprocess
@@ -15,15 +16,15 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from qwen2vl_sft.config import RunConfig, load_recipe
-from qwen2vl_sft.core import InputError
+from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.data.prepare import Prepared
 from qwen2vl_sft.data.toy import write_toy_suite
 from qwen2vl_sft.encoding.prompt import load_encoder
-from qwen2vl_sft.model.load import base_location
+from qwen2vl_sft.model.load import base_location, load_base
 from qwen2vl_sft.rundir import RunDir
-from qwen2vl_sft.training import progress, validation
+from qwen2vl_sft.training import progress, trainer, validation
 from qwen2vl_sft.training.order import TrainingOrder
-from qwen2vl_sft.training.trainer import train
+from qwen2vl_sft.training.trainer import prepared_suite, train
 
 
 def config(project, name: str, method: dict | None = None, **schedule) -> RunConfig:
@@ -108,14 +109,16 @@ def test_the_loss_of_each_task_is_the_stock_loss_of_its_samples(project):
 # --- the best checkpoint, and stopping early -------------------------------------------------------
 
 
-def planted(monkeypatch, means: dict[int, float | None]) -> None:
-    "Let the validations, one after the other, find these accuracies of the task `colour`; None: SIGTERM comes meanwhile."
+def planted(monkeypatch, means: dict[int, float | tuple[float, float] | None]) -> None:
+    "Let the validations, one after the other, find these accuracies of the task `colour`, or of `colour` and `word`; None: SIGTERM comes meanwhile."
     left = sorted(means)
 
     def found(*arguments):
         mean = means[left.pop(0)]
         if mean is None:
             return signal.raise_signal(signal.SIGTERM)
+        if isinstance(mean, tuple):
+            return {**{f"validation/{task}/{name}": value for task, value in zip(("colour", "word"), mean, strict=True) for name in ("accuracy", "macro_f1")}, "validation/mean": sum(mean) / 2}
         return {"validation/colour/accuracy": mean, "validation/colour/macro_f1": mean, "validation/colour/collapsed": "red" if mean < 0.4 else "", "validation/mean": mean}
 
     monkeypatch.setattr(progress, "validate", found)
@@ -128,6 +131,54 @@ def test_the_best_checkpoint_is_kept_by_validation(project, monkeypatch, capsys)
     assert run.best()["overall"] == {"step": 3, "mean_accuracy": 0.8} and run.best()["stopped"] is None
     assert "step 1: colour has collapsed: nearly every answer is 'red'" in capsys.readouterr().out
     assert run.validations()["collapsed/colour"].tolist() == ["red", "", "", "", "", ""]
+
+
+def test_each_tasks_best_is_kept_and_an_old_best_stays_until_the_new_one_is_saved(project, monkeypatch):
+    "Colour is best at step 1; word, and the mean, at 2 and then at 4, after the named step 3. The disk is full when 4 is saved."
+    settings = config(project, "tasks", steps=5, validate_every=1, save_at=[3], keep_best="task")
+    figures = {1: (0.9, 0.1), 2: (0.5, 0.6), 3: (0.3, 0.3), 4: (0.2, 0.95), 5: (0.1, 0.1)}
+    real = trainer.save_checkpoint
+
+    def full(run, step, *rest):
+        if step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(run, step, *rest)
+
+    with monkeypatch.context() as patch:
+        planted(patch, figures)
+        patch.setattr(trainer, "save_checkpoint", full)
+        with pytest.raises(RunFailure, match="No space left.*make room"):
+            train(settings)
+    run = RunDir(project / "runs" / "default" / "tasks")
+    assert list(run.checkpoints()) == [1, 2, 3] and run.best()["overall"] == {"step": 2, "mean_accuracy": 0.55}
+    planted(monkeypatch, {step: figures[step] for step in (4, 5)})
+    train(settings)
+    assert list(run.checkpoints()) == [1, 3, 4, 5] and run.best()["overall"]["step"] == 4
+    assert {task: (best["step"], best["accuracy"]) for task, best in run.best()["tasks"].items()} == {"colour": (1, 0.9), "word": (4, 0.95)}
+
+
+def test_a_validation_that_is_too_large_goes_on_in_halves(project, monkeypatch, capsys):
+    "The error is the CPU allocator's own."
+    settings = config(project, "tight", validate_every=6)
+    prepared = prepared_suite(settings.suite_path)
+    model, encoder = load_base(settings.model), load_encoder(base_location("small"), settings.preprocessing)
+    seen = validation.validation_of(prepared, settings, encoder)
+    seen.read_at_once(8)
+    expected, real, sizes, most = validation.validate(seen, model), validation.score_batch, [], [2]
+
+    def tight(model, scorer, data, places, *rest):
+        sizes.append(len(places))
+        if len(places) > most[0]:
+            torch.empty(2**60, dtype=torch.uint8)
+        return real(model, scorer, data, places, *rest)
+
+    monkeypatch.setattr(validation, "score_batch", tight)
+    assert validation.validate(seen, model) == expected
+    assert sizes[:3] == [8, 4, 2] and max(sizes[-4:]) <= 2 and seen.scorer.settings.batch == 2
+    assert "validation: out of memory; 4 samples at a time instead of 8" in capsys.readouterr().out
+    most[0] = 0
+    with pytest.raises(RunFailure, match=r"validation of colour, row \S+: out of memory with one sample; lower preprocessing.max_pixels"):
+        validation.validate(seen, model)
 
 
 def test_a_run_stops_early_and_stays_stopped(project, monkeypatch, capsys):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USE', 'probes', 'answers', 'comparable', 'score_lines', 'calibrations', 'write_calibrations', 'calibration_lines',
-           'task_lines', 'usage', 'model_card', 'checkpoint_named', 'export_adapter', 'export_run']
+           'task_lines', 'usage', 'model_card', 'free_place', 'checkpoint_named', 'export_adapter', 'export_run']
 
 # %% ../../nbs/59_training.export.ipynb #b51e383e
 import json
@@ -227,6 +227,24 @@ def model_card(
     ]  # fmt: skip
     return "\n".join(lines)
 
+# %% ../../nbs/59_training.export.ipynb #b06b6243
+def free_place(
+    out: Path | str,
+) -> Path:  # absolute
+    "Where an export may go. Raises `InputError` for a file, and for a folder with anything but an earlier export in it."
+    out = Path(out).expanduser().resolve()
+    if not out.exists():
+        return out
+    if not out.is_dir():
+        raise InputError(f"{out} is a file; give --out a folder")
+    try:
+        is_ours = {"kind", "made"} <= set(json.loads((out / "export.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        is_ours = False
+    if not is_ours and any(out.iterdir()):
+        raise InputError(f"{out} has other files in it, which an export would replace; give --out a folder that doesn't exist yet, such as {out / 'exported'}")
+    return out
+
 # %% ../../nbs/59_training.export.ipynb #94757b7c
 def checkpoint_named(
     name: str,  # such as "demo/mix/step-337", or a folder
@@ -255,7 +273,7 @@ def export_adapter(
         (staging / "adapter_config.json").write_text(json.dumps(settings, indent=2))
         save_beside(staging)
 
-# %% ../../nbs/59_training.export.ipynb #54455157
+# %% ../../nbs/59_training.export.ipynb #60dd1683
 def export_run(
     run: RunDir,
     step: int,
@@ -266,7 +284,7 @@ def export_run(
     config = validated(yaml.safe_load(run.config_path.read_text()), str(run.config_path))
     folder, prepared = run.checkpoints()[step], prepared_suite(config.suite_path, config.fold)
     is_adapter = checkpoint_kind(folder) == "adapter" and not merge
-    out = Path(out) if out else run.path / "exports" / f"{folder.name}-{'adapter' if is_adapter else 'merged'}"
+    out = free_place(out or run.path / "exports" / f"{folder.name}-{'adapter' if is_adapter else 'merged'}")
     location = base_location(config.model.base)
     encoder = load_encoder(location, config.preprocessing, revision=config.model.revision)
     check_contract(encoder, stored_contract(folder), f"{run.name}/{folder.name}")

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['Key', 'TrainingOrder', 'encoded', 'pixels', 'sample_lengths', 'sorted_within', 'shuffle_labels', 'StreamSampler',
-           'collator', 'streamed_pixels', 'filled_cache', 'report_cache']
+           'collator', 'streamed_pixels', 'Pictures', 'as_it_is', 'decoded_pixels', 'fill_fitting', 'filled_cache',
+           'report_cache']
 
-# %% ../../nbs/52_training.order.ipynb #3ee3b915
-from collections.abc import Callable, Iterator
+# %% ../../nbs/52_training.order.ipynb #2588d97d
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..config import RunConfig
 from ..core import InputError, project_root, say
@@ -21,8 +22,9 @@ from ..data.pixels import PixelCache
 from ..data.prepare import Prepared
 from ..data.stream import ImageStream, uses_of
 from ..encoding.batch import Sample, pack, pad
-from ..encoding.images import open_image
+from ..encoding.images import ImageEncoder, open_image
 from ..encoding.prompt import Encoded, Encoder
+from ..model.load import is_out_of_memory
 from ..model.vision_cache import VisionCache
 from ..rundir import RunDir
 
@@ -154,7 +156,7 @@ def collator(
     "How samples become a batch."
     return (lambda samples: pack(samples, encoder.images)) if packing else (lambda samples: pad(samples, encoder.images, encoder.pad_id))
 
-# %% ../../nbs/52_training.order.ipynb #07b23758
+# %% ../../nbs/52_training.order.ipynb #581aed68
 def streamed_pixels(
     data: TrainingOrder,
     wanted: dict[str, Key],  # sha256 -> a row with that picture, in the order of the shards
@@ -166,21 +168,77 @@ def streamed_pixels(
     for image, key in zip(lacking, keys, strict=True):
         yield image, data.pixels(key, next(images[key[0]]))
 
+# %% ../../nbs/52_training.order.ipynb #19f0fc5e
+class Pictures(Dataset):
+    "Pictures of the training rows, each with its sha256, for worker processes."
+
+    def __init__(self, data: TrainingOrder, wanted: list[tuple[str, Key]]):
+        self.data, self.wanted = data, wanted
+
+    def __len__(self) -> int:
+        return len(self.wanted)
+
+    def __getitem__(self, index: int) -> tuple[str, np.ndarray]:
+        image, key = self.wanted[index]
+        return image, self.data.pixels(key)
+
+
+def as_it_is(picture: tuple[str, np.ndarray]) -> tuple[str, np.ndarray]:
+    "No collating."
+    return picture
+
+
+def decoded_pixels(
+    data: TrainingOrder,
+    wanted: dict[str, Key],  # sha256 -> a row with that picture
+    lacking: list[str],  # some of them
+    workers: int,  # 0: in this process
+) -> DataLoader:  # of (sha256, pixels), in that order
+    "The pictures that the cache lacks, decoded by worker processes. Draws nothing from torch's global generator."
+    rows = Pictures(data, [(image, wanted[image]) for image in lacking])
+    return DataLoader(rows, batch_size=None, num_workers=workers, collate_fn=as_it_is, generator=torch.Generator())
+
+# %% ../../nbs/52_training.order.ipynb #f3c86619
+def fill_fitting(
+    cache: VisionCache,
+    model: Any,
+    images: ImageEncoder,
+    wanted: Iterable[str],  # sha256
+    pixels: Callable[[str], np.ndarray] | None,
+    at_once: int | None = None,  # pictures in one pass; None: as many as suit the device
+    stream: Callable[[list[str]], Iterable[tuple[str, np.ndarray]]] | None = None,  # in place of `pixels`
+) -> None:
+    "`VisionCache.fill`, with fewer pictures in a pass where memory runs out. Raises the allocator's error if one doesn't fit."
+    wanted = list(wanted)
+    while True:
+        try:
+            cache.fill(model, images, wanted, pixels, at_once, stream)
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or at_once == 1:
+                raise
+        torch.cuda.empty_cache() if torch.cuda.is_available() else None
+        at_once = max(1, (at_once or 16) // 2)
+        say(f"vision cache: out of memory; going on with {at_once} pictures in a pass")
+
 
 def filled_cache(
     model: Any,
     data: TrainingOrder,
     limit_gb: float,
     at_once: int = 64,  # pictures in one pass of the tower
+    workers: int = 0,  # processes that decode pictures; a stream is decoded in this one
 ) -> VisionCache:
     "The frozen tower's outputs for every picture of the run."
     cache = VisionCache(project_root() / "prepared" / "vision-cache.sqlite", model, data.encoder.images, limit_gb)
     wanted = {data.value(key, "sha256"): key for key in data.order}
     if data.streamed:  # in the order of the shards
         wanted = dict(sorted(wanted.items(), key=lambda item: item[1]))
-    stream = (lambda lacking: streamed_pixels(data, wanted, lacking)) if data.streamed else None
-    fresh = cache.fill(model, data.encoder.images, wanted, lambda image: data.pixels(wanted[image]), at_once, stream)
+    lacking = len(cache.missing(wanted))
+    stream = lambda absent: streamed_pixels(data, wanted, absent) if data.streamed else decoded_pixels(data, wanted, absent, workers)
+    fill_fitting(cache, model, data.encoder.images, wanted, None, at_once, stream)
     beyond = len(cache.missing(wanted))
+    fresh = lacking - beyond
     full = f"; the limit of {limit_gb} GB leaves {beyond} to be computed each time" if beyond else ""
     say(f"vision cache: {len(wanted) - fresh - beyond} of {len(wanted)} pictures found, {fresh} computed, {cache.bytes / 1e6:.0f} MB{full}")
     return cache

@@ -243,7 +243,7 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-# %% ../../nbs/55_training.progress.ipynb #dd202278
+# %% ../../nbs/55_training.progress.ipynb #b4b99e49
 INTERRUPTED = "interrupted"
 
 
@@ -270,7 +270,7 @@ class RunCallback(TrainerCallback):
         known = self.decide(state.global_step)
         if self.validation and is_due(state.global_step, self.config.schedule) and state.global_step not in [0, *known]:
             self.validate(model, state)  # stopped or killed between training this step and validating it
-        elif self.validation and state.global_step:
+        if self.validation and state.global_step:  # its checkpoint is there: the run goes on from it
             self.settle(state.global_step)
         if any(gathered(self.request())) and not self.ending:
             self.ending = INTERRUPTED
@@ -289,6 +289,8 @@ class RunCallback(TrainerCallback):
         control.should_save = self.is_named = step in self.kept or bool(self.ending)
         if any(gathered(self.request())) and step < state.max_steps and not self.ending:
             self.ending, control.should_save = INTERRUPTED, True
+        if self.validation and is_due(step, schedule) and not control.should_save:
+            self.settle(step)  # else `on_save` does, once the new best is on the disk: till then the old one stays
         control.should_training_stop = control.should_training_stop or bool(self.ending)
         return control
 
@@ -366,7 +368,7 @@ def settle(
 
     from_first(work)
 
-# %% ../../nbs/55_training.progress.ipynb #a71d853f
+# %% ../../nbs/55_training.progress.ipynb #cd055a63
 def validate_now(
     callback: RunCallback,
     model: Any,
@@ -383,7 +385,6 @@ def validate_now(
         if key.endswith("/collapsed") and label:
             callback.line.say(f"{name}: step {step}: {key.split('/')[1]} has collapsed: nearly every answer is '{label}', whatever the picture")
     callback.decide(step)
-    callback.settle(step)
 
 
 RunCallback.write, RunCallback.decide, RunCallback.settle, RunCallback.validate = write_figures, decide, settle, validate_now

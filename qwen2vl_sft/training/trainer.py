@@ -11,7 +11,7 @@ __all__ = ['Setting', 'LabelTrainer', 'joined_shards', 'write_checkpoint', 'Betw
 # %% ../../nbs/56_training.trainer.ipynb #5e3d8f0b
 from ..core import InputError, Interrupted, RunFailure, fingerprint, pick_device, process_count, process_rank, project_root, say, seed_everything, write_atomically  # first: it quietens what follows
 
-# %% ../../nbs/56_training.trainer.ipynb #5035262d
+# %% ../../nbs/56_training.trainer.ipynb #2601cba2
 import json
 import os
 import time
@@ -39,6 +39,7 @@ from ..tasks import load_suite
 from qwen2vl_sft.training.checkpoints import (
     Inputs,
     check_position,
+    explained_disk,
     inputs_of,
     last_checkpoint,
     note_inputs,
@@ -331,7 +332,7 @@ def plan_run(
     validation = validation_of(prepared, config, encoder)
     return memory_plan(config, sample_sizes(TrainingOrder(prepared, encoder, config)), validation and largest_reading(validation))
 
-# %% ../../nbs/56_training.trainer.ipynb #2445f4f7
+# %% ../../nbs/56_training.trainer.ipynb #cc9243cc
 def build_trainer(
     setting: Setting,
     data: TrainingOrder,
@@ -348,7 +349,7 @@ def build_trainer(
     if config.method.tower_is_frozen:  # needs no float32 master weights, and runs outside the Trainer's autocast
         model.model.visual.to(compute_dtype(config.model))
     if config.method.tower_is_frozen and config.schedule.vision_cache:
-        data.cache = first_then_others(lambda: filled_cache(model, data, config.schedule.vision_cache_gb, at_once))
+        data.cache = first_then_others(lambda: filled_cache(model, data, config.schedule.vision_cache_gb, at_once, config.schedule.workers))
     model = trainable(model, config.method)
     use_packed_attention(model)
     fuse_lora(model)
@@ -377,9 +378,12 @@ def last_step(
     stop = early_stop(run.validations(last), config.schedule.early_stopping_patience)
     return last if stop else config.schedule.steps
 
-# %% ../../nbs/56_training.trainer.ipynb #4f40acaa
+# %% ../../nbs/56_training.trainer.ipynb #1312c51d
 @contextmanager
-def memory_named(run: RunDir) -> Iterator[None]:
+def memory_named(
+    run: RunDir,
+    remedy: str = "the optimiser's states or another program need it: choose optimizer=adamw_bnb_8bit, a smaller micro_batch or a lighter method; the run continues from its last checkpoint",
+) -> Iterator[None]:
     "An out-of-memory error that smaller micro-batches don't mend, as a `RunFailure`: the optimiser's states', or another process's."
     started = time.time()
     try:
@@ -390,9 +394,9 @@ def memory_named(run: RunDir) -> Iterator[None]:
             raise RunFailure(f"another of {process_count()} processes was out of memory ({there[-1]['reason']}); the same command continues from the last checkpoint with micro_batch={there[-1]['micro_batch']}") from error
         if isinstance(error, RunFailure) or not is_out_of_memory(error):
             raise
-        raise RunFailure(f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]}); the optimiser's states or another program need it: choose optimizer=adamw_bnb_8bit, a smaller micro_batch or a lighter method; the run continues from its last checkpoint") from error
+        raise RunFailure(f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]}); {remedy}") from error
 
-# %% ../../nbs/56_training.trainer.ipynb #43cf93bd
+# %% ../../nbs/56_training.trainer.ipynb #f011c7d6
 def train(
     config: RunConfig,
 ) -> RunDir:
@@ -411,7 +415,7 @@ def train(
     if from_first(lambda: steps in run.checkpoints() and run.status().state == "finished"):
         say(f"{run.experiment}/{run.name}: already trained")
         return run
-    with running_together(run, "training") as status:
+    with explained_disk(run.path), running_together(run, "training") as status, explained_disk(run.path):
         from_first(lambda: note_inputs(run, config, inputs))
         from_first(lambda: remove_leftovers(run, config.schedule.keep_last))
         if steps in run.checkpoints():  # killed after the last checkpoint
@@ -423,7 +427,7 @@ def train(
             train_steps(run, config, prepared, status)
     return run
 
-# %% ../../nbs/56_training.trainer.ipynb #29a2d7ec
+# %% ../../nbs/56_training.trainer.ipynb #2ef1aedc
 def train_steps(
     run: RunDir,
     config: RunConfig,
@@ -444,7 +448,8 @@ def train_steps(
         check_position(start, data.order, config.schedule.batch)
         data.start = int(start.name.split("-")[1]) * config.schedule.batch  # step-N or resume-N
     seed_everything(config.schedule.seed)
-    trainer = build_trainer(setting, data, status, plan.estimate.pictures_at_once or 1, start)
+    with memory_named(run, "the weights, or one picture's way through the vision tower, need it before the first step: end other programs on the device, lower preprocessing.max_pixels, or choose method=qlora or a smaller model"):
+        trainer = build_trainer(setting, data, status, plan.estimate.pictures_at_once or 1, start)
     trainer.remove_callback(PrinterCallback)
     if process_rank():  # its own dropout; the weights are the first process's
         seed_everything(int(fingerprint([config.schedule.seed, process_rank()]), 16) % 2**32)

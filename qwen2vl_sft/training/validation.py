@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OPEN_SAMPLES', 'validation_sets', 'only_looking', 'Validation', 'validation_of', 'Reading', 'largest_reading',
-           'set_predictions', 'validate', 'is_due', 'best_step', 'best_task_steps', 'steps_kept', 'Stop', 'early_stop',
-           'write_best', 'settle_best']
+           'score_halving', 'set_predictions', 'validate', 'is_due', 'best_step', 'best_task_steps', 'steps_kept',
+           'Stop', 'early_stop', 'write_best', 'settle_best']
 
-# %% ../../nbs/53_training.validation.ipynb #84f1bc14
+# %% ../../nbs/53_training.validation.ipynb #06997192
 import json
 import math
 import shutil
@@ -21,16 +21,17 @@ import torch
 from torch import nn
 
 from ..config import RunConfig, ScheduleConfig
-from ..core import InputError, process_count, process_rank, say, write_atomically
+from ..core import InputError, RunFailure, process_count, process_rank, say, write_atomically
 from ..data.prepare import Prepared
 from ..encoding.prompt import Encoder
-from ..model.load import unwrapped
+from ..model.load import is_out_of_memory, unwrapped
 from ..model.vision_cache import VisionCache
 from ..processes import gathered
 from ..rundir import RunDir
-from ..scoring.labels import label_tree
+from ..scoring.labels import LabelTree, label_tree
 from ..scoring.metrics import collapse, task_figures
 from ..scoring.suite import Scorer, TestSet, batches, score_batch, test_set
+from .order import fill_fitting
 
 # %% ../../nbs/53_training.validation.ipynb #e3248df4
 OPEN_SAMPLES = 32  # rows of an open task, at most: free answers are slow
@@ -78,7 +79,7 @@ def only_looking(
         if text._attn_implementation != attention:
             inner.set_attn_implementation({"text_config": attention})
 
-# %% ../../nbs/53_training.validation.ipynb #999891f4
+# %% ../../nbs/53_training.validation.ipynb #0d17e751
 @dataclass
 class Validation:
     "The rows a run is validated on, and what scores them."
@@ -91,7 +92,8 @@ class Validation:
         "Read the frozen tower's outputs from the cache; compute and store those that are missing, `at_once` in a pass, up to its limit."
         for data in self.sets:
             images = dict(zip(data.column("sha256"), data.chosen, strict=True))
-            cache.fill(model, self.scorer.encoder.images, images, lambda image, data=data, images=images: self.scorer.pixels(data, images[image]), at_once)
+            pixels = lambda image, data=data, images=images: self.scorer.pixels(data, images[image])
+            fill_fitting(cache, model, self.scorer.encoder.images, images, pixels, at_once)
         self.scorer.cache = cache
 
     def read_at_once(self, samples: int) -> None:
@@ -109,7 +111,7 @@ def validation_of(
         return None
     return Validation(validation_sets(prepared, config), Scorer(encoder, config.scoring))
 
-# %% ../../nbs/53_training.validation.ipynb #c805a105
+# %% ../../nbs/53_training.validation.ipynb #caa6eafb
 @dataclass(frozen=True)
 class Reading:
     "The most that a validation puts through the model at once, and how many pictures it has."
@@ -139,7 +141,34 @@ def largest_reading(
     length = max(len(encoder.encode(*prompt)) for prompt in prompts)
     return Reading(min(most, validation.scorer.settings.batch), length, max(nodes), max(patches.values()), len(patches), sum(patches.values()))
 
-# %% ../../nbs/53_training.validation.ipynb #c8d868a5
+
+# A validation may need more memory than the plan thought, as a training step may. A batch that doesn't fit is scored in halves, and later batches are no larger.
+
+# %% ../../nbs/53_training.validation.ipynb #4be3f7c0
+def score_halving(
+    validation: Validation,
+    model: nn.Module,
+    data: TestSet,
+    places: list[int],
+    tree: LabelTree | None,
+) -> list[pd.DataFrame]:
+    "Predictions for a batch, in halves where it is too large for the memory. Raises `RunFailure` if one sample is."
+    scorer = validation.scorer
+    try:
+        return [score_batch(model, scorer, data, places, scorer.samples(data, places), tree)]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(places) == 1:
+            name = f"{data.task.name}, row {data.column('id')[places[0]]}"
+            raise RunFailure(f"validation of {name}: out of memory with one sample; lower preprocessing.max_pixels, or set validate_every=0 and score the checkpoints with split=validation") from error
+    torch.cuda.empty_cache() if torch.cuda.is_available() else None
+    half = len(places) // 2
+    say(f"validation: out of memory; {half} samples at a time instead of {len(places)}")
+    validation.read_at_once(min(half, scorer.settings.batch))
+    return [part for some in (places[:half], places[half:]) for part in score_halving(validation, model, data, some, tree)]
+
+# %% ../../nbs/53_training.validation.ipynb #6ecc50a7
 def set_predictions(
     validation: Validation,
     model: nn.Module,
@@ -153,7 +182,7 @@ def set_predictions(
         if stop():
             parts = None
             break
-        parts.append(score_batch(model, scorer, data, places, scorer.samples(data, places), tree))
+        parts += score_halving(validation, model, data, places, tree)
     shares = gathered(parts)
     if any(share is None for share in shares):
         return None
