@@ -12,7 +12,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# Nothing here downloads models or data.
+# Nothing here downloads models or data; JupyterLab, in which you may want to, is as you set it.
+OFFLINE_AS_SET := $(or $(HF_HUB_OFFLINE),0)
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
@@ -36,6 +37,12 @@ $(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@echo "installing the package, the demo's and the developers' tools into $(VENV): a few minutes, once"
 	$(BIN)/python -m pip install -qq --editable '.[demo,dev]'
+	touch $@ $(VENV)/.installed-demo $(VENV)/.installed-lab
+
+# What the tutorials need beside the demo: an API client for the fifth.
+$(VENV)/.installed-lab: pyproject.toml | $(BIN)/python
+	@echo "installing the package and what the notebooks need into $(VENV): a few minutes, once"
+	$(BIN)/python -m pip install -qq --editable '.[demo,api]'
 	touch $@ $(VENV)/.installed-demo
 
 install: $(VENV)/.installed-demo
@@ -66,7 +73,8 @@ quick: dev
 lint: dev
 	$(BIN)/ruff check qwen2vl_sft tests
 
-lab: install
+lab: export HF_HUB_OFFLINE := $(OFFLINE_AS_SET)
+lab: $(VENV)/.installed-lab
 	$(BIN)/jupyter lab --notebook-dir=. $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # After editing a notebook: no outputs, no stray metadata, package in sync.

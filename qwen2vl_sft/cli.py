@@ -353,7 +353,7 @@ def sweep(
     print_json(plain(table)) if as_json else print(sweep_text(table))
     return int(not dry_run and (table.state != "done").any())
 
-# %% ../nbs/90_cli.ipynb #a4e5b48c
+# %% ../nbs/90_cli.ipynb #04e8f0a5
 @_command()
 def runs(
     experiment: Annotated[str | None, typer.Argument(help="Folder under runs/, or one run as experiment/run.", show_default="all", autocompletion=completion.experiments_and_runs)] = None,
@@ -377,7 +377,10 @@ def runs(
         table = room.difference(*map(room.Run.load, diff))
         print_json(plain(table)) if as_json else print(room.difference_text(table))
     elif delete or tidy:
-        room.clear(delete, experiment, yes or _agreed)
+        with said_aside(as_json):
+            removed = room.clear(delete, experiment, yes or _agreed)
+        if as_json:
+            print_json(removed)
     else:
         table = room.runs(experiment)
         print_json(plain(table)) if as_json else print(room.runs_text(table))
@@ -425,7 +428,7 @@ def demo(
 
         print_json(scoreboard_record(Scoreboard.from_experiment(report.parent), report))
 
-# %% ../nbs/90_cli.ipynb #679dd3f9
+# %% ../nbs/90_cli.ipynb #e20d116e
 INTERRUPTED = 130
 
 
@@ -450,6 +453,9 @@ def main(
     except (RunFailure, OSError) as error:
         _say_error(error)
         return 1
+    except typer.Abort:  # Ctrl-C or Ctrl-D at a question
+        _say_error("interrupted; nothing was removed")
+        return INTERRUPTED
     except KeyboardInterrupt:
         _say_error("interrupted; the same command continues where it stopped")
         return INTERRUPTED

@@ -6,16 +6,17 @@
 __all__ = ['PROJECTIONS', 'TOWER_LINEARS', 'MERGER_LINEARS', 'PEFT_HERE', 'PEFT_REFUSED', 'PEFT_INITIAL', 'OPTIMIZERS',
            'SCHEDULERS', 'NOT_WHAT_IS_TRAINED', 'VALIDATED_ON', 'OTHER_NAMES', 'S', 'Settings', 'explain',
            'ModelConfig', 'PreprocessingConfig', 'MethodConfig', 'MixtureConfig', 'ScheduleConfig', 'ScoringConfig',
-           'PlanConfig', 'ExportConfig', 'RunConfig', 'settings_paths', 'setting_path', 'parse_overrides', 'validated',
-           'flattened', 'with_overrides', 'read_yaml', 'load_recipe']
+           'PlanConfig', 'ExportConfig', 'RunConfig', 'settings_paths', 'setting_path', 'setting_value',
+           'check_same_base', 'same_test_set', 'parse_overrides', 'validated', 'flattened', 'with_overrides',
+           'read_yaml', 'load_recipe']
 
-# %% ../nbs/01_config.ipynb #b170b1cc
+# %% ../nbs/01_config.ipynb #478fb5d0
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, field_validator, model_validator
 
 from .core import InputError, did_you_mean, fingerprint, process_count, project_root
 
@@ -432,6 +433,46 @@ def setting_path(
         raise InputError(f"unknown setting '{name}'. Here it is '{OTHER_NAMES[name]}'")
     known = [word for path in paths for word in (".".join(path), path[-1])]
     raise InputError(f"unknown setting '{name}'.{did_you_mean(name, known)}")
+
+# %% ../nbs/01_config.ipynb #0b6fcf63
+def setting_value(
+    name: str,  # as for `setting_path`
+    value: Any,
+) -> Any:
+    "The value in the setting's type; as it is where it doesn't fit. Raises `InputError` for an unknown setting."
+    model: type[BaseModel] | None = RunConfig
+    *parents, last = setting_path(name)
+    for part in parents:
+        model = _model_inside(model.model_fields[part].annotation)
+    try:
+        return TypeAdapter(model.model_fields[last].annotation).validate_python(value) if model else value
+    except ValidationError:
+        return value
+
+# %% ../nbs/01_config.ipynb #c3f24679
+def check_same_base(
+    runs: dict[str, RunConfig],  # name -> configuration
+) -> None:
+    "Raise `InputError` if the runs differ in base model or preprocessing, so that no untuned row is theirs."
+    asked = {name: (config.model.base, config.model.revision, config.preprocessing) for name, config in runs.items()}
+    first = next(iter(asked), None)
+    for name, this in asked.items():
+        if this != asked[first]:
+            raise InputError(f"runs '{first}' and '{name}' differ in base model or preprocessing, so they share no untuned row; put them in two experiments")
+
+
+def same_test_set(
+    runs: dict[str, RunConfig],  # name -> configuration; at least one
+    where: Path | str,  # named in the error
+) -> tuple[str, int | None]:  # the suite's file, the fold that is held out
+    "What all runs are tested on. Raises `InputError` if they use several suites or folds."
+    suites = sorted({str(config.suite_path) for config in runs.values()})
+    if len(suites) > 1:
+        raise InputError(f"{where}: its runs use several suites: {', '.join(suites)}; give each an experiment of its own")
+    folds = sorted({-1 if config.fold is None else config.fold for config in runs.values()})
+    if len(folds) > 1:
+        raise InputError(f"{where}: its runs hold out different folds ({', '.join('none' if fold < 0 else str(fold) for fold in folds)}), so they share no test set; give each fold an experiment of its own")
+    return suites[0], None if folds[0] < 0 else folds[0]
 
 # %% ../nbs/01_config.ipynb #496aed96
 S = TypeVar("S", bound=Settings)

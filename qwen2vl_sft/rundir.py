@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HEARTBEAT_SECONDS', 'DEAD_AFTER_SECONDS', 'Run', 'RULES', 'Status', 'RunDir', 'load', 'read_status', 'write_status',
-           'running', 'write_config', 'log', 'metrics', 'validations', 'best', 'checkpoints', 'predictions_folder',
-           'prediction_parts', 'next_part', 'write_predictions', 'rules', 'predictions', 'Predictions', 'run_html',
-           'predicted', 'decided_path', 'decided_parts', 'decided', 'note_decided']
+           'running', 'refuse_if_held', 'write_config', 'log', 'metrics', 'validations', 'best', 'checkpoints',
+           'predictions_folder', 'prediction_parts', 'next_part', 'write_predictions', 'rules', 'predictions',
+           'Predictions', 'run_html', 'predicted', 'decided_path', 'decided_parts', 'decided', 'note_decided']
 
 # %% ../nbs/03_rundir.ipynb #b2b80a62
 import itertools
@@ -131,20 +131,22 @@ def load(
 RunDir.load = staticmethod(load)
 Run = RunDir
 
-# %% ../nbs/03_rundir.ipynb #b83a7664
+# %% ../nbs/03_rundir.ipynb #29a480ad
 def read_status(run: RunDir) -> Status:
     "The run's status as a reader should take it."
     try:
-        return Status(**json.loads(run.status_path.read_text())).seen
+        return Status(**json.loads(run.status_path.read_text(encoding="utf-8"))).seen
     except FileNotFoundError:
         return Status()
+    except (ValueError, TypeError):  # a power cut, or another hand
+        return Status(message=f"{run.status_path.name} is damaged")
 
 
 def write_status(run: RunDir, status: Status) -> None:
     "Replace `status.json`."
     write_atomically(run.status_path, json.dumps(asdict(status), indent=1))
 
-# %% ../nbs/03_rundir.ipynb #8eb9d0d6
+# %% ../nbs/03_rundir.ipynb #02245853
 @contextmanager
 def running(
     run: RunDir,
@@ -156,7 +158,7 @@ def running(
     try:
         lock.acquire()
     except filelock.Timeout as error:
-        raise RunFailure(f"{run.path}: another process (pid {read_status(run).pid}) is working in this run directory; wait for it or choose another run name") from error
+        raise _is_held(run) from error
     for leftover in run.path.glob(".status.json.*.tmp"):  # of a killed process
         leftover.unlink(missing_ok=True)
     before, now = read_status(run), time.time()
@@ -176,6 +178,22 @@ def running(
         except BaseException as error:
             status.state, status.message = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
             raise
+
+# %% ../nbs/03_rundir.ipynb #73ca5997
+def refuse_if_held(run: RunDir) -> None:
+    "Raise `RunFailure` if another process works in the run directory."
+    if not (run.path / ".lock").exists():
+        return
+    lock = filelock.FileLock(run.path / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise _is_held(run) from error
+    lock.release()
+
+
+def _is_held(run: RunDir) -> RunFailure:
+    return RunFailure(f"{run.path}: another process (pid {read_status(run).pid}) is working in this run directory; wait for it or choose another run name")
 
 # %% ../nbs/03_rundir.ipynb #897fe40b
 @contextmanager
@@ -230,7 +248,7 @@ def write_config(
 
 RunDir.write_config = write_config
 
-# %% ../nbs/03_rundir.ipynb #65872b21
+# %% ../nbs/03_rundir.ipynb #204ff630
 def log(
     run: RunDir,
     step: int,  # optimiser step
@@ -255,11 +273,13 @@ def _ends_a_line(file: BinaryIO) -> bool:
 def metrics(run: RunDir) -> pd.DataFrame:  # columns step, time, loss, ...; of a step logged twice, the later line
     "What was logged, by step."
     rows = []
-    for line in run.metrics_path.read_text(encoding="utf-8").splitlines() if run.metrics_path.exists() else []:
+    for line in run.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines() if run.metrics_path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
     table = pd.DataFrame(rows)
     return table.groupby("step", as_index=False).last() if rows else table
 
@@ -267,7 +287,7 @@ def metrics(run: RunDir) -> pd.DataFrame:  # columns step, time, loss, ...; of a
 RunDir.log = log
 RunDir.metrics = metrics
 
-# %% ../nbs/03_rundir.ipynb #dece8692
+# %% ../nbs/03_rundir.ipynb #21b88c8b
 def validations(
     run: RunDir,
     until: int | None = None,  # leave out later steps; None: all
@@ -286,9 +306,13 @@ def validations(
 
 
 def best(run: RunDir) -> dict[str, Any]:
-    "What `best.json` says: the best checkpoint by validation, `overall` and by `tasks`; empty if nothing was validated."
+    "What `best.json` says: the best checkpoint by validation, `overall` and by `tasks`; empty if nothing was validated or the file is damaged."
     path = run.path / "best.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 RunDir.validations, RunDir.best = validations, best

@@ -16,7 +16,7 @@ import pytest
 from qwen2vl_sft import cli
 from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.rundir import RunDir, Status, write_status
-from qwen2vl_sft.workflow.runs import runs, runs_text
+from qwen2vl_sft.workflow.runs import runs, runs_text, untidy
 
 COMMANDS = [one.name or one.callback.__name__.replace("_", "-") for one in cli.app.registered_commands]
 
@@ -154,12 +154,28 @@ def test_runs_shows_true_states(project, capsys):
     assert runs().set_index("run").loc["good", "step"] == 20
 
 
+def test_a_silent_run_is_dead_after_a_minute(project):
+    "On another machine nobody can ask for the process: its heartbeat decides, and a machine that is slow by half a minute is no dead one."
+    run = RunDir(project / "runs/demo/far")
+    for age, state in ((30, "running"), (55, "running"), (65, "dead")):
+        write_status(run, Status("running", "training", pid=1, host="far-away", started=time.time() - 300, heartbeat=time.time() - age))
+        assert run.status().state == state
+
+
 def test_damaged_run_directories_are_still_listed(project):
     folder = project / "runs/demo/half"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("method: [unclosed")
+    (folder / "status.json").write_text('{"state": "runn')
+    (folder / "best.json").write_text("")
+    odd = project / "runs/demo/odd"
+    odd.mkdir()
+    (odd / "config.yaml").write_text("method: lora\nschedule: 3\n")
+    (odd / "status.json").write_text('{"colour": "red"}')
+    (odd / "best.json").write_text('["x"]')
+    (odd / "metrics.jsonl").write_bytes(b'17\n\xff\x00\n{"step": 2, "loss": 0.5}\n')
     (folder / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
-    assert runs("demo").loc[0, ["run", "step"]].tolist() == ["half", 3]
+    assert runs("demo")[["run", "step", "message"]].values.tolist() == [["half", 3, "status.json is damaged"], ["odd", 2, "status.json is damaged"]]
     assert "half" in runs_text(runs())
 
 
@@ -212,6 +228,38 @@ def test_deleting_asks_and_refuses_a_running_run(project, capsys, monkeypatch):
     assert not list((project / "runs/demo").iterdir())
 
 
+class Terminal(io.StringIO):
+    "Somebody who types."
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("typed", "code", "stays", "said"), [("y\n", 0, False, "removed"), ("n\n", 0, True, "nothing was removed"), ("", 130, True, "interrupted; nothing was removed")])
+def test_the_answer_decides(project, capsys, monkeypatch, typed, code, stays, said):
+    "The last is Ctrl-D; Ctrl-C takes the same way."
+    run = RunDir(project / "runs/demo/mix")
+    run.write_config("method: {name: lora}\n")
+    monkeypatch.setattr("sys.stdin", Terminal(typed))
+    assert cli.main(["runs", "--delete", "demo/mix"]) == code and run.path.exists() == stays
+    shown = capsys.readouterr()
+    assert said in shown.out + shown.err and "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize(("config", "best"), [(None, None), ("schedule: [unclosed", None), ("schedule: {steps: 40}", "{")])
+def test_nothing_is_tidied_where_nobody_knows_what_is_named_or_best(project, config, best):
+    run = RunDir(project / "runs/demo/mix")
+    for step in (10, 20, 40):
+        (run.path / f"checkpoints/step-{step}").mkdir(parents=True)
+    for path, text in ((run.config_path, config), (run.path / "best.json", best)):
+        if text:
+            path.write_text(text)
+    assert untidy(run) == []
+    run.config_path.write_text("schedule: {steps: 40}")
+    (run.path / "best.json").unlink(missing_ok=True)
+    assert [path.name for path in untidy(run)] == ["step-10", "step-20"]
+
+
 def test_tidying_keeps_the_named_the_best_and_the_newest(project, capsys, monkeypatch):
     run = finished_run(project, "mix", "method: {name: lora}\nschedule: {steps: 40, save_at: [10]}")
     for name in ("step-10", "step-15", "step-20", "resume-25", "resume-30"):
@@ -221,5 +269,7 @@ def test_tidying_keeps_the_named_the_best_and_the_newest(project, capsys, monkey
     assert cli.main(["runs", "demo", "--tidy"]) == 2
     shown = capsys.readouterr().out
     assert "step-15" in shown and "resume-25" in shown and "step-20" not in shown and len(list(run.path.glob("checkpoints/*"))) == 5
-    assert cli.main(["runs", "demo/mix", "--tidy", "--yes"]) == 0
+    assert cli.main(["runs", "demo/mix", "--tidy", "--yes", "--json"]) == 0
+    said = capsys.readouterr()
+    assert [Path(one).name for one in json.loads(said.out)["removed"]] == ["step-15", "resume-25"] and "step-15" in said.err
     assert sorted(path.name for path in run.path.glob("checkpoints/*")) == ["resume-30", "step-10", "step-20"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from notebooks import run_notebooks
+from notebooks import ROOT, run_notebooks
 
 from qwen2vl_sft.config import RunConfig, setting_path
 from qwen2vl_sft.core import InputError, RunFailure
@@ -69,14 +69,25 @@ def training(project):
 
 @pytest.mark.parametrize("path", [path for path in run_notebooks() if path.stem in PLANS], ids=lambda path: path.stem)
 def test_parameters_cells_agree_with_the_configuration(path):
-    own = {"prepare": {"suite"}, "train": {"recipe", "overrides"}, "score": {"experiment"}, "compare": {"experiment"}}
+    own = {"prepare": {"suite": str}, "train": {"recipe": str, "overrides": dict}, "score": {"experiment": str}, "compare": {"experiment": str}}
     defaults = notebook_parameters(path)
-    settings = defaults.keys() - own[path.stem]
+    settings = defaults.keys() - own[path.stem].keys()
+    assert {name: type(defaults[name]) for name in own[path.stem]} == own[path.stem]
     assert all(defaults[name] is None for name in settings), "None keeps the recipe's value"
     if path.stem == "train":
         assert all(setting_path(SHORT_NAMES.get(name, name)) for name in settings)
+        assert (ROOT / defaults["recipe"]).is_file() and training_config(defaults["recipe"], defaults["overrides"], **dict.fromkeys(settings)) == training_config(defaults["recipe"])
     else:
         assert settings == set(SCORING_PARAMETERS if path.stem == "score" else ())
+
+
+def test_the_pretraining_cell_agrees_with_its_settings():
+    from qwen2vl_sft.model.small import Pretraining
+
+    defaults = notebook_parameters(ROOT / "nbs/runs/pretrain.ipynb")
+    assert defaults.pop("folder") is None
+    held = vars(Pretraining())
+    assert {name: (held[name], type(held[name])) for name in defaults} == {name: (value, type(value)) for name, value in defaults.items()}
 
 
 @pytest.mark.parametrize(
@@ -180,6 +191,18 @@ def test_a_failed_notebook_leaves_a_true_record(training, code, error, message):
     assert (run.path / "notebook.html").exists()
 
 
+def test_a_refused_second_start_leaves_the_first_ones_record(training):
+    "Refused before the kernel by a held lock, and in the kernel by a configuration that is another."
+    run = training("from qwen2vl_sft.core import InputError\nif steps: raise InputError('the run exists with')\nwith running('training'): print('the first')")
+    record = run_notebook("train")
+    with run.running("training"), pytest.raises(RunFailure, match=r"another process \(pid \d+\) is working"):
+        run_notebook("train")
+    with pytest.raises(InputError, match="the run exists with"):
+        run_notebook("train", {"steps": 3})
+    assert "the first" in record.read_text() and "the first" in record.with_suffix(".html").read_text()
+    assert run.status().state == "finished" and not list(run.path.glob(".*.before"))
+
+
 def test_a_kernel_that_dies_at_its_start_is_started_again(training, tmp_path, monkeypatch, capfd):
     "As one does that lost a race for a port. The first one ends before it is up; the second runs the notebook."
     folder, marker = tmp_path / "first", tmp_path / "was-started"
@@ -201,8 +224,8 @@ def test_an_interrupt_reaches_the_stage(training, project, number):
         """
         import time
         with running('training'):
-            print('training', flush=True)
             try:
+                print('training', flush=True)
                 time.sleep(60)
             except KeyboardInterrupt:
                 time.sleep(3)

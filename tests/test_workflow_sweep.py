@@ -11,10 +11,12 @@ import time
 import pytest
 import yaml
 
-from qwen2vl_sft.core import InputError
+from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.data.toy import write_toy_suite
-from qwen2vl_sft.rundir import RunDir, Status, write_status
-from qwen2vl_sft.workflow.sweep import Sweep, load_sweep, plan_sweep, plan_table, run_sweep, seconds_a_sample
+from qwen2vl_sft.rundir import RunDir, Status, refuse_if_held, write_status
+from qwen2vl_sft.workflow import sweep as sweep_room
+from qwen2vl_sft.workflow.notebook import settle_status, training_config
+from qwen2vl_sft.workflow.sweep import Sweep, load_sweep, plan_sweep, plan_table, run_in_slots, run_sweep, seconds_a_sample, slot_environment
 
 COMMAND = [sys.executable, "-c", "import sys; from qwen2vl_sft.cli import main; sys.exit(main(sys.argv[1:]))"]
 
@@ -58,9 +60,19 @@ def wait_for(condition, seconds=120.0):
         ({"matrix": {"seed": [0]}, "slots": 2, "devices": ["0"]}, "2 slots but 1 devices"),
         ({"runs": [{"recipe": "other.yaml"}]}, "other.yaml: no such file"),
         ({"recipe": None, "runs": [{"seed": 1}]}, "no recipe"),
+        ({"matrix": {"max_pixels": [None, 50176]}}, "differ in base model or preprocessing"),
+        ({"matrix": {"fold": [0, 1]}}, "hold out different folds (0, 1)"),
+        ({"runs": [{"run": "a"}, {"run": "b", "suite": "other.yaml"}]}, "several suites"),
+        ({"runs": [{"run": "base"}]}, "'base' is that of a row of the scoreboard"),
+        ({"matrix": {"seed": [0]}, "scoring": {"limt": 2}}, "Did you mean 'limit'"),
+        ({"matrix": {"seed": [0]}, "scoring": {"limit": 0}}, "scoring: limit"),
+        ({"matrix": {"seed": [0, 1]}, "exclude": [{"sed": 1}]}, "exclude: unknown setting 'sed'. Did you mean 'seed'"),
+        ({"matrix": {"seed": [0, 1]}, "exclude": [{"learning_rate": 1e-4}]}, "exclude names schedule.learning_rate, which the matrix doesn't vary"),
+        ({"matrix": {"seed": [0, 1]}, "exclude": [{"seed": 2}]}, "fits no combination"),
     ],
 )
 def test_a_bad_file_starts_nothing(toy, content, message):
+    (toy / "other.yaml").write_text((toy / "toy/toy.yaml").read_text()) if "suites" in message else None
     file = write_sweep(toy, **content)
     with pytest.raises(InputError, match="^[^\n]*$") as error:
         run_sweep(file)
@@ -75,6 +87,89 @@ def test_names_and_settings_follow_the_file(toy):
     assert planned["mix-learning_rate-0.004-name-equal"].schedule.learning_rate == 4e-3
     assert planned["mix-learning_rate-0.004-name-equal"].mixture.name == "equal"
     assert [config.schedule.steps for config in planned.values()] == [5, 5, 5, 7] and planned["all"].method.name == "full"
+
+
+def test_what_is_left_out_is_compared_as_settings_not_as_text(toy):
+    file = write_sweep(toy, matrix={"schedule.learning_rate": ["1e-3", 4e-3], "seed": [0, 1]}, exclude=[{"learning_rate": 0.001, "schedule.seed": "1"}])
+    assert [one.run.name for one in plan_sweep(load_sweep(file))] == ["mix-learning_rate-1e-3-seed-0", "mix-learning_rate-0.004-seed-0", "mix-learning_rate-0.004-seed-1"]
+
+
+def test_runs_of_before_are_scored_along_so_they_must_fit(toy):
+    sweep = load_sweep(write_sweep(toy, matrix={"seed": [0]}))
+    earlier = RunDir(toy / "runs/e/earlier")
+    earlier.write_config(training_config("recipe.yaml", {"max_pixels": 50176}).to_yaml())
+    assert plan_sweep(sweep), "it has no checkpoint"
+    (earlier.path / "checkpoints/step-3").mkdir(parents=True)
+    with pytest.raises(InputError, match="'mix-seed-0' and 'earlier' differ in base model or preprocessing.*--no-compare"):
+        plan_sweep(sweep)
+    assert plan_sweep(sweep, compare=False)
+
+
+def test_a_damaged_run_elsewhere_stops_no_plan(toy):
+    for name, text in {"torn": "method: [unclosed", "odd": "schedule: 3", "empty": ""}.items():
+        run = RunDir(toy / "runs/other" / name)
+        run.path.mkdir(parents=True)
+        run.config_path.write_text(text)
+        run.metrics_path.write_text('{"step": 1, "time": 1, "loss": 1}\n{"step": 2, "time": 2, "loss": 1}\n17\n')
+    assert list(plan_table(plan_sweep(load_sweep(write_sweep(toy, matrix={"seed": [0]})))).state) == ["missing"]
+
+
+def test_early_stopping_has_ended_a_run_whose_scoring_failed(toy):
+    file = write_sweep(toy, settings={"steps": 40, "validate_every": 2, "early_stopping_patience": 2}, runs=[{"run": "a"}])
+    (one,) = plan_sweep(load_sweep(file))
+    one.run.write_config(one.config.to_yaml())
+    (one.run.path / "checkpoints/step-6").mkdir(parents=True)
+    write_status(one.run, Status("failed", "scoring", message="disk full"))
+    means = [0.5, 0.6, 0.55]
+    for step, mean in zip((2, 4, 6), means, strict=True):
+        one.run.log(step, **{"validation/mean": mean})
+    assert one.state == "missing", "one validation without a better mean: it was going on"
+    one.run.log(2, **{"validation/mean": 0.7})
+    assert one.state == "done", "two"
+
+
+def test_a_slot_has_its_device_and_its_share_of_the_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    sweep = Sweep(experiment="e", matrix={"seed": [0]}, slots=3, devices=["0", "2,3", "GPU-5"])
+    assert [slot_environment(sweep, slot) for slot in (0, 1)] == [{"CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "2"}, {"CUDA_VISIBLE_DEVICES": "2,3", "OMP_NUM_THREADS": "2"}]
+    assert slot_environment(Sweep(experiment="e", matrix={"seed": [0]}), 0) == {}, "one slot has what the process has"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert "OMP_NUM_THREADS" not in slot_environment(sweep, 0), "the user's number stands"
+
+
+def test_a_run_that_cannot_be_started_ends_no_slot(toy, capsys):
+    "Its folder cannot be made; the one after it still gets its turn."
+    sweep = load_sweep(write_sweep(toy, runs=[{"run": "a"}, {"run": "b"}]))
+    (toy / "runs/e").mkdir(parents=True)
+    for name in ("a", "b"):
+        (toy / "runs/e" / name).write_text("a file in the way")
+    assert run_in_slots(sweep, plan_sweep(sweep)) == {"a": 1, "b": 1}
+    assert "2/2 b: FAILED: NotADirectoryError" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("ends", "code"), [("finished", 0), ("failed", 1)])
+def test_a_training_that_another_process_was_first_in_is_waited_for(toy, monkeypatch, ends, code):
+    "The other one was still importing when this one started: it holds the lock now, so this one is refused."
+    (one,) = plan_sweep(load_sweep(write_sweep(toy, runs=[{"run": "a"}])))
+    one.run.write_config(one.config.to_yaml())
+
+    def refused_training(planned, environment, stopping):
+        other = "import sys, time\nfrom qwen2vl_sft.rundir import RunDir\nrun = RunDir(sys.argv[1])\nwith run.running('training'):\n    print('', flush=True); time.sleep(1.5)\n"
+        other += "    (run.path / 'checkpoints/step-3').mkdir(parents=True)\n" if ends == "finished" else "    raise OSError('disk full')\n"
+        shell = ["sh", "-c", '"$0" -c "$1" "$2" 2>/dev/null &', sys.executable, other, str(one.run.path)]  # which ends at once: no child of this process
+        with subprocess.Popen(shell, stdout=subprocess.PIPE) as child:
+            child.stdout.readline()
+            child.stdout.close()
+        with pytest.raises(RunFailure, match="another process"):
+            refuse_if_held(one.run)
+        settle_status([one.run], time.time() - 60, "failed", "refused")
+        assert one.state == "running", "the living run's status stays"
+        return 1
+
+    monkeypatch.setattr(sweep_room, "_one_process", refused_training)
+    assert sweep_room.train_in_process(one, {}) == code
+    assert one.state == ("done" if code == 0 else "failed") and ("disk full" in one.notes) == bool(code)
 
 
 def test_the_estimate_is_the_pace_of_earlier_runs_times_what_is_left(toy):
@@ -136,5 +231,6 @@ def test_ray_places_the_runs(toy):
     table = run_sweep(file, compare=False)
     assert list(table.state) == ["done", "failed"] and "broken.yaml: tasks" in table.notes[1]
     assert json.loads((toy / "runs/e/good/status.json").read_text())["state"] == "finished"
+    assert re.match(r"placed by ray on \S+ with CPU 1\n", (toy / "runs/e/good/train.log").read_text())
     with pytest.raises(InputError, match="no cluster at '127.0.0.1:1'"):
         run_sweep(write_sweep(toy, runs=[{"run": "new"}], ray={"address": "127.0.0.1:1"}), compare=False)

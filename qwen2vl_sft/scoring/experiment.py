@@ -9,7 +9,7 @@ __all__ = ['Group', 'groups_of', 'Loaded', 'load_group', 'passes', 'Parts', 'Wor
            'read_config', 'score_run', 'score_untuned', 'trained_runs', 'untuned_settings', 'shared_data',
            'rules_table', 'report_rules', 'progress_of', 'score_experiment']
 
-# %% ../../nbs/45_scoring.experiment.ipynb #6daff130
+# %% ../../nbs/45_scoring.experiment.ipynb #51b37532
 import gc
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-from ..config import ModelConfig, PreprocessingConfig, RunConfig, ScoringConfig, read_yaml, validated
+from ..config import ModelConfig, PreprocessingConfig, RunConfig, ScoringConfig, check_same_base, read_yaml, same_test_set, validated
 from ..core import InputError, RunFailure, pick_device, process_count, process_rank, project_root, say, write_atomically
 from ..data.pixels import PixelCache
 from ..data.prepare import Prepared, prepare
@@ -529,15 +529,17 @@ def score_untuned(
     scorer = Scorer(load_encoder(base_location(model.base), preprocessing, revision=model.revision), settings)
     score_candidates([candidate], scorer, [test_set(prepared, task, settings) for task in prepared.suite.tasks])
 
-# %% ../../nbs/45_scoring.experiment.ipynb #039ea465
+# %% ../../nbs/45_scoring.experiment.ipynb #e8c4fed6
 def trained_runs(
     experiment: Path,  # runs/<experiment>
 ) -> dict[str, RunConfig]:
     "Name -> configuration of the training runs that have a checkpoint, by name."
     found = {}
     for path in sorted(experiment.glob("*/config.yaml")):
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if "method" in content and RunDir(path.parent).checkpoints():
+        if not RunDir(path.parent).checkpoints():
+            continue
+        content = read_yaml(path, "a run's configuration")
+        if "method" in content:
             found[path.parent.name] = validated(content, str(path))
     return found
 
@@ -548,13 +550,11 @@ def untuned_settings(
     "The base model that the runs share, for the untuned row; precision, attention and device where all runs state the same, else the defaults. Raises `InputError` if they share no base model."
     if not runs:
         return ModelConfig(), PreprocessingConfig()
-    first, *others = runs.items()
-    for name, config in others:
-        if (config.model.base, config.model.revision, config.preprocessing) != (first[1].model.base, first[1].model.revision, first[1].preprocessing):
-            raise InputError(f"runs '{first[0]}' and '{name}' differ in base model or preprocessing, so they share no untuned row; put them in two experiments")
+    check_same_base(runs)
+    first = next(iter(runs.values()))
     stated = {name: {getattr(config.model, name) for config in runs.values()} for name in ("dtype", "attention", "device")}
     shared = {name: values.pop() for name, values in stated.items() if len(values) == 1}
-    return ModelConfig(base=first[1].model.base, revision=first[1].model.revision, **shared), first[1].preprocessing
+    return ModelConfig(base=first.model.base, revision=first.model.revision, **shared), first.preprocessing
 
 
 def shared_data(
@@ -562,14 +562,11 @@ def shared_data(
     runs: dict[str, RunConfig],
 ) -> Prepared:
     "The prepared data of the suite (and the fold) that all runs share. Raises `InputError` if there are no runs, several suites or several folds."
-    suites = sorted({str(config.suite_path) for config in runs.values()})
-    if len(suites) != 1:
-        raise InputError(f"{experiment}: {'no run has a checkpoint yet; train one first' if not suites else 'its runs use several suites: ' + ', '.join(suites)}")
-    folds = sorted({-1 if config.fold is None else config.fold for config in runs.values()})
-    if len(folds) > 1:
-        raise InputError(f"{experiment}: its runs hold out different folds ({', '.join('none' if fold < 0 else str(fold) for fold in folds)}), so they share no test set; give each fold an experiment of its own")
-    prepared = prepare(load_suite(suites[0]))
-    return prepared if folds == [-1] else prepared.holding_out(folds[0])
+    if not runs:
+        raise InputError(f"{experiment}: no run has a checkpoint yet; train one first")
+    suite, fold = same_test_set(runs, experiment)
+    prepared = prepare(load_suite(suite))
+    return prepared if fold is None else prepared.holding_out(fold)
 
 # %% ../../nbs/45_scoring.experiment.ipynb #ef37201e
 def rules_table(

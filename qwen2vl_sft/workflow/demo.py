@@ -6,14 +6,14 @@
 __all__ = ['FULL_DEMO', 'REDUCED_DEMO', 'UNTRAINED', 'DemoSettings', 'Stage', 'is_prepared', 'is_trained', 'is_scored',
            'is_reported', 'demo_stages', 'demo']
 
-# %% ../../nbs/71_workflow.demo.ipynb #f4201cff
+# %% ../../nbs/71_workflow.demo.ipynb #69f04a52
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig, read_yaml, validated
+from ..config import RunConfig, ScheduleConfig, read_yaml, validated
 from ..core import InputError, project_root, say
 from ..rundir import RunDir
 from ..tasks import Suite, load_suite
@@ -43,7 +43,7 @@ class Stage:
     parameters: dict[str, Any]
     is_done: Callable[[], bool]
 
-# %% ../../nbs/71_workflow.demo.ipynb #26e752df
+# %% ../../nbs/71_workflow.demo.ipynb #69e36375
 def is_prepared(
     suite: Suite,
 ) -> bool:
@@ -65,8 +65,19 @@ def is_trained(
         there = validated(read_yaml(run.config_path, "a run's configuration"), str(run.config_path))
     except InputError:
         return False
-    early = schedule.early_stopping_patience and run.checkpoints() and run.status().state == "finished"
-    return there.fingerprint == config.fingerprint and bool(schedule.steps in run.checkpoints() or early)
+    return there.fingerprint == config.fingerprint and (schedule.steps in run.checkpoints() or _stopped_early(run, schedule))
+
+
+def _stopped_early(run: RunDir, schedule: ScheduleConfig) -> bool:
+    "Whether early stopping ended the run. A scoring that failed afterwards says nothing about it: then the validations do."
+    if not (schedule.early_stopping_patience and run.checkpoints()):
+        return False
+    status = run.status()
+    if status.state == "finished" or status.stage != "scoring":
+        return status.state == "finished"
+    from qwen2vl_sft.training.validation import early_stop
+
+    return bool(early_stop(run.validations(max(run.checkpoints())), schedule.early_stopping_patience))
 
 # %% ../../nbs/71_workflow.demo.ipynb #88db91ee
 UNTRAINED = ("base", "majority", "nearest_neighbour")

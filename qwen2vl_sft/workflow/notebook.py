@@ -8,13 +8,14 @@ __all__ = ['SHORT_NAMES', 'SCORING_PARAMETERS', 'PLANS', 'OFFLINE_PAGE', 'workbe
            'plan_prepare', 'plan_score', 'plan_compare', 'plan_notebook', 'kernel_environment', 'kernel_manager_class',
            'execute', 'terminate_as_interrupt', 'write_html', 'mark_unfinished', 'settle_status', 'run_notebook']
 
-# %% ../../nbs/70_workflow.notebook.ipynb #8413faf0
+# %% ../../nbs/70_workflow.notebook.ipynb #6c2ae797
 import ast
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -25,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from pydantic import BaseModel
 
@@ -38,7 +40,7 @@ from qwen2vl_sft.config import (
     validated,
 )
 from ..core import InputError, RunFailure, did_you_mean, project_root, say, write_atomically
-from ..rundir import RunDir, write_status
+from ..rundir import RunDir, Status, refuse_if_held, write_status
 from ..tasks import load_suite
 
 # %% ../../nbs/70_workflow.notebook.ipynb #98c887a8
@@ -328,18 +330,23 @@ def mark_unfinished(
     content.cells.insert(0, note)
     write_atomically(notebook, nbformat.writes(content))
 
-# %% ../../nbs/70_workflow.notebook.ipynb #ebf4c062
+# %% ../../nbs/70_workflow.notebook.ipynb #724f27da
+def _is_of_this_process(status: Status) -> bool:
+    "Whether the process that a status names is this one, or one that it has started: a kernel that is still ending."
+    return status.host == socket.gethostname() and status.pid in {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+
+
 def settle_status(
     runs: list[RunDir],
     started: float,  # seconds since the epoch; a run not touched since is left alone
     state: str,  # "failed" or "interrupted"
     message: str,
 ) -> None:
-    "Give every run that this notebook left as running (or never begun) its true end."
+    "Give every run that this notebook left as running (or never begun) its true end. A run that another living process works in is left alone."
     for run in runs:
         status = run.status()
-        touched = status.state in ("running", "dead") and status.heartbeat >= started - 1
-        if touched or (status.state == "created" and run.path.is_dir()):
+        left = status.state == "dead" or (status.state == "running" and _is_of_this_process(status))
+        if (left and status.heartbeat >= started - 1) or (status.state == "created" and run.path.is_dir()):
             status.state, status.message = state, message
             write_status(run, status)
 
@@ -369,7 +376,7 @@ def _settled(error: BaseException, plan: Plan, target: Path, started: float) -> 
         mark_unfinished(target, message)
     return own
 
-# %% ../../nbs/70_workflow.notebook.ipynb #912ba4e2
+# %% ../../nbs/70_workflow.notebook.ipynb #1b243551
 def run_notebook(
     name: str | Path,  # "prepare", "train", "score", "compare", or a notebook's path
     parameters: dict[str, Any] | None = None,  # values for its parameters cell
@@ -378,16 +385,23 @@ def run_notebook(
     "Check parameters, run a notebook in a fresh kernel, leave its record and a true status. Raises `InputError` before anything starts, `RunFailure` after."
     source = workbench_file(f"nbs/runs/{name}.ipynb" if name in PLANS else name)
     plan = plan_notebook(source, parameters or {}, output)
+    for run in plan.runs:
+        refuse_if_held(run)
     plan.folder.mkdir(parents=True, exist_ok=True)
     target, started = plan.folder / f"{plan.stem}.ipynb", time.time()
-    target.unlink(missing_ok=True)
+    before = target.with_name(f".{target.name}.before")
+    if target.exists():
+        target.replace(before)
     try:
         with terminate_as_interrupt():
             execute(source, target, plan.parameters)
     except BaseException as error:
         own = _settled(error, plan, target, started)
+        if before.exists() and plan.runs and not any(run.status().started >= started for run in plan.runs):
+            before.replace(target)  # refused before any run began: the record of the earlier work stays
         raise own from (None if own is error else error)
     finally:
+        before.unlink(missing_ok=True)
         if target.exists():
             write_html(target)
     return target

@@ -23,7 +23,7 @@ from ..core import InputError, project_root
 from ..rundir import Run, RunDir
 from .notebook import experiment_folder
 
-# %% ../../nbs/72_workflow.runs.ipynb #5d19e32d
+# %% ../../nbs/72_workflow.runs.ipynb #94466898
 COLUMNS = ["experiment", "run", "state", "stage", "method", "step", "steps", "checkpoints", "loss", "best_validation", "best_step", "minutes", "message"]
 WHOLE_NUMBERS = ["step", "steps", "checkpoints", "best_step"]
 
@@ -37,6 +37,12 @@ def _configuration(run: RunDir) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
+    "A mapping inside a mapping; empty when it is missing or something else."
+    inner = content.get(name)
+    return inner if isinstance(inner, dict) else {}
+
+
 def run_line(
     run: RunDir,
 ) -> dict[str, Any]:  # COLUMNS; None where there is nothing to say
@@ -45,12 +51,12 @@ def run_line(
     last = metrics.iloc[-1] if len(metrics) else {}
     points = [*run.checkpoints(), *[int(path.name[7:]) for path in run.path.glob("checkpoints/resume-*") if path.name[7:].isdigit()]]
     step = max([*points, *([int(last["step"])] if len(metrics) else [])], default=None)
-    best = run.best().get("overall") or {}
+    best = _section(run.best(), "overall")
     return {
         "experiment": run.experiment, "run": run.name, "state": status.state, "stage": status.stage,
-        "method": config.get("method", {}).get("name") if "method" in config else config.get("kind"),
-        "step": step, "steps": config.get("schedule", {}).get("steps"), "checkpoints": len(run.checkpoints()), "loss": last.get("loss"),
-        "best_validation": round(100 * best["mean_accuracy"], 1) if best else None, "best_step": best.get("step"),
+        "method": _section(config, "method").get("name") or config.get("kind"),
+        "step": step, "steps": _section(config, "schedule").get("steps"), "checkpoints": len(run.checkpoints()), "loss": last.get("loss"),
+        "best_validation": round(100 * best["mean_accuracy"], 1) if "mean_accuracy" in best else None, "best_step": best.get("step"),
         "minutes": round(status.seconds / 60, 1), "message": status.message,
     }  # fmt: skip
 
@@ -121,11 +127,13 @@ def delete(run: RunDir) -> None:
         run.path.rename(gone)  # at once: a half-deleted folder never looks like a run
     shutil.rmtree(gone)
 
-# %% ../../nbs/72_workflow.runs.ipynb #03dc507b
+# %% ../../nbs/72_workflow.runs.ipynb #a01efd89
 def untidy(run: RunDir) -> list[Path]:
-    "Checkpoints of the run that are neither named by its recipe, nor the best of anything, nor the newest."
-    schedule, best = _configuration(run).get("schedule", {}), run.best()
-    named = {*(schedule.get("save_at") or []), schedule.get("steps")}
+    "Checkpoints of the run that are neither named by its recipe, nor the best of anything, nor the newest; none if its configuration or `best.json` can't be read."
+    schedule, best = _section(_configuration(run), "schedule"), run.best()
+    if "steps" not in schedule or (not best and (run.path / "best.json").exists()):
+        return []  # nobody knows what is named, or best
+    named = {*(schedule.get("save_at") or []), schedule["steps"]}
     named |= {one["step"] for one in [best.get("overall"), *best.get("tasks", {}).values()] if one}
     folders = [path for path in (run.path / "checkpoints").glob("*-*") if path.name.split("-")[0] in ("step", "resume") and path.name.split("-")[1].isdigit()]
     step = lambda path: int(path.name.split("-")[1])
@@ -146,7 +154,7 @@ def tidy(
             shutil.rmtree(gone)
     return freed
 
-# %% ../../nbs/72_workflow.runs.ipynb #177afce8
+# %% ../../nbs/72_workflow.runs.ipynb #3bd9fdd1
 def difference_text(
     table: pd.DataFrame,  # from `difference`
 ) -> str:
@@ -158,24 +166,26 @@ def clear(
     name: str | None,  # a run to delete, as experiment/run; None: tidy
     scope: str | None,  # what to tidy: an experiment, experiment/run, or None for the whole project
     agreed: Callable[[str], bool] | bool,  # asked a question; True: don't ask
-) -> None:
+) -> dict[str, Any]:  # removed: folders; megabytes
     "Show what would be removed, ask, and remove it."
     run = Run.load(name) if name else None
     folders = [run.path] if run else [folder for one in _runs_in(scope) for folder in untidy(one)]
     if not folders:
         print("nothing to tidy")
-        return
-    for folder in folders:
-        print(f"{folder_bytes(folder) / 1e6:10,.1f} MB  {folder}")
+        return {"removed": [], "megabytes": 0.0}
+    sizes = {folder: folder_bytes(folder) / 1e6 for folder in folders}
+    for folder, size in sizes.items():
+        print(f"{size:10,.1f} MB  {folder}")
     if agreed is not True and not agreed(f"Delete {len(folders)} {'folder' if len(folders) == 1 else 'folders'}?"):
         print("nothing was removed")
-        return
+        return {"removed": [], "megabytes": 0.0}
     if run:
         delete(run)
     for one in [] if run else _runs_in(scope):
         if untidy(one):
             tidy(one)
     print("removed")
+    return {"removed": [str(folder) for folder in folders], "megabytes": round(sum(sizes.values()), 1)}
 
 
 def _runs_in(scope: str | None) -> list[RunDir]:
