@@ -437,6 +437,48 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_comparison_scoreboard.py::test_common_support_leaves_out_for_everybody_what_one_did_not_answer',),
     ),
     Mutation(
+        'comparison', 'copies of a picture count as further evidence', 'qwen2vl_sft/comparison/board.py',
+        'codes = np.unique(clusters.loc[both.index], return_inverse=True)[1]',
+        'codes = np.arange(len(both))',
+        ('tests/test_comparison_statistics.py::test_copies_of_a_picture_are_no_further_evidence',),
+    ),
+    Mutation(
+        'comparison', 'a recipe is ranked by its first seed', 'qwen2vl_sft/comparison/board.py',
+        'return float(np.mean(self.scores))',
+        'return self.scores[0]',
+        ('tests/test_comparison_scoreboard.py::test_a_recipe_is_named_and_ranked_by_its_seeds_even_if_the_first_one_is_not_complete',),
+    ),
+    Mutation(
+        'comparison', 'rows have common supports over different tasks', 'qwen2vl_sft/comparison/board.py',
+        'if len(part) == rows and (part["coverage"] > 0).all()}',
+        'if (part["coverage"] > 0).all()}',
+        ('tests/test_comparison_scoreboard.py::test_a_row_that_lacks_tasks_shrinks_the_common_support_for_all_and_is_never_bold',),
+    ),
+    Mutation(
+        'comparison', 'a mean that is missing turns the winner', 'qwen2vl_sft/comparison/findings.py',
+        ' if pd.notna(ours[rule]) and pd.notna(theirs[rule])]',
+        ']',
+        ('tests/test_comparison_scoreboard.py::test_a_mean_that_is_missing_turns_no_winner',),
+    ),
+    Mutation(
+        'comparison', 'a step without test predictions is chosen', 'qwen2vl_sft/comparison/samples.py',
+        ' and checkpoint in scored and table is not None',
+        ' and table is not None',
+        ('tests/test_comparison_scoreboard.py::test_a_step_that_is_best_on_validation_but_not_scored_on_test_is_not_chosen',),
+    ),
+    Mutation(
+        'comparison', 'failed requests cost nothing and take no time', 'qwen2vl_sft/comparison/samples.py',
+        'asked = predictions[taken > 0] if',
+        'asked = predictions if',
+        ('tests/test_comparison_scoreboard.py::test_requests_without_a_response_count_neither_as_quick_nor_as_free',),
+    ),
+    Mutation(
+        'comparison', 'a right answer in other words accuses its label', 'qwen2vl_sft/comparison/mistakes.py',
+        'outcome == "correct" or normalised_text(a)',
+        'normalised_text(a)',
+        ('tests/test_comparison_mistakes.py::test_an_answer_that_is_correct_in_other_words_accuses_no_label',),
+    ),
+    Mutation(
         'comparison', "McNemar's test is one-sided", 'qwen2vl_sft/comparison/statistics.py',
         'return np.minimum(1.0, 2 * binom.cdf(np.minimum(a, b), a + b, 0.5))',
         'return np.minimum(1.0, binom.cdf(np.minimum(a, b), a + b, 0.5))',

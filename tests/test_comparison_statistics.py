@@ -3,9 +3,11 @@ import itertools
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from statsmodels.stats.multitest import multipletests
 
+from qwen2vl_sft.comparison.board import paired_tests
 from qwen2vl_sft.comparison.statistics import (
     bootstrap_both,
     bootstrap_mean,
@@ -208,6 +210,22 @@ def test_a_planted_null_over_a_whole_table_is_found_no_more_often_than_stated():
         first, second = (right[:, 1:] & ~right[:, :1]).sum(axis=2), (right[:, :1] & ~right[:, 1:]).sum(axis=2)
         claims += min(holm(mcnemar_p(first, second).ravel())) < 0.05
     assert claims / tables <= 0.05
+
+
+def test_copies_of_a_picture_are_no_further_evidence():
+    """40 pictures four times each: two equally good rows differ no more often than stated, a planted gain is still found; counting copies as pictures would claim too much."""
+    rng, tasks, pictures, copies = np.random.default_rng(5), 150, 40, 4
+    lines = []
+    for row, share in {"reference": 0.5, "equal": 0.5, "better": 0.9}.items():
+        right = np.repeat(rng.random((tasks, pictures)) < share, copies, axis=1)
+        place = np.arange(right.size)
+        lines.append(pd.DataFrame({"row": row, "kind": "trained", "rule": "closed", "task": place // (pictures * copies), "id": place, "cluster": place // copies, "outcome": np.where(right.ravel(), "correct", "wrong")}))
+    tests = paired_tests(pd.concat(lines, ignore_index=True), "reference").set_index("row")
+    assert (tests["n"] == 160).all() and (tests["groups"] == 40).all()
+    found = lambda p: (p < 0.05).mean()
+    assert found(tests.loc["equal", "p_value"]) <= 0.05 + 2 * (0.05 * 0.95 / tasks) ** 0.5
+    assert found(mcnemar_p(tests.loc["equal", "only_first"].to_numpy(), tests.loc["equal", "only_second"].to_numpy())) > 0.2
+    assert found(tests.loc["better", "p_value"]) > 0.9
 
 
 @pytest.mark.parametrize("discordant", [0, 7, 20, 63])

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['RULES', 'MEAN_COLUMNS', 'ALPHA', 'VERDICTS', 'HARMLESS', 'common_samples', 'shared_tasks', 'mean_of',
            'means_from_samples', 'means_from_cells', 'mean_table', 'right_matrix', 'paired_counts', 'paired_tests',
-           'verdict_text', 'right_shares', 'paired_values', 'against', 'lead', 'flat_settings', 'differing', 'is_seed',
-           'seed_groups', 'common_start', 'recipes', 'settings_table', 'confounded', 'seed_lines', 'seed_table',
-           'Evidence', 'Board', 'support_text', 'row_of_kind', 'with_probabilities', 'below_untuned', 'accuracy_table',
-           'shippable', 'Standing', 'standings', 'standing_interval', 'ranking', 'best_row', 'choice_table', 'optimism',
-           'step_table']
+           'test_name', 'verdict_text', 'right_shares', 'paired_values', 'against', 'lead', 'flat_settings',
+           'differing', 'is_seed', 'seed_groups', 'common_start', 'recipes', 'settings_table', 'confounded',
+           'seed_lines', 'seed_table', 'Evidence', 'Board', 'support_text', 'row_of_kind', 'with_probabilities',
+           'below_untuned', 'accuracy_table', 'shippable', 'Standing', 'standings', 'standing_interval', 'ranking',
+           'best_row', 'choice_table', 'optimism', 'step_table']
 
 # %% ../../nbs/62_comparison.board.ipynb #eed86b49
 from collections.abc import Collection, Mapping, Sequence
@@ -138,7 +138,7 @@ def mean_table(
         lines.append(one | {"low": one["strict_low"], "high": one["strict_high"]})
     return pd.DataFrame(lines).astype({"step": "Int64"}).set_index("row")
 
-# %% ../../nbs/62_comparison.board.ipynb #fb3f2f56
+# %% ../../nbs/62_comparison.board.ipynb #fab43891
 def right_matrix(
     samples: pd.DataFrame,  # of one task
 ) -> pd.DataFrame:  # ids x rows: 1 right, 0 not, nan not asked
@@ -150,24 +150,27 @@ def paired_counts(
     samples: pd.DataFrame,
     reference: str,
     rows: Sequence[str] | None = None,  # None: all but the reference
-) -> list[dict]:  # row, task, n, difference (points), only_first, only_second, rule, same_rule
-    "Every row against the reference on every task, on the samples that both were asked."
+) -> list[dict]:  # row, task, n, difference (points), only_first, only_second (samples), groups, groups_first, groups_second, rule, same_rule
+    "Every row against the reference on every task, on the samples that both were asked, and on how many near-duplicate groups each has more right."
     lines = []
     for task, part in samples.groupby("task", sort=False):
         table, rules = right_matrix(part), part.groupby("row")["rule"].first()
         trivial = set(part.loc[part["kind"].isin(["majority", "nearest_neighbour"]), "row"])  # they give labels: no rule reads them otherwise
         if reference not in table:
             continue
+        clusters = part.drop_duplicates("id").set_index("id")["cluster"]
         for row in [row for row in (rows or table.columns) if row in table and row != reference]:
             both = table[[row, reference]].dropna()
             first, second = int((both[row] > both[reference]).sum()), int((both[row] < both[reference]).sum())
+            codes = np.unique(clusters.loc[both.index], return_inverse=True)[1]
+            net = np.bincount(codes, weights=both[row] - both[reference])
             lines.append({
-                "row": row, "task": task, "n": len(both), "difference": 100 * (first - second) / len(both) if len(both) else np.nan,
+                "row": row, "task": task, "groups": len(net), "groups_first": int((net > 0).sum()), "groups_second": int((net < 0).sum()), "n": len(both), "difference": 100 * (first - second) / len(both) if len(both) else np.nan,
                 "only_first": first, "only_second": second, "rule": rules[row], "same_rule": rules[row] == rules[reference] or bool({row, reference} & trivial),
             })
     return lines
 
-# %% ../../nbs/62_comparison.board.ipynb #005bf554
+# %% ../../nbs/62_comparison.board.ipynb #5e5c0f75
 ALPHA = 0.05
 VERDICTS = ("better", "worse", "no evidence")
 
@@ -176,23 +179,39 @@ def paired_tests(
     samples: pd.DataFrame,
     reference: str,
     rows: Sequence[str] | None = None,  # tested together; None: all but the reference
-) -> pd.DataFrame:  # row, task, n, difference, only_first, only_second, same_rule, p_value, p_holm, verdict, smallest_difference
-    "Where rows are better or worse than the reference; Holm's correction runs over all lines. Empty without predictions."
+) -> pd.DataFrame:  # what `paired_counts` gives, p_value, p_holm, verdict, smallest_difference
+    """Where rows are better or worse than the reference; Holm's correction runs over all lines. Empty without predictions.
+
+    Copies of a picture are no further evidence: the test is the exact sign test over near-duplicate groups, each counted
+    once for the row that has more of its samples right (ties left out). Where no picture has a copy, that is McNemar's.
+    A verdict needs the samples' difference to point the same way. `smallest_difference` is that of groups of one.
+    """
     lines = pd.DataFrame(paired_counts(samples, reference, rows) if len(samples) else [])
     if lines.empty:
         return lines
-    p = mcnemar_p(lines["only_first"].to_numpy(), lines["only_second"].to_numpy())
+    first, second = lines["groups_first"].to_numpy(), lines["groups_second"].to_numpy()
+    p = mcnemar_p(first, second)
     adjusted = np.array(holm(p))
-    verdict = np.where(adjusted >= ALPHA, "no evidence", np.where(lines["difference"] > 0, "better", "worse"))
+    sure = (adjusted < ALPHA) & (np.sign(lines["difference"]) == np.sign(first - second))
+    verdict = np.where(~sure, "no evidence", np.where(first > second, "better", "worse"))
     smallest = {n: 100 * smallest_difference(n, ALPHA, len(lines)) for n in lines["n"].unique()}
     return lines.assign(p_value=p, p_holm=adjusted, verdict=verdict, smallest_difference=lines["n"].map(smallest))
+
+
+def test_name(tests: pd.DataFrame) -> str:  # lines of `paired_tests`
+    "What to call the test in a note."
+    copies = "groups" in tests and (tests["groups"] < tests["n"]).any()
+    return "exact sign test over near-duplicate groups" if copies else "McNemar's exact test"
+
+
+test_name.__test__ = False  # not a pytest function
 
 
 def verdict_text(line: Mapping) -> str:
     "A verdict in words; one between two rules says so."
     return line["verdict"] + ("" if line["same_rule"] else " (different rules)")
 
-# %% ../../nbs/62_comparison.board.ipynb #6ea63c80
+# %% ../../nbs/62_comparison.board.ipynb #4ebda73f
 def right_shares(
     samples: pd.DataFrame,  # of one task; columns row, id, outcome, cluster
     rows: str | Sequence[str],  # a row, or a recipe's runs that differ in the seed alone
@@ -231,8 +250,8 @@ def against(
         return table
     values = paired_values(board.samples, row, other)
     intervals = [bootstrap_mean([values[task][0]], [values[task][1]]) for task in table["task"]]
-    discordant = (table["only_first"] + table["only_second"]) / table["n"].clip(lower=1)
-    reach = [100 * detectable_difference(n, share, ALPHA / len(every)) for n, share in zip(table["n"], discordant, strict=True)]
+    discordant = (table["groups_first"] + table["groups_second"]) / table["groups"].clip(lower=1)
+    reach = [100 * detectable_difference(n, share, ALPHA / len(every)) for n, share in zip(table["groups"], discordant, strict=True)]
     return table.assign(low=[100 * i.low for i in intervals], high=[100 * i.high for i in intervals], detectable=reach, tests=len(every))
 
 # %% ../../nbs/62_comparison.board.ipynb #69b287e4

@@ -9,14 +9,14 @@ __all__ = ['FINDINGS', 'Finding', 'number', 'in_words', 'rule_text', 'best_findi
            'outcome_findings', 'leak_findings', 'leak_lines', 'regression_findings', 'other_regressions',
            'bookkeeping_findings', 'findings']
 
-# %% ../../nbs/63_comparison.findings.ipynb #2c753661
+# %% ../../nbs/63_comparison.findings.ipynb #af9945bc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from .board import Board, accuracy_table, against, best_row, choice_table, confounded, lead, row_of_kind, standing_interval, standings
+from .board import Board, accuracy_table, against, best_row, choice_table, confounded, lead, row_of_kind, standing_interval, standings, test_name
 from .samples import COUNTED
 
 # %% ../../nbs/63_comparison.findings.ipynb #aa2801be
@@ -197,7 +197,7 @@ def closed_findings(board: Board, row: str) -> list[Finding]:
     text = f"The headline compares free answers on both sides. By the closed rule, {row} has {number(own['beside'].mean())} instead of {number(own['accuracy'].mean())} on the {len(own)} tasks that have a label set."
     return [Finding("closed beside", text)]
 
-# %% ../../nbs/63_comparison.findings.ipynb #62db09aa
+# %% ../../nbs/63_comparison.findings.ipynb #bd0174f8
 def reach_text(one) -> str:  # one: a line of `against`
     "What the task could have shown: at best, and in four test sets of five."
     often = f"; one of {number(one.detectable)} would be found four times in five" if one.detectable < 100 else ""
@@ -212,7 +212,7 @@ def paired_findings(board: Board, row: str, other: str) -> list[Finding]:
     named = lambda verdict: in_words([f"{one.task} ({number(one.difference, True)}{reach_text(one) if verdict == 'no evidence' else ''})" for one in table[table["verdict"] == verdict].itertuples()])
     count = lambda verdict: int((table["verdict"] == verdict).sum())
     parts = [f"{verdict} on {count(verdict)}{': ' + named(verdict) if count(verdict) else ''}" for verdict in ("better", "worse", "no evidence")]
-    text = f"Paired tests of {row} against {other} on {len(table)} tasks: {'; '.join(parts)} (McNemar, Holm over all {table['tests'].iloc[0]} cells tested against {other}, 5 %)."
+    text = f"Paired tests of {row} against {other} on {len(table)} tasks: {'; '.join(parts)} ({test_name(table)}, Holm over all {table['tests'].iloc[0]} cells tested against {other}, 5 %)."
     found = [Finding("paired", text)]
     if mixed := table.loc[~table["same_rule"], "task"].tolist():
         found.append(Finding("different rules", f"On {in_words(mixed)} {row} and {other} were scored by different rules; score {row} by the free rule too, to compare like with like."))
@@ -266,14 +266,14 @@ def leak_lines(board: Board, column: str) -> list[str]:  # column: leaked or els
         lines.append(f"{one[column]} of {one['n']} test pictures of {task}{others} ({without})")
     return lines
 
-# %% ../../nbs/63_comparison.findings.ipynb #e0b7f568
+# %% ../../nbs/63_comparison.findings.ipynb #52abf54a
 def regression_findings(board: Board) -> list[Finding]:
     "Tasks that the best row lost against the untuned model, and tasks where it does not beat the trivial baselines."
     best, base, found = best_row(board), row_of_kind(board, "base"), []
     table, own = accuracy_table(board), board.cells[board.cells["row"] == best].set_index("task")
     if best and base:
         lost = [f"{task} ({number(table.loc[best, task] - table.loc[base, task], True)})" for task in own.index[own["below_untuned"]]]
-        test = "McNemar, Holm over all cells, 5 %" if len(board.samples) else "figures only: without predictions there is no test"
+        test = f"{test_name(board.tests(base))}, Holm over all cells, 5 %" if len(board.samples) else "figures only: without predictions there is no test"
         found += [Finding("regressed", f"{best} is worse than the untuned model on {in_words(lost)} ({test}).")] if lost else []
         tests = against(board, best, base)
         unsure = tests[tests["verdict"] == "no evidence"] if len(tests) else []

@@ -11,7 +11,7 @@ __all__ = ['COLOURS', 'MARKERS', 'REFERENCES', 'OTHERS', 'DASHES', 'CJK', 'VERDI
            'precision_curve', 'precision_recall', 'mixture_gain', 'label_points', 'tidy_logarithm', 'cost_accuracy',
            'loss_curves', 'loss_note']
 
-# %% ../../nbs/67_comparison.plots.ipynb #a5ed1e9f
+# %% ../../nbs/67_comparison.plots.ipynb #ef3167be
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .board import test_name
 from .mistakes import confusion
 from .samples import BADGES
 from .scoreboard import display_width, letters, printable, shortened
@@ -385,7 +386,7 @@ def mean_by_step(
         add_note(figure, list(rows["model"]), "\n".join(filter(None, [f"mean is {names[column]}   {rule_of(rows)}", "   ".join(filter(None, [band, seeds_note(rows)]))])))
     return figure
 
-# %% ../../nbs/67_comparison.plots.ipynb #00ad7655
+# %% ../../nbs/67_comparison.plots.ipynb #5f31a425
 VERDICT_COLOURS = {"better": "#0072B2", "worse": "#D55E00", "no evidence": "#777777"}
 
 
@@ -416,7 +417,7 @@ def task_differences(
         axes.set_title(f"{drawable([shortened(row, 40)])[0]} against {drawable([shortened(other, 40)])[0]}")
         mixed = "" if "same_rule" not in table or table["same_rule"].all() else "   some tasks by different rules"
         over = f" over {int(table['tests'].iloc[0])} cells" if "tests" in table and len(table) else ""
-        add_note(figure, list(table["task"]), f"filled: more than chance (McNemar, Holm{over}, 5 %)   lines: paired 95 % intervals\n{rule_of(table)}{mixed}")
+        add_note(figure, list(table["task"]), f"filled: more than chance ({test_name(table)}, Holm{over}, 5 %)   lines: paired 95 % intervals\n{rule_of(table)}{mixed}")
     return figure
 
 # %% ../../nbs/67_comparison.plots.ipynb #11586ca9

@@ -168,7 +168,7 @@ def speed_figures(predictions: pd.DataFrame) -> dict[str, float]:
     seconds, cost = mean("seconds"), mean("cost")
     return {"seconds": seconds if seconds > 0 else np.nan, "cost_per_1000": 1000 * cost}
 
-# %% ../../nbs/61_comparison.samples.ipynb #46b1eafb
+# %% ../../nbs/61_comparison.samples.ipynb #120574d8
 BADGES = {  # name: letter, meaning
     "collapsed": ("c", "(nearly) every answer is one label; in imported rows: no training step moves the score"),
     "refused": ("r", "some samples refused"),
@@ -178,7 +178,7 @@ BADGES = {  # name: letter, meaning
     "error": ("e", "some samples failed for technical reasons"),
     "partial": ("p", "fewer samples scored than in other rows"),
     "leaked": ("l", "some test pictures, or near-duplicates of them, were trained on; the accuracy without them stands beside"),
-    "below untuned": ("b", "worse than the untuned model (McNemar, Holm, 5 %; in imported rows: a lower figure)"),
+    "below untuned": ("b", "worse than the untuned model (paired test, Holm, 5 %; in imported rows: a lower figure)"),
     "other rule": ("f", "obtained by another rule than the rest of the column"),
     "chosen on test": ("t", "best step of its run, picked on these test sets: optimistic"),
 }

@@ -11,7 +11,7 @@ __all__ = ['CELL_COLUMNS', 'SHORT', 'MICRO', 'LATEX', 'STYLE', 'MARKS', 'KIND_NA
            'verdicts_html', 'legend_html', 'html_table', 'Difference', 'paired_between', 'difference',
            'changed_settings', 'Scoreboard', 'read_experiment', 'with_published', 'read_published']
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #6f22a3a0
+# %% ../../nbs/64_comparison.scoreboard.ipynb #9ac5394b
 import html
 import re
 import unicodedata
@@ -31,6 +31,7 @@ from qwen2vl_sft.comparison.board import (
     differing,
     flat_settings,
     support_text,
+    test_name,
     verdict_text,
 )
 from .findings import findings, in_words, number, rule_text
@@ -421,7 +422,7 @@ def verdicts_html(board: Board, references: Sequence[str]) -> dict[tuple[str, st
             marks[key] = marks.get(key, "") + verdict_html(line, place)
     return marks
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #9acdac5f
+# %% ../../nbs/64_comparison.scoreboard.ipynb #6bb4fd25
 def legend_html(board: Board, references: Sequence[str]) -> str:
     "What stands under the table: rule, means, marks, badges."
     small = "; small: 95 % interval" if board.cells["low"].notna().any() else "; no intervals, because the numbers of samples are not known"
@@ -429,7 +430,7 @@ def legend_html(board: Board, references: Sequence[str]) -> str:
     tests = ""
     if references and len(board.tests(references[0])):
         against = f"{breakable(references[0])}" if len(references) == 1 else "the chosen row"
-        tests = f"<p>Against {against}: ▲ better, ▼ worse, ≈ no evidence (McNemar's exact test, Holm over the table's cells, {ALPHA:.0%}).</p>"
+        tests = f"<p>Against {against}: ▲ better, ▼ worse, ≈ no evidence ({test_name(board.tests(references[0]))}, Holm over the table's cells, {ALPHA:.0%}).</p>"
     marks = "; ".join(f'<span class="b">{name}</span> {meaning}' for name, (letter, meaning) in BADGES.items() if letter in legend(board))
     return (f"<p>Accuracy in percent, {html.escape(rule_text(board))}{small}. Bold: highest of the column. Means over tasks (macro), micro over samples: {means}.</p>"
             f"{tests}{f'<p>{marks}</p>' if marks else ''}")
@@ -476,16 +477,18 @@ class Difference:
         notes = "".join(f"<p>{html.escape(printable(note))}</p>" for note in self.notes)
         return f"<p>{len(self.changed)} of {len(self.table)} figures differ.</p>{notes}{frame.to_html(index=False, float_format=lambda x: f'{x:.1f}', na_rep='–', escape=True)}"
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #bbbaf551
+# %% ../../nbs/64_comparison.scoreboard.ipynb #0341e05e
 def paired_between(before: Board, after: Board) -> pd.DataFrame:  # row, task, n, p_value
     "Each cell of two scoreboards on the samples of both, the same row before and after."
     if not (len(before.samples) and len(after.samples)):
         return pd.DataFrame(columns=["row", "task", "n", "p_value"])
     keys = ["row", "task", "id", "target", "rule"]
-    right = [board.samples[keys].assign(right=board.samples["outcome"].eq("correct")) for board in (before, after)]
+    right = [board.samples[keys].assign(right=board.samples["outcome"].eq("correct"), cluster=board.samples["cluster"]) for board in (before, after)]
     both = right[0].merge(right[1], on=keys, suffixes=("_before", "_after"))
-    both = both.assign(up=both["right_after"] & ~both["right_before"], down=both["right_before"] & ~both["right_after"])
-    table = both.groupby(["row", "task"], sort=False).agg(n=("up", "size"), up=("up", "sum"), down=("down", "sum")).reset_index()
+    both = both.assign(net=both["right_after"].astype(int) - both["right_before"].astype(int))
+    groups = both.groupby(["row", "task", "cluster_after"], sort=False)["net"].agg(["sum", "size"]).reset_index()  # copies count once
+    groups = groups.assign(up=groups["sum"] > 0, down=groups["sum"] < 0)
+    table = groups.groupby(["row", "task"], sort=False).agg(n=("size", "sum"), up=("up", "sum"), down=("down", "sum")).reset_index()
     return table.assign(p_value=mcnemar_p(table["up"].to_numpy(), table["down"].to_numpy()))[["row", "task", "n", "p_value"]]
 
 
