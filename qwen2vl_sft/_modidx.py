@@ -120,6 +120,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                            'qwen2vl_sft/comparison/board.py'),
                                               'qwen2vl_sft.comparison.board.support_text': ( 'comparison.board.html#support_text',
                                                                                              'qwen2vl_sft/comparison/board.py'),
+                                              'qwen2vl_sft.comparison.board.test_name': ( 'comparison.board.html#test_name',
+                                                                                          'qwen2vl_sft/comparison/board.py'),
                                               'qwen2vl_sft.comparison.board.verdict_text': ( 'comparison.board.html#verdict_text',
                                                                                              'qwen2vl_sft/comparison/board.py'),
                                               'qwen2vl_sft.comparison.board.with_probabilities': ( 'comparison.board.html#with_probabilities',
