@@ -178,7 +178,7 @@ def import_their_config(
     print_json(vars(found)) if as_json else print(import_text(found), end="")
     print(f"{len(found.mapped)} settings mapped, {len(found.not_mapped)} not, {len(found.differs)} will differ: see the comments", file=sys.stderr)
 
-# %% ../nbs/90_cli.ipynb #df678927
+# %% ../nbs/90_cli.ipynb #aeba17ca
 @_command()
 def score(
     experiment: Experiment,
@@ -186,6 +186,7 @@ def score(
     split: Annotated[str, typer.Option(help="test or validation.")] = "test",
     batch: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 32,
     limit: Annotated[int | None, typer.Option(help="Score a random sample of this many rows a task.", show_default="all rows")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest free answer, in tokens.", show_default="as in the recipe")] = None,
     notebook: AsNotebook = False,
     as_json: AsJson = False,
 ) -> None:
@@ -193,7 +194,7 @@ def score(
 
     Example: qwen2vl-sft score demo
     """
-    parameters: dict[str, Any] = {"rule": rule, "split": split, "batch": batch, "limit": limit}
+    parameters: dict[str, Any] = {"rule": rule, "split": split, "batch": batch, "limit": limit, "max_new_tokens": max_new_tokens}
     settings, folder = scoring_config(**parameters), experiment_folder(experiment)
     with said_aside(as_json):
         if notebook:
@@ -257,7 +258,7 @@ def calibrate(
         table = calibrate_experiment(folder, wanted=Wanted(precision, recall), names=task)
     print_json(plain(table)) if as_json else print(table.to_string(index=False, float_format="{:.3f}".format, na_rep=""))
 
-# %% ../nbs/90_cli.ipynb #5f1c32c5
+# %% ../nbs/90_cli.ipynb #751c9489
 @_command()
 def label(
     checkpoint: Annotated[str, typer.Argument(help="Such as demo/mix/step-337, its folder, or an exported folder.", autocompletion=completion.checkpoints)],
@@ -268,6 +269,7 @@ def label(
     threshold: Annotated[float | None, typer.Option(help="Below this probability a label is `undecided`.", show_default="as calibrated")] = None,
     column: Annotated[str | None, typer.Option(help="Column of the table that holds the images.", show_default="found by its content")] = None,
     batch: Annotated[int, typer.Option(help="Images in one forward pass.")] = 32,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer to an open task, in tokens.", show_default="as in the recipe")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -278,7 +280,7 @@ def label(
     from qwen2vl_sft.scoring.labeler import label_to_file, load_labeler
 
     with said_aside(as_json):
-        labeler = load_labeler(checkpoint, task, suite and workbench_file(_here(suite)), threshold, batch, device)
+        labeler = load_labeler(checkpoint, task, suite and workbench_file(_here(suite)), threshold, batch, device, max_new_tokens)
         table = label_to_file(labeler, source, out, column)
     counts = table.groupby(["task", "label"], dropna=False, sort=False).size().rename("images").reset_index()
     if as_json:

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PROJECTIONS', 'TOWER_LINEARS', 'MERGER_LINEARS', 'PEFT_HERE', 'PEFT_REFUSED', 'PEFT_INITIAL', 'OPTIMIZERS',
-           'SCHEDULERS', 'NOT_WHAT_IS_TRAINED', 'VALIDATED_ON', 'OTHER_NAMES', 'S', 'Settings', 'explain',
-           'ModelConfig', 'PreprocessingConfig', 'MethodConfig', 'MixtureConfig', 'ScheduleConfig', 'ScoringConfig',
-           'PlanConfig', 'ExportConfig', 'RunConfig', 'settings_paths', 'setting_path', 'setting_value',
-           'check_same_base', 'same_test_set', 'parse_overrides', 'validated', 'flattened', 'with_overrides',
-           'read_yaml', 'load_recipe']
+           'SCHEDULERS', 'LONGEST_ANSWER', 'NOT_WHAT_IS_TRAINED', 'VALIDATED_ON', 'OTHER_NAMES', 'S', 'Settings',
+           'explain', 'ModelConfig', 'PreprocessingConfig', 'MethodConfig', 'MixtureConfig', 'ScheduleConfig',
+           'ScoringConfig', 'PlanConfig', 'ExportConfig', 'RunConfig', 'settings_paths', 'setting_path',
+           'setting_value', 'check_same_base', 'same_test_set', 'parse_overrides', 'validated', 'flattened',
+           'with_overrides', 'read_yaml', 'load_recipe']
 
 # %% ../nbs/01_config.ipynb #478fb5d0
 from collections.abc import Iterable, Iterator, Mapping
@@ -302,7 +302,10 @@ class ScheduleConfig(Settings):
             raise ValueError("early_stopping_patience needs validations; set validate_every")
         return self
 
-# %% ../nbs/01_config.ipynb #bab385e4
+# %% ../nbs/01_config.ipynb #2328a27f
+LONGEST_ANSWER = 128  # tokens, of local and of API models
+
+
 class ScoringConfig(Settings):
     "How checkpoints are tested."
 
@@ -310,7 +313,7 @@ class ScoringConfig(Settings):
     split: Literal["validation", "test"] = "test"
     batch: int = Field(32, ge=1, description="samples in one forward pass")
     limit: int | None = Field(None, ge=1, description="score only a random sample of this many rows a task")
-    max_new_tokens: int = Field(48, ge=1, description="for free answers")
+    max_new_tokens: int = Field(LONGEST_ANSWER, ge=1, description="of a free answer; a longer one is cut, with that as its reason")
     sample_seed: int = Field(0, description="chooses the rows where `limit` is set")
 
 # %% ../nbs/01_config.ipynb #20dafc57

@@ -80,7 +80,7 @@ class Server:
         await self.gathered.wait()
         await asyncio.sleep(self.delay)
         if behaviour == "429" and first:
-            await self.send(writer, 429, {"retry-after": "1" if number % 1000 == 0 else "0"}, error(f"Rate limit reached for {key}", code="rate_limit_exceeded"))
+            await self.send(writer, 429, {"retry-after": "1" if number % 5000 == 0 else "0"}, error(f"Rate limit reached for {key}", code="rate_limit_exceeded"))
         elif behaviour == "always 500" or (behaviour == "500" and first):
             await self.send(writer, 500, {}, error(f"The server had an error with {key}"))
         elif behaviour == "slow" and first:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,17 +18,18 @@ from PIL import Image
 
 from qwen2vl_sft import cli
 from qwen2vl_sft.config import RunConfig, ScoringConfig
-from qwen2vl_sft.core import InputError
+from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.data.prepare import prepare
 from qwen2vl_sft.data.sources import Row
 from qwen2vl_sft.data.toy import write_toy_suite
 from qwen2vl_sft.encoding.batch import Sample
 from qwen2vl_sft.rundir import RunDir
+from qwen2vl_sft.scoring import labeler as room
 from qwen2vl_sft.scoring import suite as scoring_suite
 from qwen2vl_sft.scoring.calibration import Wanted, calibrate_run, calibration_path
 from qwen2vl_sft.scoring.experiment import score_experiment
 from qwen2vl_sft.scoring.labeler import Labeler, find_checkpoint, fitting, images_of, label_to_file, label_pictures, read_picture
-from qwen2vl_sft.tasks import load_suite
+from qwen2vl_sft.tasks import Task, load_suite
 from qwen2vl_sft.training.trainer import train
 
 CHECKPOINT = "toy/lora/step-4"
@@ -227,3 +229,71 @@ def test_a_killed_labelling_continues_where_it_was(home, tmp_path):
     assert label_to_file(labeler, pictures, out).equals(table) and parts() == done
     read = pd.read_csv(out)
     assert read["label"].tolist() == table["label"].tolist() and read["image"].is_unique
+
+
+# --- what is written, without a model ------------------------------------------------------------------------
+
+
+def kept(parts: Path, *rows: tuple[str, str, str]) -> None:
+    room.write_part(parts, [{"image": image, "task": "colour", **room.EMPTY, "label": label, "checkpoint": "c", "follows_from": "f", "stamp": stamp} for image, stamp, label in rows])
+
+
+def test_a_picture_that_came_back_gets_its_own_label(tmp_path):
+    "The latest row of the name is another picture's."
+    one = SimpleNamespace(tasks=[SimpleNamespace(name="colour")], follows_from={"colour": "f"})
+    kept(tmp_path, ("a.png", "first", "red"), ("b.png", "other", "blue"))
+    kept(tmp_path, ("a.png", "second", "green"))
+    for stamp, label in (("first", "red"), ("second", "green")):
+        assert room.assembled(tmp_path, {"b.png": "other", "a.png": stamp}, one)["label"].tolist() == ["blue", label]
+    with pytest.raises(RunFailure, match="1 images changed while they were labelled, such as a.png"):
+        room.assembled(tmp_path, {"a.png": "third"}, one)
+
+
+def test_one_process_at_a_time_labels_into_a_file(tmp_path):
+    out = tmp_path / "labels.csv"
+    again = room.held_parts(tmp_path / "labels.csv.parts", out)
+    with room.held_parts(tmp_path / "labels.csv.parts", out), pytest.raises(RunFailure, match="labels.csv: another process is labelling into this file"):
+        again.__enter__()
+    with room.held_parts(tmp_path / "labels.csv.parts", out):
+        pass
+
+
+def test_a_table_of_pictures_is_read_a_few_rows_at_a_time(tmp_path, monkeypatch):
+    pd.DataFrame({"image": [bytes([i]) * 100 for i in range(100)]}).to_parquet(tmp_path / "t.parquet", row_group_size=100)
+    rows = room.images_of(tmp_path / "t.parquet", "image")
+    first = next(rows)
+    assert first.image == b"\0" * 100
+    stamps = room.stamps_of(room.images_of(tmp_path / "t.parquet", "image"))
+    assert len(stamps) == 100 and len(set(stamps.values())) == 100
+    read = []
+    monkeypatch.setattr(room, "TABLE_ROWS", 8)
+    monkeypatch.setattr(room, "row_of_record", lambda record, names, file, number, *more: read.append(number) or Row(str(number), image=record["image"]))
+    monkeypatch.setattr(room, "read_picture", lambda encoder, row: row)
+    monkeypatch.setattr(room, "label_fitting", lambda one, rows: [len(rows)])
+    batches = room.label_rows(SimpleNamespace(encoder=None, batch=10), room.images_of(tmp_path / "t.parquet", "image"))
+    assert next(batches) == [10] and len(read) == 20  # a batch, and the next one being decoded
+
+
+def test_a_batch_without_memory_is_halved_and_a_picture_without_gets_a_reason(monkeypatch, capsys):
+    def label_pictures(one, pictures):
+        if sum(picture.pixels or 0 for picture in pictures) > 3:
+            raise MemoryError
+        return [{"image": picture.row.id, "reason": picture.reason} for picture in pictures]
+
+    monkeypatch.setattr(room, "label_pictures", label_pictures)
+    rows = room.label_fitting(None, [room.Picture(Row(str(i)), pixels) for i, pixels in enumerate((1, 1, 1, 4, 2))])
+    assert [row["image"] for row in rows] == list("01234") and [bool(row["reason"]) for row in rows] == [False, False, False, True, False]
+    assert "doesn't fit in memory" in rows[3]["reason"] and "a batch of 5 is halved" in capsys.readouterr().out
+
+
+def test_an_exported_calibration_belongs_to_its_weights_and_its_positive_label(tmp_path):
+    task = Task(name="colour", question="Which?", labels=["red", "blue"], positive="red")
+    (tmp_path / "calibration").mkdir()
+    stored = {"task_fingerprint": task.fingerprint, "positive": "red", "operating_point": None, "temperature": 2.0, "exported_weights": "w"}
+    for changes, message in (({}, None), ({"exported_weights": "v"}, "made for other weights"), ({"positive": "blue"}, "other labels")):
+        (tmp_path / "calibration" / "colour.json").write_text(json.dumps(stored | changes))
+        if message is None:
+            assert room.decision_for(room.Checkpoint(tmp_path), task, weights="w") == room.Decision(2.0, None, True)
+            continue
+        with pytest.raises(InputError, match=message):
+            room.decision_for(room.Checkpoint(tmp_path), task, weights="w")

@@ -82,3 +82,31 @@ def test_a_task_with_wrong_fields_is_refused(tmp_path, line, message):
     (tmp_path / "s.yaml").write_text(f"name: s\ntasks:\n  - name: card\n    question: Which?\n    answer: text\n    {line}\n")
     with pytest.raises(InputError, match=message):
         load_suite(tmp_path / "s.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "region", "right"),
+    [
+        ("138 0013 8000 a@b.com", "139 9999 9999 a@b.com", None, False),  # nothing says how to read them: another number is another number
+        ("139-9999-9999 a@b.com", "139 9999 9999 a@b.com", None, True),
+        ("a@b.com", "139 9999 9999 a@b.com", None, False),
+        ("+1 650-253-0000 and 139 9999 9999", "+1 650 253 0000", None, False),
+        ("a12345678@b.com", "A12345678@b.com", None, True),  # digits of an address are no number
+        ("95588", "95599", "CN", False),
+        ("010-62770334 ext 12", "010-62770334 ext. 99", "CN", False),
+        ("010-62770334 ext. 12", "+86 10 6277 0334 ext 12", "CN", True),
+        ("010-62770334 转12", "010-62770334 转99", None, False),
+    ],
+)
+def test_another_number_or_extension_is_wrong(text, target, region, right):
+    task = Task(name="card", question="Which contact details?", answer="text", metric="fields", fields=["phone", "email"], region=region)
+    assert judge(task, target, text).outcome == ("correct" if right else "wrong")
+
+
+def test_a_cut_answer_names_no_label():
+    "`gun` was on its way to `gun case`."
+    task = Task(name="item", question="What is it?", labels=["gun", "gun case"])
+    assert judge(task, "gun", "gun").outcome == judge(task, "gun", "gun。").outcome == judge(task, "gun", "ｇｕｎ．").outcome == "correct"
+    judged = judge(task, "gun", "gun", "cut at 1 tokens")
+    assert (judged.prediction, judged.outcome, judged.reason) == (None, "unparseable", "cut at 1 tokens")
+    assert judge(task, "gun", "a gun in", "cut at 3 tokens").reason == "not a declared label or alias; cut at 3 tokens"

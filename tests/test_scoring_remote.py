@@ -1,6 +1,7 @@
 """API models: faults of every kind, nothing asked twice, the key nowhere, money and time kept, kill -9."""
 
 import asyncio
+import http.server
 import io
 import json
 import logging
@@ -8,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
@@ -16,8 +18,10 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
+import pandas as pd
 import pytest
 from faulty_server import behaviour_of
 from PIL import Image
@@ -27,7 +31,8 @@ from qwen2vl_sft.config import ScoringConfig
 from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.data.toy import write_toy_suite
 from qwen2vl_sft.rundir import RunDir
-from qwen2vl_sft.scoring import responses
+from qwen2vl_sft.scoring import remote, responses
+from qwen2vl_sft.scoring.metrics import open_figures
 from qwen2vl_sft.scoring.remote import (
     ApiConfig,
     Question,
@@ -577,3 +582,108 @@ def test_a_served_model_answers_as_the_same_model_here(project, monkeypatch):
         assert all(a == b for a, b in known)
         texts |= set(written)
     assert len(texts) > 2
+
+
+# --- what a service may say --------------------------------------------------------------------------------
+
+
+def response_of(content, finish: str = "stop", **more) -> dict:
+    body = json.dumps({"model": "m", "choices": [{"message": {"content": content, "refusal": None}, "finish_reason": finish}]} | more)
+    return {"status": 200, "body": body, "date": "2026-01-01", "seconds": 1.0, "request_id": "", "sent": {}, "detail": "auto", "structured": False, "base_url": "http://x/v1"}
+
+
+def test_half_a_character_and_odd_parts_block_no_run(tmp_path):
+    "JSON can spell a lone surrogate, which no Parquet file can hold."
+    assert "\\ud83d" in response_of("yes \ud83d")["body"]
+    refused = response_of(None) | {"status": 400, "body": '{"error": {"code": "content_filter", "message": "no \\ud83d"}}'}
+    parts = response_of([{"text": {"value": "yes"}}, {"text": 7}, {"type": "image"}, "."])
+    rows = [prediction_row(WEAPON, "1", "yes", response, "", None) for response in (response_of("yes \ud83d", model="m\ud83d"), response_of({"a": 1}, system_fingerprint=5), parts, refused)]
+    rows.append(prediction_row(WEAPON, "1", "yes", None, "connection: \ud83d", None))
+    table = pd.read_parquet(io.BytesIO(pd.DataFrame(rows).to_parquet()))
+    assert table["outcome"].tolist() == ["off_list", "unparseable", "correct", "refused", "error"]
+    assert table["text"].tolist()[:3] == ["yes ?", "", "yes."] and table["model_answered"][0] == "m?" and table["reason"][3].endswith("no ?")
+    assert remote.failure_of(500, '{"error": {"message": "\\ud83d"}}', {}, {}).reason == "HTTP 500 : ?"
+
+
+def test_structured_json_that_is_cut_is_no_answer():
+    for text, finish, outcome in (('{"label": "ye', "length", "unparseable"), ('{"label": "yes"}', "stop", "correct"), ("yes", "stop", "correct"), ("yes", "length", "unparseable")):
+        row = prediction_row(WEAPON, "1", "yes", response_of(text, finish) | {"structured": True}, "", None)
+        assert row["outcome"] == outcome and ("cut at max_tokens" in row["reason"]) == (outcome == "unparseable")
+
+
+def test_open_rows_have_similarity_and_fields_also_where_there_is_no_answer():
+    card = Task(name="card", question="Which?", answer="text", metric="fields", fields=["phone"], region="CN")
+    rows = [prediction_row(card, str(i), "138 0013 8000", response, "", None) for i, response in enumerate((response_of("+86 138-0013-8000"), None))]
+    assert open_figures(pd.DataFrame(rows))["phone"] == 0.5 and rows[1]["similarity"] == 0
+    assert prediction_row(WEAPON, "1", "yes", response_of("yes"), "", None)["similarity"] is None
+
+
+def test_after_429_the_waits_are_more_than_a_minute_and_keep_the_attempts():
+    config = ApiConfig(model="m")
+    tries, waited = remote.Tries(config), 0.0
+    limited = remote.failure_of(429, "{}", {}, {})
+    for _ in range(config.limited_attempts):
+        assert not tries.are_over
+        tries.count(limited)
+        waited += 0 if tries.are_over else tries.wait(limited)
+        assert tries.wait(limited) <= 60
+    assert tries.are_over and 60 < waited < 600 and tries.other == 0
+    asked_to = [remote.failure_of(429, "{}", {"retry-after": str(seconds)}, {}) for seconds in (90, 5000)]
+    assert [tries.wait(failure) for failure in asked_to] == [90, 600]
+
+
+class LimitedThrice(http.server.BaseHTTPRequestHandler):
+    "429 without Retry-After to the first three requests, then answers."
+
+    times: ClassVar[list] = []
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        self.times.append(time.monotonic())
+        status, content = (429, {"error": {"message": "slow down"}}) if len(self.times) <= 3 else (200, {"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]})
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_after_429_all_workers_pause_and_errors_keep_their_attempts(project, key):
+    LimitedThrice.times.clear()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), LimitedThrice)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        config = config_for(f"http://127.0.0.1:{server.server_port}", concurrency=3, attempts=1, first_wait=0.6)
+        session, reasons = asked(config, project / "store.sqlite", numbered(range(1, 7)))
+    finally:
+        server.shutdown()
+        server.server_close()
+    times = LimitedThrice.times
+    assert reasons == {} and len(times) == 9 and session.counts["retried"] == 3
+    assert times[3] - times[2] > 0.25  # nobody asks in the pause
+
+
+def test_a_pause_beyond_the_time_ends_the_run():
+    session = remote.Session(ApiConfig(model="m", max_minutes=1), None, "r", None, "k")
+    session.pause(30)
+    assert not session.stopped
+    session.pause(90)
+    assert session.stopped == "the service asks to wait 90 s, which is beyond max_minutes=1"
+
+
+def test_money_spent_before_the_lock_was_ours_counts(project, key, monkeypatch):
+    start_toy(project, "http://127.0.0.1:9", model="gpt-4o")
+    config, seen = remote.load_api_recipe(project / "api.yaml"), []
+
+    def forecast(session, tests):  # between opening and locking another process asks
+        session.store.finish(session.store.begin(Key("i", "a"), session.run, 1.0, 2.5), "answered", cost=2.5)
+        return None, ""
+
+    monkeypatch.setattr(remote, "_forecast", forecast)
+    monkeypatch.setattr(remote, "ask_tests", lambda session, tests: seen.append(session.spent) or {})
+    score_api(project / "runs" / "toy", config)
+    assert seen == [2.5]

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from qwen2vl_sft.config import MethodConfig, ModelConfig, PreprocessingConfig, RunConfig, ScoringConfig
 from qwen2vl_sft.core import InputError, RunFailure
+from qwen2vl_sft.data import pixels
 from qwen2vl_sft.data.prepare import prepare
 from qwen2vl_sft.data.toy import toy_picture, write_toy_suite
 from qwen2vl_sft.encoding.prompt import load_encoder
@@ -27,6 +28,7 @@ from qwen2vl_sft.model.load import base_location, load_base, trainable
 from qwen2vl_sft.rundir import RunDir, Status
 from qwen2vl_sft.scoring import experiment, suite
 from qwen2vl_sft.scoring.experiment import score_experiment, score_run
+from qwen2vl_sft.scoring.remote import ApiConfig
 from qwen2vl_sft.scoring.labels import LabelScores, TreeReading, label_tree, path_sums
 from qwen2vl_sft.scoring.suite import test_set
 from qwen2vl_sft.tasks import Task, load_suite
@@ -402,3 +404,91 @@ def test_progress_and_the_time_left(monkeypatch, encoder):
         work.count(2, bar)
         experiment.Work(None, [], {("a", "t", "closed"): {0, 1}}, lambda *numbers: said.append(numbers)).count(1, none)
         assert said == [(2, 5), (5, 5), (2, 2)] and bar.n == 5
+
+
+def predicted_by(one, data, rule: str, scorer) -> None:
+    "Predictions as scoring would have kept them."
+    ids = data.rows.column("id")
+    rows = pd.DataFrame({"id": ids, "sample": data.row_keys, "rule": rule, "split": data.split, "outcome": "wrong"})
+    suite.start_predictions(one, data, rule, scorer)
+    one.run.write_predictions(one.checkpoint, data.task.name, None, rows)
+
+
+def test_stale_predictions_of_the_other_rule_go(prepared, encoder, tmp_path, capsys):
+    "Also those of a row that has changed; a longer answer alone makes none of them stale."
+    run, both = RunDir(tmp_path / "toy" / "base"), SETTINGS.model_copy(update={"rule": "both"})
+    one = suite.Candidate(run, "base", None, "w", config=CPU)
+    data, = (test_set(prepared, prepared.suite.task("colour"), both) for _ in range(1))
+    auto, scorer = test_set(prepared, prepared.suite.task("colour"), SETTINGS), suite.Scorer(encoder, SETTINGS)
+    for rule in ("closed", "free"):
+        predicted_by(one, data, rule, scorer)
+    work = experiment.work_for([one], suite.Scorer(encoder, SETTINGS.model_copy(update={"max_new_tokens": 9})), [auto])
+    assert work.answers == 0 and run.rules("base", "colour") == ["closed", "free"]
+    part, = run.prediction_parts("base", "colour", "free")
+    table = pd.read_parquet(part)
+    table.loc[0, "sample"] = "another picture"
+    table.to_parquet(part)
+    experiment.work_for([one], scorer, [auto])
+    assert len(run.predictions("base", "colour", "free")) == len(table) - 1 and "rows that have changed" in capsys.readouterr().out
+    changed = suite.Candidate(run, "base", None, "other weights", config=CPU)
+    assert experiment.work_for([changed], scorer, [auto]).answers == len(auto)
+    assert run.rules("base", "colour") == ["closed"] and "removed: colour (free); score --rule both makes them again" in capsys.readouterr().out
+    assert run.decided("base", "colour", "free") is None
+
+
+def test_a_cut_answer_says_so_and_targets_that_are_too_long_are_named(prepared, encoder, capsys):
+    task = Task(name="item", question="What is it?", labels=["red", "red car"])
+    tokens = encoder.tokenizer.encode("red", add_special_tokens=False)
+    cut, whole = (suite.free_row(encoder, [*tokens, *end], "red", task) for end in ([], [encoder.end_id]))
+    assert (cut["outcome"], cut["reason"], cut["prediction"]) == ("unparseable", f"cut at {len(tokens)} tokens", None)
+    assert (whole["outcome"], whole["reason"]) == ("correct", "")
+    word = test_set(prepared, prepared.suite.task("word"), SETTINGS)
+    lengths = {1 + len(encoder.tokenizer.encode(text)) for text in word.column("label")}
+    for most, said in ((max(lengths), False), (max(lengths) - 1, True)):
+        experiment.say_what_is_cut([word], suite.Scorer(encoder, SETTINGS.model_copy(update={"max_new_tokens": most})))
+        assert (f"--max-new-tokens {max(lengths)} has room for all" in capsys.readouterr().out) == said
+
+
+def test_the_longest_answer_is_the_recipes_unless_stated():
+    recipes = [RunConfig(suite="s", experiment="e", run="r", scoring={"max_new_tokens": most}) for most in (20, 300)]
+    assert experiment.with_longest_answer(ScoringConfig(), recipes).max_new_tokens == 300
+    assert experiment.with_longest_answer(ScoringConfig(max_new_tokens=7), recipes).max_new_tokens == 7
+    assert experiment.with_longest_answer(ScoringConfig(), []).max_new_tokens == ScoringConfig().max_new_tokens == ApiConfig(model="m").max_tokens
+
+
+@pytest.fixture
+def two_models(tmp_path) -> list:
+    "The untuned model, and a full checkpoint with the tower as it was."
+    model = load_base(CPU)
+    model.lm_head.weight.data[:50] += 0.1
+    model.save_pretrained(tmp_path / "full")
+    frozen = MethodConfig(name="full", freeze_tower=True, freeze_merger=True)
+    return [
+        suite.Candidate(RunDir(tmp_path / "toy" / "base"), "base", None, "w", config=CPU),
+        suite.Candidate(RunDir(tmp_path / "toy" / "full"), "step-2", tmp_path / "full", "v", config=CPU, method=frozen),
+    ]
+
+
+def test_free_memory_decides_how_often_the_data_is_gone_over(two_models, encoder, monkeypatch):
+    groups = experiment.groups_of(two_models)
+    size = max(experiment.load_group(group, encoder).bytes for group in groups)
+    for free, together in ((2 * size, [2]), (2 * size - 2, [1, 1])):  # another model like the largest must fit twice
+        monkeypatch.setattr(experiment, "free_bytes", lambda device, free=free: free)
+        assert [len(held) for held in experiment.passes(groups, encoder)] == together
+
+
+def test_without_a_vision_cache_two_passes_decode_a_picture_once(project, prepared, two_models, encoder, monkeypatch):
+    colour = test_set(prepared, prepared.suite.task("colour"), SETTINGS)
+    monkeypatch.setattr(experiment, "test_models", lambda held, scorer, tests: None)
+    decoded = counted(monkeypatch, suite, "open_image"), counted(monkeypatch, pixels, "open_image")
+    experiment.score_candidates(two_models, suite.Scorer(encoder, SETTINGS), [colour], 0.0, most=1)
+    assert sum(map(len, decoded)) == len(colour) and all(len(one.run.predictions(one.checkpoint, "colour")) == len(colour) for one in two_models)
+
+
+def test_the_pixel_cache_is_for_a_further_pass_whose_pictures_the_vision_cache_does_not_hold(project, prepared, two_models, encoder):
+    colour = test_set(prepared, prepared.suite.task("colour"), SETTINGS)
+    held = [experiment.load_group(experiment.groups_of(two_models)[0], encoder)]
+    for cache_gb, repeats, all_frozen, needed in ((0.0, True, True, True), (1.0, True, True, False), (1.0, False, True, False), (1.0, True, False, True), (1e-9, True, True, True)):
+        scorer = suite.Scorer(encoder, SETTINGS)
+        experiment.open_caches(scorer, held, cache_gb, repeats, [colour], all_frozen)
+        assert (scorer.pixel_cache is not None) == needed

@@ -7,11 +7,11 @@ __all__ = ['PACE', 'SENDABLE', 'Asked', 'PaceConfig', 'ApiConfig', 'load_api_rec
            'image_tokens', 'text_tokens', 'picture_url', 'Question', 'settings_sent', 'messages', 'Failed',
            'retry_after', 'failure_of', 'without_key', 'quiet_about', 'Session', 'open_session', 'paced', 'connect',
            'wait_for_turn', 'send', 'known_arguments', 'stated_usage', 'with_usage', 'tokens_of', 'cost_of',
-           'cost_at_most', 'attempt', 'waits', 'ask', 'ask_all', 'run_to_end', 'questions_of', 'forecast_requests',
-           'forecast_text', 'prediction_row', 'predictions_of', 'earlier_rows', 'write_api_config', 'api_tests',
-           'ask_tests', 'summary', 'opened', 'forecast_api', 'score_api']
+           'cost_at_most', 'attempt', 'Tries', 'ask', 'ask_all', 'run_to_end', 'questions_of', 'forecast_requests',
+           'forecast_text', 'named', 'prediction_row', 'predictions_of', 'earlier_rows', 'write_api_config',
+           'api_tests', 'ask_tests', 'summary', 'opened', 'forecast_api', 'score_api']
 
-# %% ../../nbs/47_scoring.remote.ipynb #eb4f521e
+# %% ../../nbs/47_scoring.remote.ipynb #b728f54f
 import asyncio
 import base64
 import io
@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
@@ -38,18 +39,18 @@ from PIL import ExifTags, Image
 from pydantic import Field, ValidationError, field_validator
 from tqdm import tqdm
 
-from ..config import ScoringConfig, Settings, explain, parse_overrides, read_yaml, validated
+from ..config import LONGEST_ANSWER, ScoringConfig, Settings, explain, parse_overrides, read_yaml, validated
 from ..core import ASSETS, InputError, RunFailure, fingerprint, project_root, say, write_atomically
 from ..data.prepare import Prepared, prepare
 from ..encoding.images import FORMATS, open_image
 from ..rundir import RunDir
 from .experiment import shared_data, trained_runs
-from .metrics import Judged
-from .responses import Key, ResponseStore, completed_message, error_details, judge_answer, policy_code, read_answer
+from .metrics import Judged, fields_match, similarity
+from .responses import Key, ResponseStore, completed_message, error_details, judge_answer, policy_code, read_answer, storable
 from .suite import TestSet, test_set
 from ..tasks import Task, load_suite
 
-# %% ../../nbs/47_scoring.remote.ipynb #ae81f336
+# %% ../../nbs/47_scoring.remote.ipynb #877dabc9
 class PaceConfig(Settings):
     "How fast, how long and for how much money a service is asked. No answer follows from it."
 
@@ -59,7 +60,9 @@ class PaceConfig(Settings):
     timeout: float = Field(60.0, gt=0, description="seconds for one request, from sending to the last byte")
     attempts: int = Field(6, ge=1, description="at one question, in one command")
     first_wait: float = Field(1.0, ge=0, description="seconds before the second attempt, doubled each time, at random up to that")
-    longest_wait: float = Field(60.0, ge=0, description="seconds between two attempts, Retry-After included")
+    longest_wait: float = Field(60.0, ge=0, description="seconds between two attempts, where the service states none")
+    limited_attempts: int = Field(12, ge=1, description="answers of 429 (too many requests) to one question, in one command; they don't count as `attempts`")
+    longest_retry_after: float = Field(600.0, ge=0, description="seconds between two attempts, where the service states them (Retry-After)")
     budget: float | None = Field(None, ge=0, description="money that this run may cost, all its commands together")
     max_minutes: float | None = Field(None, gt=0, description="no request starts later than this into the command")
     store: str | None = Field(None, description="SQLite file of responses; None: runs/api-responses.sqlite")
@@ -67,7 +70,7 @@ class PaceConfig(Settings):
 
 PACE = (*PaceConfig.model_fields, "key_variable")
 
-# %% ../../nbs/47_scoring.remote.ipynb #82d5ae6b
+# %% ../../nbs/47_scoring.remote.ipynb #12390a9c
 class ApiConfig(PaceConfig):
     "The complete configuration of an API run."
 
@@ -80,7 +83,7 @@ class ApiConfig(PaceConfig):
     detail: Literal["auto", "low", "high"] | None = Field("auto", description="of the picture; None: not sent")
     temperature: float | None = Field(0.0, ge=0, description="left out where the model refuses it; None: not sent")
     seed: int | None = Field(None, description="None: not sent")
-    max_tokens: int = Field(128, ge=1, description="longest answer; models that reason need more")
+    max_tokens: int = Field(LONGEST_ANSWER, ge=1, description="longest answer; models that reason need more")
     structured: bool = Field(False, description="closed tasks: ask for JSON whose label is one of the task's")
     system_prompt: str | None = Field(None, description="None: none is sent")
     extra: dict[str, Any] = Field(default_factory=dict, description="further fields of the request, such as reasoning_effort")
@@ -231,13 +234,14 @@ def messages(config: ApiConfig, question: Question) -> list[dict[str, Any]]:
     system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt is not None else []
     return [*system, {"role": "user", "content": content}]
 
-# %% ../../nbs/47_scoring.remote.ipynb #a8127b61
+# %% ../../nbs/47_scoring.remote.ipynb #800f0cad
 class Failed(Exception):
     "One attempt without an answer."
 
-    def __init__(self, reason: str, again: bool = False, wait: float | None = None, stops: bool = False, charged: bool = False):
+    def __init__(self, reason: str, again: bool = False, wait: float | None = None, stops: bool = False, charged: bool = False, limited: bool = False):
         super().__init__(reason)
         self.reason, self.again, self.wait, self.stops = reason, again, wait, stops
+        self.limited = limited  # the service wants fewer requests
         self.charged = charged  # the service may have worked for it: it counts at its expected cost
 
 
@@ -263,12 +267,12 @@ def failure_of(
     "What an HTTP error that is no refusal means."
     details = error_details(body)
     code, message = str(details.get("code") or details.get("type") or ""), str(details.get("message") or "")
-    reason = " ".join(f"HTTP {status} {code}: {message or body[:200]}".split())[:300]
+    reason = storable(" ".join(f"HTTP {status} {code}: {message or body[:200]}".split())[:300])
     if status == 400 and (name := next((n for n in ("temperature", "max_tokens", "seed") if n in sent and (details.get("param") == n or f"'{n}'" in message)), None)):
         return Failed(f"refuses the setting {name}", again=True, wait=0.0)
     if status in (401, 402, 403, 404) or code == "insufficient_quota":
         return Failed(reason, stops=True)
-    return Failed(reason, again=status in (408, 409, 425, 429) or status >= 500, wait=retry_after(headers))
+    return Failed(reason, again=status in (408, 409, 425, 429) or status >= 500, wait=retry_after(headers), limited=status == 429)
 
 # %% ../../nbs/47_scoring.remote.ipynb #0a21e321
 def without_key(text: str, key: str) -> str:
@@ -292,7 +296,7 @@ def quiet_about(key: str) -> Iterator[None]:
         for name in names:
             logging.getLogger(name).removeFilter(blotted)
 
-# %% ../../nbs/47_scoring.remote.ipynb #1a1707f6
+# %% ../../nbs/47_scoring.remote.ipynb #701ed2fa
 @dataclass
 class Session:
     "One command's connection to a service."
@@ -309,6 +313,7 @@ class Session:
     reserved: float = 0.0  # at most, by what is in flight
     started: float = field(default_factory=time.monotonic)
     stopped: str = ""  # why no further request leaves
+    paused: float = 0.0  # until when no request leaves, by time.monotonic: the service has asked for fewer
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("requests", "answered", "retried", "lost"), 0))
 
     def must_wait(self, cost: float) -> bool:
@@ -325,6 +330,18 @@ class Session:
             self.stopped = f"max_minutes={config.max_minutes:g} are over"
         if self.stopped:
             raise Failed(f"not asked: {self.stopped}")
+
+    def pause(self, seconds: float) -> None:
+        "No request leaves for so long. Ends the run if that is beyond its time."
+        end = math.inf if not self.config.max_minutes else self.started + self.config.max_minutes * 60
+        self.paused = max(self.paused, time.monotonic() + seconds)
+        if self.paused > end and not self.stopped:
+            self.stopped = f"the service asks to wait {seconds:.0f} s, which is beyond max_minutes={self.config.max_minutes:g}"
+
+    async def until_open(self) -> None:
+        "Wait as long as requests are paused; not all workers start again in the same moment."
+        while not self.stopped and (left := self.paused - time.monotonic()) > 0:
+            await asyncio.sleep(left * random.uniform(1.0, 1.2))
 
 # %% ../../nbs/47_scoring.remote.ipynb #0ecea2e6
 def open_session(
@@ -454,12 +471,14 @@ def cost_at_most(question: Question, config: ApiConfig, price: Price | None) -> 
     "What a request will cost at most, as expected before it leaves."
     return price.of(question.tokens, config.max_tokens) if price else 0.0
 
-# %% ../../nbs/47_scoring.remote.ipynb #6a383745
+# %% ../../nbs/47_scoring.remote.ipynb #fe0fa6bd
 async def attempt(session: Session, question: Question) -> dict[str, Any]:
     "The stored response, asked for if it isn't there. Raises `Failed`."
     store, cost = session.store, cost_at_most(question, session.config, session.price)
+    await session.until_open()
     await wait_for_turn(session, question.tokens + session.config.max_tokens)
     while True:
+        await session.until_open()
         if (stored := store.get(question.key)) is not None:
             return stored
         while session.must_wait(cost):
@@ -486,37 +505,61 @@ async def attempt(session: Session, question: Question) -> dict[str, Any]:
         session.reserved, session.spent = session.reserved - cost, session.spent + ended.get("cost", 0.0)
     return response
 
-# %% ../../nbs/47_scoring.remote.ipynb #ffb93c13
-def waits(config: ApiConfig) -> Callable[[Any], float]:
-    "Seconds before the next attempt, for tenacity."
-    from tenacity import wait_random_exponential
+# %% ../../nbs/47_scoring.remote.ipynb #77d05e49
+@dataclass
+class Tries:
+    "How often one question has failed in this command."
 
-    backoff = wait_random_exponential(multiplier=config.first_wait, max=config.longest_wait)
+    config: ApiConfig
+    limited: int = 0  # by too many requests
+    other: int = 0
 
-    def seconds(state: Any) -> float:
-        asked = state.outcome.exception().wait
-        return backoff(state) if asked is None else min(asked, config.longest_wait)
+    def count(self, failure: Failed) -> None:
+        self.limited, self.other = self.limited + failure.limited, self.other + (not failure.limited)
 
-    return seconds
+    @property
+    def are_over(self) -> bool:
+        return self.other >= self.config.attempts or self.limited >= self.config.limited_attempts
+
+    def wait(self, failure: Failed) -> float:
+        "Seconds before the next attempt: as the service asks; else doubled each time, after 429 at least half of that, since all requests wait then, and otherwise at random up to it."
+        if failure.wait is not None:
+            return min(failure.wait, self.config.longest_retry_after)
+        tries = self.limited if failure.limited else self.other
+        longest = min(self.config.longest_wait, self.config.first_wait * 2.0 ** min(tries - 1, 60))
+        return random.uniform(longest / 2 if failure.limited else 0.0, longest)
 
 
 async def ask(session: Session, question: Question) -> dict[str, Any]:
     "The response to one question, after as many attempts as the recipe allows. Raises `Failed` with the last reason."
-    from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
+    from tenacity import AsyncRetrying, retry_if_exception
+
+    tries = Tries(session.config)
+
+    async def once() -> dict[str, Any]:
+        try:
+            return await attempt(session, question)
+        except Failed as failure:
+            tries.count(failure)
+            if failure.stops and not session.stopped:
+                session.stopped = failure.reason
+            raise
+
+    def wait(state: Any) -> float:
+        failure = state.outcome.exception()
+        seconds = tries.wait(failure)
+        if failure.limited and not tries.are_over:
+            session.pause(seconds)
+        return seconds
 
     def count(state: Any) -> None:
         session.counts["retried"] += 1
 
     retrying = AsyncRetrying(
-        stop=stop_after_attempt(session.config.attempts), wait=waits(session.config), reraise=True, before_sleep=count,
+        stop=lambda state: tries.are_over or bool(session.stopped), wait=wait, reraise=True, before_sleep=count,
         retry=retry_if_exception(lambda error: isinstance(error, Failed) and error.again and not session.stopped),
     )  # fmt: skip
-    try:
-        response = await retrying(attempt, session, question)
-    except Failed as failure:
-        if failure.stops and not session.stopped:
-            session.stopped = failure.reason
-        raise
+    response = await retrying(once)
     session.counts["answered"] += 1
     return response
 
@@ -614,7 +657,12 @@ def forecast_text(table: pd.DataFrame, session: Session) -> str:
         lines.append(f"the budget of {config.budget:g} may end before the last request")
     return "\n".join(lines)
 
-# %% ../../nbs/47_scoring.remote.ipynb #d23a9e71
+# %% ../../nbs/47_scoring.remote.ipynb #a4d0df37
+def named(value: Any) -> str | None:
+    "A name that a service states, as a text that a table can hold."
+    return None if value is None else storable(str(value))
+
+
 def prediction_row(
     task: Task,
     name: str,  # the sample's id
@@ -624,15 +672,19 @@ def prediction_row(
     price: Price | None,
 ) -> dict[str, Any]:  # DESIGN section 4, and what was asked of whom
     "One sample's prediction."
-    row = {"id": name, "target": target, "rule": "free", "probabilities": None, "in_set_mass": None}
+    text = "" if response is None else read_answer(response).text
+    row = {
+        "id": name, "target": target, "rule": "free", "probabilities": None, "in_set_mass": None,
+        "similarity": None if task.is_closed else similarity(text, target), "fields": json.dumps(fields_match(text, target, task)) if task.fields else None,
+    }  # fmt: skip
     if response is None:
         empty = {"text": "", "seconds": 0.0, "tokens_in": 0, "tokens_out": 0, "cost": 0.0}
-        return row | vars(Judged(None, "error", reason)) | empty | dict.fromkeys(("model_answered", "system_fingerprint", "date", "detail", "settings", "request_id")) | {"tokens_estimated": False}
+        return row | vars(Judged(None, "error", storable(reason))) | empty | dict.fromkeys(("model_answered", "system_fingerprint", "date", "detail", "settings", "request_id")) | {"tokens_estimated": False}
     answer, (tokens_in, tokens_out, _) = read_answer(response), tokens_of(response)
     said = {} if response["status"] >= 400 else json.loads(response["body"])
     return row | vars(judge_answer(task, target, answer)) | {
         "text": answer.text, "seconds": response["seconds"], "tokens_in": tokens_in, "tokens_out": tokens_out, "cost": cost_of(response, price),
-        "model_answered": said.get("model"), "system_fingerprint": said.get("system_fingerprint"), "date": response["date"],
+        "model_answered": named(said.get("model")), "system_fingerprint": named(said.get("system_fingerprint")), "date": response["date"],
         "detail": response["detail"], "settings": json.dumps(response["sent"] | {"base_url": response["base_url"]}, ensure_ascii=False), "request_id": response["request_id"],
         "tokens_estimated": "estimated" in response,
     }  # fmt: skip
@@ -752,7 +804,7 @@ def _forecast(session: Session, tests: Asked) -> tuple[pd.DataFrame, str]:
     table = forecast_requests(asked, session)
     return table, forecast_text(table, session)
 
-# %% ../../nbs/47_scoring.remote.ipynb #869f3a83
+# %% ../../nbs/47_scoring.remote.ipynb #b7e53c96
 def score_api(
     experiment: Path,  # runs/<experiment>
     config: ApiConfig,
@@ -768,6 +820,7 @@ def score_api(
     if dry_run:
         return run
     with run.running("scoring"):
+        session.spent = session.store.usage(session.run)["cost"]  # the process that held the run may have spent more
         write_api_config(run, config, config.suite or prepared.suite.name)
         reasons = ask_tests(session, tests)
         tables = [_write(run, data, predictions_of(data, questions, chosen, reasons, session, earlier_rows(run, data))) for data, questions, chosen in tests]

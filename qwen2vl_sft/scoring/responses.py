@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TABLES', 'GRACE_SECONDS', 'POLICY_CODES', 'REFUSAL_PHRASES', 'NO_INFERENCE_PHRASES', 'Key', 'ResponseStore',
            'this_process', 'is_gone', 'begin', 'finish', 'settle', 'usage', 'completed_message', 'error_details',
-           'policy_code', 'guessed_outcome', 'Answer', 'written_text', 'structured_text', 'read_answer', 'judge_answer']
+           'policy_code', 'guessed_outcome', 'Answer', 'storable', 'written_text', 'structured_text', 'read_answer',
+           'judge_answer']
 
 # %% ../../nbs/46_scoring.responses.ipynb #8666d411
 import json
@@ -241,7 +242,7 @@ def guessed_outcome(
         return Judged(None, "cannot_infer", f"guessed from its words: {shown}")
     return None
 
-# %% ../../nbs/46_scoring.responses.ipynb #986892ac
+# %% ../../nbs/46_scoring.responses.ipynb #ce1571b9
 @dataclass(frozen=True)
 class Answer:
     "What a stored response says."
@@ -249,13 +250,21 @@ class Answer:
     text: str  # "" when there is none
     refusal: str = ""  # the reason, as the service states it
     cut: bool = False  # the answer ran into the limit of tokens
+    unfinished: bool = False  # and it is JSON that was to hold the label
+
+
+def storable(text: str) -> str:
+    "The text with a question mark for every half of a character (a lone surrogate, which JSON can spell and no file can hold)."
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def written_text(message: dict[str, Any]) -> str:
-    "The text of a message, also where a service sends it in parts."
+    "The text of a message, also where a service sends it in parts, or a part's text as an object with a `value`."
     content = message.get("content")
     parts = content if isinstance(content, list) else [{"text": content}]
-    return "".join(part.get("text") or "" for part in parts if isinstance(part, dict))
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    texts = [text.get("value") if isinstance(text, dict) else text for text in texts]
+    return storable("".join(text for text in texts if isinstance(text, str)))
 
 
 def structured_text(text: str) -> str:
@@ -273,16 +282,17 @@ def read_answer(
 ) -> Answer:
     "Text or refusal of a response."
     if code := policy_code(response["body"]) if response["status"] >= 400 else None:
-        return Answer("", f"HTTP {response['status']} {code}: {error_details(response['body']).get('message') or ''}".strip(": "))
+        return Answer("", storable(f"HTTP {response['status']} {code}: {error_details(response['body']).get('message') or ''}".strip(": ")))
     choice = completed_message(response["body"])
     if refusal := choice["message"].get("refusal"):
-        return Answer(written_text(choice["message"]), f"message.refusal: {refusal}")
+        return Answer(written_text(choice["message"]), storable(f"message.refusal: {refusal}"))
     if choice.get("finish_reason") == "content_filter":
         return Answer(written_text(choice["message"]), "finish_reason=content_filter")
-    text = written_text(choice["message"])
-    return Answer(structured_text(text) if response.get("structured") else text, cut=choice.get("finish_reason") == "length")
+    text, cut = written_text(choice["message"]), choice.get("finish_reason") == "length"
+    label = storable(structured_text(text)) if response.get("structured") else text
+    return Answer(label, cut=cut, unfinished=cut and bool(response.get("structured")) and label == text)
 
-# %% ../../nbs/46_scoring.responses.ipynb #0f9ef88b
+# %% ../../nbs/46_scoring.responses.ipynb #e265aed3
 def judge_answer(
     task: Task,
     target: str,  # the sample's label, or one of its aliases
@@ -291,9 +301,9 @@ def judge_answer(
     "The outcome of a response: the service's own word, then the parser of local models, then phrases."
     if answer.refusal:
         return Judged(None, "refused", answer.refusal)
-    judged = judge(task, target, answer.text)
-    if judged.outcome == "unparseable" and answer.cut:
-        return Judged(None, "unparseable", "cut at max_tokens before it began")
+    if answer.unfinished and answer.text.strip():
+        return Judged(None, "unparseable", "structured answer cut at max_tokens")
+    judged = judge(task, target, answer.text, "cut at max_tokens" if answer.cut else "")
     if judged.outcome == "off_list" or (judged.outcome == "wrong" and not task.is_closed):
         return guessed_outcome(answer.text) or judged
     return judged

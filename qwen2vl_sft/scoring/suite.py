@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BATCH_TOKENS', 'TOWER_BYTES', 'WALKED', 'NOT_DECIDING', 'BFLOAT16_MARGIN', 'SELF_TEST', 'SELF_TEST_TOKENS',
            'Differing', 'TestSet', 'test_set', 'Scorer', 'tower_passes', 'add_features', 'stored', 'batches',
-           'free_bytes', 'batch_tokens', 'stated', 'closed_rows', 'free_row', 'free_tokens', 'answers', 'score_batch',
-           'Candidate', 'scoring_model', 'computed_in', 'weights_hash', 'deciding_parts', 'decided_by', 'what_changed',
-           'missing_places', 'predicted_samples', 'has_leftovers', 'start_predictions', 'near_ties', 'self_test',
-           'labels_apart', 'answers_apart', 'next_token']
+           'free_bytes', 'batch_tokens', 'stated', 'closed_rows', 'cut_reason', 'free_row', 'free_tokens', 'answers',
+           'score_batch', 'Candidate', 'scoring_model', 'computed_in', 'weights_hash', 'deciding_parts', 'decided_by',
+           'what_changed', 'missing_places', 'predicted_samples', 'has_leftovers', 'drop_leftovers',
+           'start_predictions', 'near_ties', 'self_test', 'labels_apart', 'answers_apart', 'next_token']
 
 # %% ../../nbs/43_scoring.suite.ipynb #b0ceb8a5
 import json
@@ -217,7 +217,7 @@ def batch_tokens(
     values = 4 * text.num_hidden_layers * width + 3 * text.intermediate_size + 10 * text.hidden_size  # cache twice, a layer's activations
     return int(min(BATCH_TOKENS, max(1024, free_bytes(inner.device) / 3 / (values * max(2, inner.dtype.itemsize)))))
 
-# %% ../../nbs/43_scoring.suite.ipynb #1bf20231
+# %% ../../nbs/43_scoring.suite.ipynb #0326ffd1
 def stated(
     labels: list[str],
     probabilities: np.ndarray,  # float64 [labels]
@@ -243,6 +243,14 @@ def closed_rows(
     return rows
 
 
+def cut_reason(
+    encoder: Encoder,
+    tokens: list[int],  # what the model wrote
+) -> str:  # "" for a complete answer
+    "Why an answer isn't complete: its last token is no end."
+    return "" if tokens and tokens[-1] in answer_ends(encoder) else f"cut at {len(tokens)} tokens"
+
+
 def free_row(
     encoder: Encoder,
     tokens: list[int],  # what the model wrote
@@ -250,9 +258,9 @@ def free_row(
     task: Task,
 ) -> dict[str, Any]:
     "A prediction by the free rule."
-    text = answer_text(encoder, tokens)
+    text, cut = answer_text(encoder, tokens), cut_reason(encoder, tokens)
     return {
-        "rule": "free", **vars(judge(task, target, text)), "text": text, "probabilities": None, "in_set_mass": None, "tokens_out": len(tokens),
+        "rule": "free", **vars(judge(task, target, text, cut)), "text": text, "probabilities": None, "in_set_mass": None, "tokens_out": len(tokens),
         "similarity": None if task.is_closed else similarity(text, target),
         "fields": json.dumps(fields_match(text, target, task)) if task.fields else None,
     }  # fmt: skip
@@ -459,7 +467,23 @@ def has_leftovers(
     "Whether there are predictions of rows that the split doesn't have any more, or not like this."
     return not predicted_samples(candidate, data, rule) <= set(zip(data.rows.column("id"), data.row_keys, strict=True))
 
-# %% ../../nbs/43_scoring.suite.ipynb #3520a20f
+# %% ../../nbs/43_scoring.suite.ipynb #1dfb4060
+def drop_leftovers(
+    candidate: Candidate,
+    data: TestSet,
+    rule: str,
+) -> None:
+    "Remove the predictions of rows that the split doesn't have any more, or not like this."
+    valid = set(zip(data.rows.column("id"), data.row_keys, strict=True))
+    for part in candidate.run.prediction_parts(candidate.checkpoint, data.task.name, rule, data.split):
+        table = pd.read_parquet(part)
+        keep = [pair in valid for pair in zip(table["id"], table["sample"], strict=True)]
+        if not any(keep):
+            part.unlink()
+        elif not all(keep):
+            write_atomically(part, table[keep].to_parquet(index=False))
+
+
 def start_predictions(
     candidate: Candidate,
     data: TestSet,
@@ -469,14 +493,7 @@ def start_predictions(
     "Note what the predictions will follow from, and remove those that followed from something else."
     where = (candidate.checkpoint, data.task.name, rule)
     candidate.run.note_decided(*where, decided_by(candidate, data, rule, scorer), data.split, deciding_parts(candidate, data, rule, scorer))
-    valid = set(zip(data.rows.column("id"), data.row_keys, strict=True))
-    for part in candidate.run.prediction_parts(*where, data.split):
-        table = pd.read_parquet(part)
-        keep = [pair in valid for pair in zip(table["id"], table["sample"], strict=True)]
-        if not any(keep):
-            part.unlink()
-        elif not all(keep):
-            write_atomically(part, table[keep].to_parquet(index=False))
+    drop_leftovers(candidate, data, rule)
 
 # %% ../../nbs/43_scoring.suite.ipynb #09993ac8
 BFLOAT16_MARGIN = 0.05  # probability; closer pairs of labels may swap with the batch

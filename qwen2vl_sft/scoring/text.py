@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['greedy_tokens', 'answer_ends', 'answer_text', 'write_answers']
 
-# %% ../../nbs/42_scoring.text.ipynb #96d1ece9
+# %% ../../nbs/42_scoring.text.ipynb #f3e9e502
 import torch
 from torch import nn
 
+from ..config import LONGEST_ANSWER
 from ..encoding.batch import Sample
 from ..encoding.prompt import Encoder
 from ..model.load import unwrapped
@@ -38,7 +39,7 @@ def greedy_tokens(
         token = inner.lm_head(hidden[:, -1]).argmax(dim=-1)
     return written
 
-# %% ../../nbs/42_scoring.text.ipynb #a0c32369
+# %% ../../nbs/42_scoring.text.ipynb #1082136a
 def answer_ends(
     encoder: Encoder,
 ) -> set[int]:
@@ -58,7 +59,7 @@ def write_answers(
     model: nn.Module,
     encoder: Encoder,
     samples: list[Sample],  # encoded without an answer
-    max_new_tokens: int = 48,
+    max_new_tokens: int = LONGEST_ANSWER,
     prompts: Prefill | None = None,  # the samples' prompts, where they have been read already; used up
 ) -> tuple[list[str], list[int]]:
     "Each sample's answer without special tokens, and the number of tokens written, <|im_end|> included."

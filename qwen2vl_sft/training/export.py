@@ -6,7 +6,7 @@
 __all__ = ['USE', 'probes', 'answers', 'comparable', 'score_lines', 'calibrations', 'write_calibrations', 'calibration_lines',
            'task_lines', 'usage', 'model_card', 'free_place', 'checkpoint_named', 'export_adapter', 'export_run']
 
-# %% ../../nbs/59_training.export.ipynb #b51e383e
+# %% ../../nbs/59_training.export.ipynb #09172da3
 import json
 import shutil
 from collections.abc import Callable
@@ -26,11 +26,11 @@ from ..encoding.prompt import Encoder, check_contract, load_encoder, preprocessi
 from ..model.export import export_merged
 from ..model.load import base_location, checkpoint_kind, stored_contract
 from ..rundir import RunDir
-from ..scoring.calibration import read_calibration
-from ..scoring.experiment import scoring_model
+from ..scoring.calibration import calibration_for
+from ..scoring.experiment import candidate_at, read_config, scoring_model
 from ..scoring.labels import label_tree, score_labels
 from ..scoring.metrics import task_figures
-from ..scoring.suite import Scorer, TestSet, test_set
+from ..scoring.suite import Candidate, Scorer, TestSet, test_set, weights_hash
 from ..scoring.text import write_answers
 from .trainer import prepared_suite
 
@@ -100,22 +100,30 @@ def score_lines(
                 lines.append(f"| {task.name} | {split} | {rule} | {figures['n']} | {figures['accuracy']:.1%} | {figures['coverage']:.1%} | {figures['macro_f1']:.3f} |")
     return lines
 
-# %% ../../nbs/59_training.export.ipynb #dfaced74
+# %% ../../nbs/59_training.export.ipynb #056b4653
 def calibrations(
     run: RunDir,
     checkpoint: str,
     prepared: Prepared,
+    tell: Callable[[str], Any] = lambda text: None,  # about those that don't
 ) -> dict[str, dict[str, Any]]:  # task -> what `calibrate` stored
-    "The calibrations of a checkpoint that still belong to its predictions and tasks."
-    found = {task.name: read_calibration(run, checkpoint, task.name) for task in prepared.suite.tasks}
-    current = {task.name: task.fingerprint for task in prepared.suite.tasks}
-    return {name: content for name, content in found.items() if content and content["task_fingerprint"] == current[name]}
+    "The calibrations of a checkpoint that still belong to its predictions, tasks and weights."
+    found, weights = {}, candidate_at(run, read_config(run), run.path / "checkpoints" / checkpoint).all_weights
+    for task in prepared.suite.tasks:
+        try:
+            content = calibration_for(run, checkpoint, task, weights)
+        except InputError as problem:
+            tell(f"not exported: {problem}")
+            continue
+        found |= {task.name: content} if content else {}
+    return found
 
 
 def write_calibrations(run: RunDir, checkpoint: str, prepared: Prepared, folder: Path) -> None:
-    "Write `calibration/<task>.json` into an exported folder."
-    for name, content in calibrations(run, checkpoint, prepared).items():
-        write_atomically(folder / "calibration" / f"{name}.json", json.dumps(content, ensure_ascii=False, indent=1))
+    "Write `calibration/<task>.json` into an exported folder; beside whole weights with their hash, by which a labeller knows that they belong together."
+    exported = {"exported_weights": Candidate(run, checkpoint, folder, weights_hash(folder)).all_weights} if checkpoint_kind(folder) == "full" else {}
+    for name, content in calibrations(run, checkpoint, prepared, say).items():
+        write_atomically(folder / "calibration" / f"{name}.json", json.dumps(content | exported, ensure_ascii=False, indent=1))
 
 
 def calibration_lines(
