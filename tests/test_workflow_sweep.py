@@ -155,7 +155,7 @@ def test_a_training_that_another_process_was_first_in_is_waited_for(toy, monkeyp
     one.run.write_config(one.config.to_yaml())
 
     def refused_training(planned, environment, stopping):
-        other = "import sys, time\nfrom qwen2vl_sft.rundir import RunDir\nrun = RunDir(sys.argv[1])\nwith run.running('training'):\n    print('', flush=True); time.sleep(1.5)\n"
+        other = "import sys, time\nfrom qwen2vl_sft.rundir import RunDir\nrun = RunDir(sys.argv[1])\nwith run.running('training'):\n    print('', flush=True); time.sleep(0.7)\n"
         other += "    (run.path / 'checkpoints/step-3').mkdir(parents=True)\n" if ends == "finished" else "    raise OSError('disk full')\n"
         shell = ["sh", "-c", '"$0" -c "$1" "$2" 2>/dev/null &', sys.executable, other, str(one.run.path)]  # which ends at once: no child of this process
         with subprocess.Popen(shell, stdout=subprocess.PIPE) as child:
