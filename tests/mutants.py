@@ -34,6 +34,31 @@ class Mutation:
 
 MUTATIONS: list[Mutation] = [
     Mutation(
+        '4.1', "a quote that is never closed swallows the rest of a table", 'qwen2vl_sft/data/sources.py',
+        'delimiter=delimiter, strict=True)', 'delimiter=delimiter)',
+        ('tests/test_data_sources.py::test_a_stray_quote_swallows_no_row',),
+    ),
+    Mutation(
+        '4.2', "near pictures beyond the first one found are lost", 'qwen2vl_sft/data/audit.py',
+        'front += rest[close].tolist()', 'front += []',
+        ('tests/test_data_audit.py::test_large_buckets_take_bounded_time_and_memory_and_lose_nothing',),
+    ),
+    Mutation(
+        '4.3', "a row that was away gets a new split", 'qwen2vl_sft/data/prepare.py',
+        'for name in ("former-splits", "splits")', 'for name in ("splits",)',
+        ('tests/test_data_prepare.py::test_a_row_that_leaves_and_returns_keeps_its_place',),
+    ),
+    Mutation(
+        '4.4', "a row that joins two splits keeps their groups together", 'qwen2vl_sft/data/prepare.py',
+        'assign_groups(records, limits)  # groups that these rows had joined', 'pass',
+        ('tests/test_data_prepare.py::test_only_the_row_that_joins_is_quarantined_and_the_groups_fall_apart',),
+    ),
+    Mutation(
+        '4.5', "a streamed picture is stored under another's hash", 'qwen2vl_sft/training/order.py',
+        'for image, key in zip(lacking, keys, strict=True):', 'for image, key in zip(lacking[1:] + lacking[:1], keys, strict=True):',
+        ('tests/test_data_stream.py::test_what_the_cache_gets_under_a_hash_is_that_picture_though_another_run_stores_between',),
+    ),
+    Mutation(
         '5.1', "the image's tokens are counted without the merge", 'qwen2vl_sft/encoding/images.py',
         'return int(np.prod(self.grid(width, height))) // self.merge**2',
         'return int(np.prod(self.grid(width, height))) // self.merge',

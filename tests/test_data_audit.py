@@ -19,7 +19,6 @@ from qwen2vl_sft.data.audit import (
     Checked,
     Limits,
     assign_groups,
-    close_pairs,
     connected,
     counts_of,
     decode,
@@ -27,6 +26,7 @@ from qwen2vl_sft.data.audit import (
     inspect_row,
     label_remarks,
     look_alike,
+    near_components,
     note_duplicates,
     note_two_labels,
     number_duplicate_ids,
@@ -248,21 +248,31 @@ def test_groups_hold_recompressed_and_resized_copies_only():
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 20), st.integers(1, 60))
-def test_close_pairs_equal_those_of_comparing_all(seed, most, count):
+def test_components_equal_those_of_comparing_all(seed, most, count):
     rng = np.random.default_rng(seed)
     centres = rng.integers(0, 2, (4, 256), dtype=np.uint8)
     bits = centres[rng.integers(0, 4, count)] ^ (rng.random((count, 256)) < rng.random() * 0.12)
     brute = {(i, j) for i in range(count) for j in range(i + 1, count) if (bits[i] != bits[j]).sum() <= most}
-    found = {tuple(sorted(map(int, pair))) for pair in close_pairs(bits.astype(np.uint8), most)}
-    assert found == brute
-    component = connected(count, np.array(sorted(brute)))
-    assert all(component[i] == component[j] for i, j in brute)
+    expected, found = connected(count, np.array(sorted(brute))), near_components(bits.astype(np.uint8), most)
+    assert ((found[:, None] == found) == (expected[:, None] == expected)).all()
+    assert all(expected[i] == expected[j] for i, j in brute)
 
 
-def test_a_large_bucket_is_compared_completely():
-    bits = np.zeros((700, 256), np.uint8)
-    bits[np.arange(700), np.arange(700) % 256] ^= 1  # all share most bands
-    assert len({tuple(sorted(map(int, pair))) for pair in close_pairs(bits, 2)}) == 700 * 699 // 2
+def test_large_buckets_take_bounded_time_and_memory_and_lose_nothing():
+    import time
+    import tracemalloc
+
+    rng = np.random.default_rng(0)
+    dense = np.zeros((4000, 256), np.uint8)
+    dense[np.arange(4000), rng.integers(0, 256, 4000)] ^= 1  # all near each other, most bands equal
+    chain = 1 - np.tri(257, 256, dtype=np.uint8)[1:]  # each near the next few, the ends far apart
+    loose = np.concatenate([np.ones((400, 20), np.uint8), rng.integers(0, 2, (400, 236), dtype=np.uint8)], 1)  # one band equal, far apart
+    tracemalloc.start()
+    start = time.perf_counter()
+    component = near_components(np.concatenate([dense, loose, chain])[:-20], 16)  # the chain's end would meet `dense`
+    assert time.perf_counter() - start < 15 and tracemalloc.get_traced_memory()[1] < 40e6
+    tracemalloc.stop()
+    assert len(set(component[:4000])) == 1 and len(set(component[4400:])) == 1 and len(set(component)) == 402
 
 
 def test_twenty_thousand_hashes_take_seconds():
@@ -270,7 +280,7 @@ def test_twenty_thousand_hashes_take_seconds():
 
     bits = np.random.default_rng(0).integers(0, 2, (20_000, 256), dtype=np.uint8)
     start = time.perf_counter()
-    assert len(close_pairs(bits, 16)) == 0
+    assert len(set(near_components(bits, 16))) == 20_000
     assert time.perf_counter() - start < 20
 
 
@@ -282,6 +292,17 @@ def test_duplicates_and_shared_sources_are_noted():
     note_duplicates(records)
     assert [record.notes for record in records] == [["exact_duplicate"], ["exact_duplicate"], ["shared_source"], ["shared_source"]]
     assert all(record.verdict == "accepted" for record in records)
+
+
+def test_near_copies_within_a_split_name_one_another():
+    face = noise(seed=3).resize((120, 120))
+    contents = [encoded(face), encoded(face, "JPEG", quality=85), encoded(face), encoded(noise(seed=4))]
+    records = [inspect_row(Row(str(i), image=content, label="cat"), PET, "train", Limits())[0] for i, content in enumerate(contents)]
+    assign_groups(records, Limits())
+    note_duplicates(records)
+    assert [record.notes for record in records] == [["exact_duplicate", "near_copy"], ["near_copy"], ["exact_duplicate", "near_copy"], []]
+    assert records[0].detail == f"group {records[0].group} of 2 pictures, such as 1 (1)" and "such as 0 (0)" in records[1].detail
+    assert counts_of(records)["notes"] == {"near_copy": 3, "exact_duplicate": 2}
 
 
 # --- the report -------------------------------------------------------------------------------

@@ -296,6 +296,55 @@ def test_a_new_picture_between_two_splits_is_quarantined_and_said_so(tmp_path, c
     assert "nearly equals pictures of test and train" in (prepared.folder / "audit.html").read_text()
 
 
+def hashed(id: str, flipped: int, source=None) -> Checked:
+    "A row whose perceptual hash has so many of 256 bits set, and whose sha256 begins with its id."
+    return Checked("t", "all", id, id, "a", source=source, sha256=id * 8, phash=f"{(1 << flipped) - 1:064x}", format="PNG", width=1, height=1)
+
+
+def test_only_the_row_that_joins_is_quarantined_and_the_groups_fall_apart():
+    records = [hashed("a", 0), hashed("b", 60), hashed("c", 8), hashed("d", 14), hashed("e", 29), hashed("f", 44), hashed("g", 52), hashed("h", 200, "clip"), hashed("i", 60, "clip")]
+    task = Task(name="t", question="?", labels=["a", "b"], sources={"all": {}})
+    module.settle_splits(task, records, Limits(), FRACTIONS, {"a" * 8: "train", "b" * 8: "test", "h" * 8: "validation"})
+    found = {record.id: (record.split, record.reason) for record in records}
+    assert {id for id, (_, reason) in found.items() if reason} == {"f", "i"}  # f: a-c-d-e-f-b; i equals b and is of h's clip
+    assert {id: split for id, (split, reason) in found.items() if not reason} == dict.fromkeys("acde", "train") | dict.fromkeys("bg", "test") | {"h": "validation"}
+    assert records[0].group != records[1].group and not any("near_duplicate" in record.notes for record in records)
+    assert [records[i].detail for i in (5, 8)] == ["nearly equals pictures of test and train", "nearly equals pictures of test and validation"]
+
+
+@pytest.mark.parametrize("folds", [0, 3])
+def test_a_row_that_leaves_and_returns_keeps_its_place(tmp_path, folds):
+    write_table(tmp_path, "all.csv", [("ab"[i % 2], i) for i in range(30)])
+    suite, text = suite_of(tmp_path, all="all.csv"), (tmp_path / "all.csv").read_text()
+
+    def places() -> dict:
+        table = pq.read_table(prepare(suite, tmp_path / "out", folds=folds, workers=0).folder / "splits.parquet").to_pandas()
+        return dict(zip(table["sha256"], zip(table["split"], table.get("fold", table["split"]), strict=True), strict=True))
+
+    before = places()
+    lines = text.splitlines(keepends=True)
+    for kept in (lines[:1] + lines[12:], lines[:1] + lines[15:]):  # gone for two preparations
+        (tmp_path / "all.csv").write_text("".join(kept))
+        assert places().items() < before.items()
+    (tmp_path / "all.csv").write_text(text.replace("img/3.png,b", "img/3.png,wrong"))  # and one in quarantine for one more
+    assert len(places()) == 29 and (tmp_path / "out" / "s" / "former-splits.parquet").exists()
+    (tmp_path / "all.csv").write_text(lines[0] + "".join(lines[:0:-1]))
+    assert places() == before and not (tmp_path / "out" / "s" / "former-splits.parquet").exists()
+
+
+def test_near_duplicates_across_given_splits_are_noted_and_kept(given, tmp_path):
+    soft = Image.fromarray(np.random.default_rng(5).integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((96, 96), Image.Resampling.BICUBIC)
+    soft.save(tmp_path / "img" / "soft.png")
+    soft.save(tmp_path / "img" / "soft.jpg", quality=85)
+    add_rows(tmp_path / "train.csv", "img/soft.png,a,")
+    add_rows(tmp_path / "test.csv", "img/soft.jpg,a,")
+    prepared = prepare(given, tmp_path / "out", workers=0)
+    report = prepared.audit
+    assert report["notes"] == {"near_duplicate": 2} and report["quarantined"] == 0
+    assert {(each["split"], each["id"]) for each in report["examples"]["near_duplicate"]} == {("train", "train.csv:7"), ("test", "test.csv:3")}
+    assert all("lies in test, train" in each["detail"] for each in report["examples"]["near_duplicate"])
+
+
 def test_other_fractions_draw_anew(tmp_path):
     write_table(tmp_path, "all.csv", [("a", i) for i in range(40)])
     suite = suite_of(tmp_path, all="all.csv")

@@ -7,13 +7,14 @@ __all__ = ['REASONS', 'REPAIRS', 'NOTES', 'CONTROL_TOKEN', 'HASH_SIDE', 'PRECEDE
            'FORECAST', 'Limits', 'Unusable', 'read_bytes', 'check_header', 'broken', 'decode', 'wordings_of', 'visible',
            'confusable_characters', 'look_alike_key', 'look_alike', 'unlike', 'check_label', 'Checked',
            'refuse_control_tokens', 'perceptual_hash', 'inspect_row', 'number_duplicate_ids', 'quarantine_leaks',
-           'note_two_labels', 'hash_bits', 'close_pairs', 'connected', 'assign_groups', 'note_duplicates',
-           'detection_power', 'smallest_difference', 'look_alike_labels', 'prefix_labels', 'label_remarks', 'imbalance',
-           'task_remarks', 'shared_between_tasks', 'Audit', 'samples_of', 'counts_of', 'task_report', 'examples',
-           'meaning', 'difference_text', 'summary', 'thumbnail', 'cards_html', 'splits_html', 'labels_html',
-           'forecast_html', 'problem_html', 'page', 'audit_fragment']
+           'note_two_labels', 'hash_bits', 'hash_words', 'differing_bits', 'connected', 'spanning_pairs',
+           'near_components', 'assign_groups', 'note_duplicates', 'detection_power', 'smallest_difference',
+           'look_alike_labels', 'prefix_labels', 'label_remarks', 'imbalance', 'task_remarks', 'shared_between_tasks',
+           'Audit', 'samples_of', 'counts_of', 'task_report', 'examples', 'meaning', 'difference_text', 'summary',
+           'thumbnail', 'cards_html', 'splits_html', 'labels_html', 'forecast_html', 'problem_html', 'page',
+           'audit_fragment']
 
-# %% ../../nbs/22_data.audit.ipynb #06056601
+# %% ../../nbs/22_data.audit.ipynb #d7f7a23f
 import base64
 import io
 import re
@@ -24,6 +25,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from html import escape
+from itertools import islice
 from pathlib import Path
 
 import imagehash
@@ -69,7 +71,7 @@ REASONS = {
     "unreadable": "the reader gave another reason",
 }
 
-# %% ../../nbs/22_data.audit.ipynb #f3493ded
+# %% ../../nbs/22_data.audit.ipynb #febe928d
 REPAIRS = {
     "label_trimmed": "spaces around the label removed",
     "label_alias": "an alias replaced by its label",
@@ -80,6 +82,7 @@ REPAIRS = {
 }
 NOTES = {
     "exact_duplicate": "the same picture occurs in this split again",
+    "near_copy": "nearly the same picture occurs in this split again: see its group",
     "two_labels": "the same picture has another label elsewhere",
     "near_duplicate": "nearly the same picture is in another split: see its group",
     "shared_source": "rows of the same independent source are in another split",
@@ -355,28 +358,23 @@ def note_two_labels(records: Iterable[Checked]) -> None:
                 record.notes.append("two_labels")
                 record.detail = f"{record.label!r} here, {other.label!r} in {other.where} of {other.split}"
 
-# %% ../../nbs/22_data.audit.ipynb #72e5c81a
+# %% ../../nbs/22_data.audit.ipynb #4beb9d42
 def hash_bits(hashes: list[str]) -> np.ndarray:
     "Hexadecimal hashes as uint8 bits [n, bits]."
     return np.unpackbits(np.array([list(bytes.fromhex(text)) for text in hashes], np.uint8), axis=1)
 
 
-def close_pairs(bits: np.ndarray, most: int) -> np.ndarray:
-    "Pairs [p, 2] of rows of `bits` [n, b] that differ in at most `most` bits (pairs may repeat)."
+def hash_words(bits: np.ndarray) -> np.ndarray:
+    "Bits [n, b] as words [ceil(b / 64), n] of uint64."
     packed = np.packbits(bits, axis=1)
-    found = [np.empty((0, 2), np.int64)]
-    for band in np.array_split(np.arange(bits.shape[1]), most + 1):
-        _, key = np.unique(np.packbits(bits[:, band], axis=1), axis=0, return_inverse=True)
-        order = np.argsort(key, kind="stable")
-        for members in np.split(order, np.flatnonzero(np.diff(key[order])) + 1):
-            for start in range(0, len(members) - 1, 256):
-                left, right = members[start : start + 256], members[start:]
-                distance = np.bitwise_count(packed[left][:, None] ^ packed[right][None]).sum(-1, dtype=np.int64)
-                i, j = np.nonzero(distance <= most)
-                found.append(np.stack([left[i], right[j]], 1)[i < j])
-    return np.concatenate(found)
+    return np.ascontiguousarray(np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8)))).view(np.uint64).T.copy()
 
-# %% ../../nbs/22_data.audit.ipynb #7d6d1edb
+
+def differing_bits(words: np.ndarray, one: np.ndarray) -> np.ndarray:
+    "How many bits of each column of `words` [w, n] differ from `one` [w]."
+    return np.bitwise_count(words ^ one[:, None]).sum(0, dtype=np.int64)
+
+
 def connected(count: int, pairs: np.ndarray) -> np.ndarray:
     "Component number of each of `count` things that `pairs` [p, 2] connect."
     from scipy.sparse import coo_array
@@ -386,32 +384,74 @@ def connected(count: int, pairs: np.ndarray) -> np.ndarray:
     graph = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
     return connected_components(graph, directed=False)[1]
 
+# %% ../../nbs/22_data.audit.ipynb #209d1869
+def spanning_pairs(words: np.ndarray, members: np.ndarray, most: int) -> list[np.ndarray]:
+    "Pairs [p, 2] that connect `members` as all their pairs of at most `most` bits would; fewer than there are members."
+    front, rest, found = [int(members[0])], members[1:], []
+    left = words[:, rest]
+    while len(rest):
+        if not front:
+            front, rest, left = [int(rest[0])], rest[1:], left[:, 1:]
+        pivot = front.pop()
+        close = differing_bits(left, words[:, pivot]) <= most
+        if close.any():
+            found.append(np.stack([np.full(close.sum(), pivot), rest[close]], 1))
+            front += rest[close].tolist()
+            rest, left = rest[~close], left[:, ~close]
+    return found
 
+
+def near_components(bits: np.ndarray, most: int) -> np.ndarray:
+    "Component number of each row of `bits` [n, b], where rows that differ in at most `most` bits are connected."
+    words, rows = hash_words(bits), np.arange(len(bits))
+    component = rows
+    for band in np.array_split(np.arange(bits.shape[1]), most + 1):
+        _, key = np.unique(np.packbits(bits[:, band], axis=1), axis=0, return_inverse=True)
+        order = np.argsort(key, kind="stable")
+        ends = np.flatnonzero(np.diff(key[order], prepend=-1, append=-1))
+        found = []
+        for bucket in np.flatnonzero(np.diff(ends) > 1):
+            members = order[ends[bucket] : ends[bucket + 1]]
+            if (component[members] != component[members[0]]).any():
+                found += spanning_pairs(words, members, most)
+        if found:
+            _, first = np.unique(component, return_index=True)
+            component = connected(len(bits), np.concatenate([np.stack([rows, first[component]], 1), *found]))
+    return component
+
+# %% ../../nbs/22_data.audit.ipynb #f4164500
 def assign_groups(records: Iterable[Checked], limits: Limits) -> None:
     "Set `group` of kept rows: the smallest sha256 (16 digits) among a picture's near duplicates."
     kept = [record for record in records if not record.reason]
     if not kept:
         return
     hashes, position = np.unique([record.phash for record in kept], return_inverse=True)
-    component = connected(len(hashes), close_pairs(hash_bits(list(hashes)), limits.near_bits))[position]
+    component = near_components(hash_bits(list(hashes)), limits.near_bits)[position]
     smallest: dict[int, str] = {}
     for number, record in zip(component, kept, strict=True):
         smallest[number] = min(smallest.get(number, record.sha256), record.sha256)
     for number, record in zip(component, kept, strict=True):
         record.group = smallest[number][:16]
 
-# %% ../../nbs/22_data.audit.ipynb #61df9226
+# %% ../../nbs/22_data.audit.ipynb #5599592c
 def note_duplicates(records: Iterable[Checked]) -> None:
-    "Note copies within a split, and near duplicates and sources across splits; call it when splits are final."
+    "Note copies and near copies within a split, near duplicates and sources across splits; call it when splits are final."
     kept = [record for record in records if not record.reason]
     copies = Counter((record.split, record.sha256) for record in kept)
     by_group, by_source = defaultdict(set), defaultdict(set)
+    pictures: dict[tuple, dict[str, Checked]] = defaultdict(dict)  # split and group -> sha256 -> its first row
     for record in kept:
+        pictures[record.split, record.group].setdefault(record.sha256, record)
         by_group[record.group].add(record.split)
         by_source[record.source].add(record.split)
     for record in kept:
         if copies[record.split, record.sha256] > 1:
             record.notes.append("exact_duplicate")
+        alike = pictures[record.split, record.group]
+        if len(alike) > 1:
+            other = next(each for sha256, each in islice(alike.items(), 2) if sha256 != record.sha256)
+            record.notes.append("near_copy")
+            record.detail = record.detail or f"group {record.group} of {len(alike)} pictures, such as {other.id} ({other.where})"
         if len(splits := by_group[record.group]) > 1:
             record.notes.append("near_duplicate")
             record.detail = record.detail or f"group {record.group} lies in {', '.join(sorted(splits))}"
@@ -448,7 +488,7 @@ def smallest_difference(rows: int) -> float | None:
         low, high = (low, middle) if detection_power(rows, middle / 1000) >= 0.8 else (middle, high)
     return high / 10
 
-# %% ../../nbs/22_data.audit.ipynb #269f940c
+# %% ../../nbs/22_data.audit.ipynb #b562fad1
 def look_alike_labels(labels: list[str]) -> list[tuple[str, ...]]:
     "Groups of labels that look alike."
     groups: list[list[str]] = []
@@ -474,7 +514,8 @@ def label_remarks(task: Task) -> list[str]:
         pairs = prefix_labels(labels, ids)
         if pairs:
             shown = ", ".join(f"{first!r} of {second!r}" for first, second in pairs[:5]) + (" and more" if len(pairs) > 5 else "")
-            remarks.append(f"labels that are the beginning of another in tokens: {shown}; score with the closed rule")
+            remarks.append(f"labels that are the beginning of another in tokens of the shipped small model's tokenizer "
+                           f"(another base's may differ): {shown}; score with the closed rule")
     return remarks
 
 # %% ../../nbs/22_data.audit.ipynb #2af40aaa

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'FEATURES', 'SCHEMA', 'GROUP_ROWS', 'GROUP_BYTES', 'SHARD_BYTES', 'LEAVES', 'STORAGE', 'CHUNK_ROWS',
-           'CHUNK_BYTES', 'CHUNK', 'ROWS_BEFORE_WORKERS', 'FRACTIONS', 'FORMAT', 'stored_row', 'ShardWriter',
+           'CHUNK_BYTES', 'CHUNK', 'ROWS_BEFORE_WORKERS', 'FRACTIONS', 'FORMAT', 'FORMER', 'stored_row', 'ShardWriter',
            'close_shard', 'chunks_of', 'write_chunk', 'records_of', 'images_of', 'end_with_parent', 'Workers', 'start',
-           'stop', 'read_split', 'read_task', 'check_fractions', 'parts_to_draw', 'units_of', 'unit_key', 'keep_place',
-           'divide', 'draw_folds', 'settle_splits', 'write_task', 'Progress', 'finish_task', 'finished_task',
-           'loose_remarks', 'prepare_task', 'content_of', 'is_current', 'folds_of', 'previous_places', 'assignment',
-           'write_tables', 'join_audits', 'prepare', 'write_suite', 'Rows', 'select', 'read_group', 'image',
-           'without_images', 'Prepared', 'counts', 'quarantine', 'set_forecast', 'fold', 'is_drawn', 'holding_out',
-           'stream', 'prepared_html', 'pictures_html', 'load_split']
+           'stop', 'read_split', 'read_task', 'check_fractions', 'parts_to_draw', 'units_of', 'unit_key',
+           'joining_rows', 'quarantine_joining', 'keep_place', 'divide', 'draw_folds', 'settle_splits', 'write_task',
+           'Progress', 'finish_task', 'finished_task', 'loose_remarks', 'prepare_task', 'content_of', 'is_current',
+           'folds_of', 'previous_places', 'assignment', 'former_places', 'write_tables', 'join_audits', 'prepare',
+           'write_suite', 'Rows', 'select', 'read_group', 'image', 'without_images', 'Prepared', 'counts', 'quarantine',
+           'set_forecast', 'fold', 'is_drawn', 'holding_out', 'stream', 'prepared_html', 'pictures_html', 'load_split']
 
-# %% ../../nbs/23_data.prepare.ipynb #5b7a9cb5
+# %% ../../nbs/23_data.prepare.ipynb #ba38a593
 import errno
 import json
 import multiprocessing
@@ -40,7 +40,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from ..core import InputError, RunFailure, fingerprint, project_root, say, sha256_of, write_atomically
-from .audit import (FORECAST, Audit, Checked, Limits, assign_groups, connected, forecast_html, inspect_row, note_duplicates,
+from .audit import (FORECAST, Audit, Checked, Limits, assign_groups, connected, differing_bits, forecast_html, hash_bits, hash_words, inspect_row, note_duplicates,
                                     note_two_labels, number_duplicate_ids, quarantine_leaks, shared_between_tasks,
                                     task_remarks, thumbnail)
 from .sources import Row, loose_files, read_rows, source_contents
@@ -292,10 +292,47 @@ def units_of(records: list[Checked]) -> list[list[Checked]]:
         units[int(number)].append(record)
     return list(units.values())
 
-# %% ../../nbs/23_data.prepare.ipynb #d19e7722
+# %% ../../nbs/23_data.prepare.ipynb #6746cfa2
 def unit_key(unit: list[Checked]) -> str:
     "A hash that orders units the same way on every machine."
     return sha256_of(min(record.sha256 for record in unit).encode())
+
+
+def joining_rows(unit: list[Checked], place: list[str | None], most: int) -> list[tuple[Checked, list[str]]]:
+    """Rows without a place that would connect rows of different places, and these places.
+
+    Rows are taken one after the other, in the order of their hash. One that is near (in at most `most` bits), or of one
+    source with, what was taken already and leads to two places is left out; so of a chain between two splits one row is.
+    """
+    order = sorted(range(len(unit)), key=lambda number: (place[number] is None, unit[number].sha256, number))
+    words = hash_words(hash_bits([unit[number].phash for number in order]))
+    codes = {source: code for code, source in enumerate(dict.fromkeys(record.source for record in unit))}
+    sources = np.array([codes[unit[number].source] for number in order])
+    component, reached, left_out = np.full(len(unit), -1), {}, []  # -1: not taken; component -> its places
+    for at, number in enumerate(order):
+        near = differing_bits(words[:, :at], words[:, at]) <= most
+        if unit[number].source is not None:
+            near |= sources[:at] == sources[at]
+        touched = set(component[:at][near].tolist()) - {-1}
+        places = {place[number]}.union(*(reached[each] for each in touched)) - {None}
+        if place[number] is None and len(places) > 1:
+            left_out.append((unit[number], sorted(places)))
+            continue
+        component[:at][np.isin(component[:at], list(touched))] = at
+        component[at], reached[at] = at, places
+    return left_out
+
+
+def quarantine_joining(records: list[Checked], parts: dict[str, float], previous: dict[str, str], limits: Limits) -> bool:
+    "Quarantine new rows that connect old ones of different splits; whether there are any."
+    found = False
+    for unit in units_of(records):
+        place = [split if (split := previous.get(record.sha256)) in parts else None for record in unit]
+        if len({*place} - {None}) > 1 and None in place:
+            for record, places in joining_rows(unit, place, limits.near_bits):
+                record.quarantine("joins_splits", f"nearly equals pictures of {' and '.join(places)}")
+                found = True
+    return found
 
 
 def keep_place(unit: list[Checked], parts: dict[str, float], previous: dict[str, str], placed: Counter) -> bool:
@@ -354,7 +391,7 @@ def draw_folds(records: list[Checked], folds: int, previous: dict[str, int], str
         place(unit, label, min(range(folds), key=lambda fold: (sizes[label][fold], sizes[None][fold])))
     return [fold_of[id(record)] for record in records]
 
-# %% ../../nbs/23_data.prepare.ipynb #11cf1269
+# %% ../../nbs/23_data.prepare.ipynb #9430d9ce
 def settle_splits(
     task: Task, records: list[Checked], limits: Limits, fractions: dict[str, float], previous: dict[str, str]
 ) -> list[str]:
@@ -365,6 +402,9 @@ def settle_splits(
     assign_groups(records, limits)
     pool, parts = parts_to_draw(task, fractions)
     drawn = [record for record in records if record.split == pool and not record.reason]
+    if quarantine_joining(drawn, parts, previous, limits):
+        assign_groups(records, limits)  # groups that these rows had joined
+        drawn = [record for record in drawn if not record.reason]
     divide(drawn, parts, previous, stratified=task.is_closed)
     note_duplicates(records)
     for record in records:
@@ -495,7 +535,7 @@ def is_current(folder: Path, wanted: str, suite: Suite) -> bool:
         return False
     return report["fingerprint"] == wanted and all(file.exists() for file in files)
 
-# %% ../../nbs/23_data.prepare.ipynb #c418ed67
+# %% ../../nbs/23_data.prepare.ipynb #0d41f786
 def folds_of(folder: Path) -> int:
     "Into how many folds prepared data are divided; 0 without folds or data."
     try:
@@ -508,8 +548,9 @@ def previous_places(folder: Path, column: str, setting: str, value: object) -> d
     "Task -> sha256 -> split or fold of rows that were drawn before with the same setting; empty where there is nothing."
     try:
         report = json.loads((folder / "audit.json").read_text())
-        table = pq.read_table(folder / "splits.parquet").to_pandas()
-    except (OSError, ValueError):
+        files = [file for name in ("former-splits", "splits") if (file := folder / f"{name}.parquet").exists()]
+        table = pa.concat_tables(map(pq.read_table, files), promote_options="default").to_pandas()
+    except (OSError, ValueError, pa.ArrowException):
         return {}
     if column not in table or report.get("settings", {}).get(setting) != value:
         return {}
@@ -541,11 +582,24 @@ def assignment(suite: Suite, audit: Audit, previous: dict[str, dict[str, int]]) 
                 audit.remarks[task.name].append(f"{left_out} rows join pictures of different folds and are in none")
     return rows
 
-# %% ../../nbs/23_data.prepare.ipynb #f7647d4f
-def write_tables(staging: Path, audit: Audit, suite: Suite, previous_folds: dict[str, dict[str, int]]) -> None:
-    "splits.parquet, quarantine.parquet, audit.json, audit.html and suite.yaml."
-    rows = assignment(suite, audit, previous_folds)
+# %% ../../nbs/23_data.prepare.ipynb #3646f46a
+FORMER = pa.schema([("task", pa.string()), ("sha256", pa.string()), ("drawn", pa.bool_()), ("split", pa.string()), ("fold", pa.int64())])
+
+
+def former_places(rows: list[dict], splits: dict[str, dict[str, str]], folds: dict[str, dict[str, int]]) -> list[dict]:
+    "Places (task -> sha256 -> split, fold) that none of the rows of splits.parquet has now."
+    now = {(row["task"], row["sha256"]) for row in rows if row["drawn"]}
+    gone = sorted({(task, sha256) for places in (splits, folds) for task in places for sha256 in places[task]} - now)
+    return [{"task": task, "sha256": sha256, "drawn": True, "split": splits.get(task, {}).get(sha256),
+             "fold": folds.get(task, {}).get(sha256)} for task, sha256 in gone]
+
+
+def write_tables(staging: Path, audit: Audit, suite: Suite, splits: dict[str, dict[str, str]], folds: dict[str, dict[str, int]]) -> None:
+    "splits.parquet, quarantine.parquet, audit.json, audit.html and suite.yaml; `splits` and `folds` are those before."
+    rows = assignment(suite, audit, folds)
     pq.write_table(pa.Table.from_pylist(rows), staging / "splits.parquet", compression="zstd")
+    if former := former_places(rows, splits, folds):
+        pq.write_table(pa.Table.from_pylist(former, FORMER), staging / "former-splits.parquet", compression="zstd")
     names = ("task", "split", "id", "where", "reason", "detail", "label", "name", "sha256")
     schema = pa.schema([(name, pa.string()) for name in names])
     left_out = [{name: getattr(record, name) for name in names} for record in audit.records if record.reason]
@@ -603,7 +657,7 @@ def prepare(
         raise InputError(f"{left_out} row{'s are' if left_out != 1 else ' is'} quarantined; see {prepared.folder / 'audit.html'}")
     return prepared
 
-# %% ../../nbs/23_data.prepare.ipynb #e04db3be
+# %% ../../nbs/23_data.prepare.ipynb #07ae788b
 def write_suite(suite: Suite, progress: Progress, settings: dict, wanted: str, anew: bool, workers: int | None) -> None:
     "Prepare all tasks; the folder appears or changes at the end. Takes up what was done, unless `anew`."
     folder = progress.folder
@@ -618,7 +672,7 @@ def write_suite(suite: Suite, progress: Progress, settings: dict, wanted: str, a
             audits = [prepare_task(number, suite, progress, settings, splits, pool) for number in range(len(suite.tasks))]
         audit = join_audits(suite, audits)
         audit.settings, audit.fingerprint = settings, wanted
-        write_tables(progress.next, audit, suite, folds)
+        write_tables(progress.next, audit, suite, splits, folds)
         progress.publish()
     except InputError:
         progress.clear()
