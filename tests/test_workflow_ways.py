@@ -1,6 +1,7 @@
 """The ways of use agree: JupyterLab, papermill, the command line and Python leave the same run directory."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,9 +44,15 @@ def checkout(tmp_path_factory):
 @pytest.fixture(scope="module")
 def opened(checkout, tmp_path_factory):
     "The four notebooks run top to bottom where they lie, parameters as they stand: in JupyterLab if there is a browser."
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("MPLBACKEND", raising=False)  # of the tests; a reader's kernel shows figures
+        return executed_notebooks(checkout, tmp_path_factory.mktemp("jupyter"))
+
+
+def executed_notebooks(checkout: Path, home: Path) -> dict:
     names = [f"nbs/runs/{name}.ipynb" for name in ("prepare", "train", "score", "compare")]
     if CHROMIUM:
-        return in_jupyterlab([f"nbs/tutorials/{TUTORIAL}.ipynb", *names], checkout, tmp_path_factory.mktemp("jupyter"))
+        return in_jupyterlab([f"nbs/tutorials/{TUTORIAL}.ipynb", *names], checkout, home)
     executed = {}
     for name in names:
         notebook = nbformat.read(checkout / name, as_version=4)
@@ -85,6 +92,9 @@ def run(command: list, folder: Path) -> str:
 def test_notebooks_run_top_to_bottom_where_they_lie(opened, checkout):
     assert "mix(2)" in outputs(opened["compare"]) and (checkout / "runs/demo/report.html").exists()
     assert "learning_rate" in outputs(opened["train"]) and "scored" in outputs(opened["score"])
+    drawn = [cell for cell in opened["compare"].cells if cell.cell_type == "code" and re.match(r"plots\.|test = ", cell.source)]
+    shown = ["image/png" in out.get("data", {}) for cell in drawn for out in cell.outputs[-1:]]
+    assert len(drawn) == 10 and shown == [True] * 10, "each of the ten plots is drawn from the run directories alone"
     assert not (checkout / "nbs/runs/runs").exists() and not (checkout / "nbs/runs/prepared").exists()
 
 
