@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import yaml
+import tempfile
 from torch import nn
 from transformers import TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
@@ -126,7 +127,7 @@ def test_groups_hold_every_trained_weight_once_and_decay_as_the_stock_trainer():
 
     method = MethodConfig(name="full", freeze_tower=False, freeze_merger=False)
     model = trainable(load_base(SMALL, method), method)
-    stock = Trainer(model=model, args=TrainingArguments(output_dir="unused", weight_decay=0.1, use_cpu=True, report_to=[])).create_optimizer()
+    stock = Trainer(model=model, args=TrainingArguments(output_dir=tempfile.gettempdir(), weight_decay=0.1, use_cpu=True, report_to=[])).create_optimizer()
     decayed = set(Trainer.get_decay_parameter_names(None, model))
     ours = parameter_groups(model, ScheduleConfig(weight_decay=0.1), decayed)
     by_decay = lambda groups: {decay: {id(p) for group in groups for p in group["params"] if group["weight_decay"] == decay} for decay in (0.0, 0.1)}
@@ -168,7 +169,7 @@ def test_an_optimiser_runs_and_keeps_the_stated_bytes(name):
 
     weight = nn.Parameter(torch.randn(512, 512))
     weight.grad = torch.randn(512, 512)
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(output_dir="unused", optim=name, use_cpu=True, report_to=[]))
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(output_dir=tempfile.gettempdir(), optim=name, use_cpu=True, report_to=[]))
     optimizer, before = kind([weight], **options), weight.detach().clone()
     optimizer.step()
     assert not torch.equal(weight, before)

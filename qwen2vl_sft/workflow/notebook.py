@@ -176,8 +176,8 @@ def prepared_folder(
     "Where the prepared data of a suite lies."
     return project_root() / "prepared" / suite
 
-# %% ../../nbs/70_workflow.notebook.ipynb #924a809e
-SCORING_PARAMETERS = ("rule", "split", "batch", "limit")
+# %% ../../nbs/70_workflow.notebook.ipynb #1c3a36d6
+SCORING_PARAMETERS = ("rule", "split", "batch", "limit", "max_new_tokens")
 
 
 def plan_prepare(parameters: dict[str, Any]) -> Plan:
