@@ -1,11 +1,11 @@
 """Methods: which weights learn, how fast, and that PEFT and transformers agree about what a setting means."""
 
 import math
+import tempfile
 
 import pytest
 import torch
 import yaml
-import tempfile
 from torch import nn
 from transformers import TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
