@@ -25,6 +25,7 @@ from qwen2vl_sft.scoring.experiment import score_experiment
 from qwen2vl_sft.training.trainer import LabelTrainer, train
 
 torch.set_num_threads(1)
+tqdm.set_lock(threading.RLock())  # tqdm's own is shared by all that are forked from here: one killed while it draws would stop the others for good
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # threads that load weights find torch's pool as it was before the fork, now and then
 trainable(load_base(ModelConfig(device="cpu"), MethodConfig(name="qlora")), MethodConfig(name="qlora"))  # imports what is imported late
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
