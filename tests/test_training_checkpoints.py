@@ -62,7 +62,7 @@ def test_a_disk_that_is_full_when_a_line_is_logged_is_said_too(project, small_di
         real(run, step, **values)
 
     monkeypatch.setattr(RunDir, "log", crowded)
-    with pytest.raises(RunFailure, match=r"runs/default/lines\S* can't be written: No space left on device; make room on that disk, and the same command continues"):
+    with pytest.raises(RunFailure, match=r"runs/default/lines\S* can't be written: No space left on device. The disk has .* MB free; make room, and the same command continues"):
         train(config(project, "lines", "lora", steps=2, save_at=[], tensorboard=False))
 
 

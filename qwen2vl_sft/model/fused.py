@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .load import unwrapped
 
-# %% ../../nbs/35_model.fused.ipynb #36cf6415
+# %% ../../nbs/35_model.fused.ipynb #99ce3f8e
 class LoraProduct(torch.autograd.Function):
     "`x Wᵀ + bias + scaling (x Aᵀ) Bᵀ` with W and the bias frozen (LoRA: arXiv 2106.09685, section 4.1)."
 
@@ -32,11 +32,12 @@ class LoraProduct(torch.autograd.Function):
         to_x = (gradient @ weight).addmm_(low_gradient, a) if ctx.needs_input_grad[0] else None
         return to_x, None, None, low_gradient.t() @ x, gradient.t() @ low, None
 
-
+# %% ../../nbs/35_model.fused.ipynb #bdd68bb8
 def _fused_forward(layer: nn.Module) -> Any:
     plain = layer.forward
 
     def forward(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        "The layer's output, [..., out], in the fewest passes that the case allows."
         base, active = layer.base_layer, layer.active_adapters
         one = active[0] if len(active) == 1 and active[0] in layer.lora_A and active[0] not in layer.lora_variant else None
         if one is None or args or options or layer.disable_adapters or layer.merged or layer.lora_B[one].bias is not None or (layer.lora_dropout[one].training and not isinstance(layer.lora_dropout[one], nn.Identity)):
@@ -44,7 +45,9 @@ def _fused_forward(layer: nn.Module) -> Any:
         a, b = layer.lora_A[one].weight, layer.lora_B[one].weight
         if {x.dtype, base.weight.dtype, a.dtype} != {torch.float32} or base.weight.requires_grad or torch.is_autocast_enabled(x.device.type):
             return plain(x)
-        if not torch.is_grad_enabled() and x.numel() * sum(base.weight.shape) > x.shape[-1] * base.weight.numel():
+        tokens, (width_out, width_in) = x.numel() // x.shape[-1], base.weight.shape
+        sum_is_smaller = width_out * width_in < tokens * (width_in + width_out)  # than what goes in and comes out
+        if sum_is_smaller and not torch.is_grad_enabled():
             return F.linear(x, torch.addmm(base.weight, b, a, alpha=layer.scaling[one]), base.bias)
         return LoraProduct.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, layer.scaling[one]).view(*x.shape[:-1], -1)
 

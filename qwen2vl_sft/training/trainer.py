@@ -11,13 +11,14 @@ __all__ = ['Setting', 'LabelTrainer', 'joined_shards', 'write_checkpoint', 'Betw
 # %% ../../nbs/56_training.trainer.ipynb #5e3d8f0b
 from ..core import InputError, Interrupted, RunFailure, fingerprint, pick_device, process_count, process_rank, project_root, say, seed_everything, write_atomically  # first: it quietens what follows
 
-# %% ../../nbs/56_training.trainer.ipynb #2601cba2
+# %% ../../nbs/56_training.trainer.ipynb #ef138aae
 import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from ..tasks import load_suite
 from qwen2vl_sft.training.checkpoints import (
     Inputs,
     check_position,
-    explained_disk,
+    explained_write,
     inputs_of,
     last_checkpoint,
     note_inputs,
@@ -51,6 +52,7 @@ from qwen2vl_sft.training.checkpoints import (
     rotate,
     save_checkpoint,
     set_random_states,
+    step_of,
     versions,
 )
 from .loss import averaged, token_losses
@@ -215,7 +217,7 @@ def training_arguments(
         arguments._n_gpu = 1  # one process trains on one GPU; the Trainer would split batches over all it sees
     return arguments
 
-# %% ../../nbs/56_training.trainer.ipynb #65cdc2d2
+# %% ../../nbs/56_training.trainer.ipynb #d65fb7f7
 def check_optimizer(
     config: RunConfig,
 ) -> None:
@@ -250,11 +252,13 @@ def check_devices(
     name = config.model.device
     if name.startswith("cuda:") and (process_count() > 1 or pick_device(name).index != 0):
         raise InputError(f"model.device={name}: choose the GPU with CUDA_VISIBLE_DEVICES and write device=cuda")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and config.method.name != "full":
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return
+    if config.method.name != "full":
         raise InputError(f"method {config.method.name} fits on one GPU: start it without FSDP (`accelerate launch --multi_gpu`), or train method=full")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not config.method.tower_is_frozen:
+    if not config.method.tower_is_frozen:
         raise InputError("FSDP leaves the vision tower and the merger out of what it divides, so they can't train; set method.freeze_tower=true and method.freeze_merger=true")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and config.schedule.validate_every:
+    if config.schedule.validate_every:
         raise InputError("sharded weights (FSDP) can't be validated while they train; set schedule.validate_every=0 and score the checkpoints with split=validation")
 
 # %% ../../nbs/56_training.trainer.ipynb #5bb6c08a
@@ -396,7 +400,7 @@ def memory_named(
             raise
         raise RunFailure(f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]}); {remedy}") from error
 
-# %% ../../nbs/56_training.trainer.ipynb #f011c7d6
+# %% ../../nbs/56_training.trainer.ipynb #8c4e5ed1
 def train(
     config: RunConfig,
 ) -> RunDir:
@@ -415,7 +419,8 @@ def train(
     if from_first(lambda: steps in run.checkpoints() and run.status().state == "finished"):
         say(f"{run.experiment}/{run.name}: already trained")
         return run
-    with explained_disk(run.path), running_together(run, "training") as status, explained_disk(run.path):
+    disk = partial(explained_write, run.path, only_full=True)
+    with disk(), running_together(run, "training") as status, disk():  # the inner one's words are the status; the outer one's is a status that can't be written
         from_first(lambda: note_inputs(run, config, inputs))
         from_first(lambda: remove_leftovers(run, config.schedule.keep_last))
         if steps in run.checkpoints():  # killed after the last checkpoint
@@ -427,7 +432,7 @@ def train(
             train_steps(run, config, prepared, status)
     return run
 
-# %% ../../nbs/56_training.trainer.ipynb #2ef1aedc
+# %% ../../nbs/56_training.trainer.ipynb #947b8b39
 def train_steps(
     run: RunDir,
     config: RunConfig,
@@ -446,7 +451,7 @@ def train_steps(
     setting = Setting(run, config, encoder, image_processor, Tally(list(data.questions)), validation)
     if start:
         check_position(start, data.order, config.schedule.batch)
-        data.start = int(start.name.split("-")[1]) * config.schedule.batch  # step-N or resume-N
+        data.start = step_of(start) * config.schedule.batch
     seed_everything(config.schedule.seed)
     with memory_named(run, "the weights, or one picture's way through the vision tower, need it before the first step: end other programs on the device, lower preprocessing.max_pixels, or choose method=qlora or a smaller model"):
         trainer = build_trainer(setting, data, status, plan.estimate.pictures_at_once or 1, start)
@@ -456,8 +461,7 @@ def train_steps(
     with setting.request.listening(), memory_named(run):
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     if data.cache:
-        first = int(start.name.split("-")[1]) if start else 0  # step-N or resume-N
-        from_first(lambda: report_cache(run, data, first, trainer.state.global_step, config.schedule.batch))
+        from_first(lambda: report_cache(run, data, step_of(start) if start else 0, trainer.state.global_step, config.schedule.batch))
     report_end(trainer, status)
 
 # %% ../../nbs/56_training.trainer.ipynb #b5a2ab74

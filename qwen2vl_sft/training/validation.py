@@ -111,7 +111,7 @@ def validation_of(
         return None
     return Validation(validation_sets(prepared, config), Scorer(encoder, config.scoring))
 
-# %% ../../nbs/53_training.validation.ipynb #caa6eafb
+# %% ../../nbs/53_training.validation.ipynb #c805a105
 @dataclass(frozen=True)
 class Reading:
     "The most that a validation puts through the model at once, and how many pictures it has."
@@ -140,9 +140,6 @@ def largest_reading(
         most = max(most, -(-len(data) // process_count()))
     length = max(len(encoder.encode(*prompt)) for prompt in prompts)
     return Reading(min(most, validation.scorer.settings.batch), length, max(nodes), max(patches.values()), len(patches), sum(patches.values()))
-
-
-# A validation may need more memory than the plan thought, as a training step may. A batch that doesn't fit is scored in halves, and later batches are no larger.
 
 # %% ../../nbs/53_training.validation.ipynb #4be3f7c0
 def score_halving(
