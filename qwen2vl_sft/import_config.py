@@ -65,6 +65,14 @@ class Imported:
         kinds = {"mapped": self.mapped, "not mapped": self.not_mapped, "will differ": self.differs}
         return [f"{kind}: {note}" for kind, notes in kinds.items() for note in notes]
 
+# %% ../nbs/06_import_config.ipynb #21595bb2
+def _renamed(theirs: dict[str, Any], found: Imported) -> None:
+    adapters = theirs.get("finetuning_type", "lora") != "full"
+    for name, (path, default) in RENAMED.items():
+        value = theirs.get(name, default)
+        if value is not None and (adapters or not path.startswith("method.")) and (name != "double_quantization" or theirs.get("quantization_bit") == 4):
+            found.put(path, value, name if name in theirs else f"{name} (their default)")
+
 # %% ../nbs/06_import_config.ipynb #a939152d
 def _method(theirs: dict[str, Any], found: Imported) -> None:
     kind, bits = theirs.get("finetuning_type", "lora"), theirs.get("quantization_bit")
@@ -109,44 +117,66 @@ def _adapters(theirs: dict[str, Any], found: Imported) -> None:
     if theirs.get("freeze_language_model"):
         found.put("method.targets", [], "freeze_language_model")
 
-# %% ../nbs/06_import_config.ipynb #e8d52f34
-def _warmup_and_saving(theirs: dict[str, Any], found: Imported, steps: int) -> None:
-    "Settings in optimiser steps; below 1 they are shares of all steps, as transformers reads them. `steps`: 0 where unknown."
-    warmup, save = theirs.get("warmup_steps") or 0, theirs.get("save_steps", 500)
-    if 0 < warmup < 1:
-        found.put("schedule.warmup_ratio", warmup, f"warmup_steps {warmup} (below 1: a share of the steps)")
-    elif warmup and steps > 0:
-        found.put("schedule.warmup_ratio", min(0.999, int(warmup) / steps), "warmup_steps")
-    if steps > 0:
-        every = _whole_steps(save, steps)
-        found.put("schedule.save_at", [step for step in range(every, steps, every) if step > 1] if every >= 1 else [], f"save_steps {save}")
-    stated = {"warmup_steps": warmup >= 1, "save_steps": bool(theirs.get("save_steps"))}
-    found.not_mapped.extend(f"{name} {theirs[name]}: needs the number of steps (--rows N)" for name, needs in stated.items() if needs and steps <= 0)
-    for name, path, is_on in (("logging_steps", "schedule.log_every", True), ("eval_steps", "schedule.validate_every", theirs.get("eval_strategy", "no") == "steps")):
-        value = theirs.get(name) or 0
-        if is_on and 0 < value < 1 and steps > 0:
-            found.put(path, _whole_steps(value, steps), f"{name} {value} (below 1: a share of the steps)")
-        elif is_on and 0 < value < 1:
-            found.not_mapped.append(f"{name} {value}: needs the number of steps (--rows N)")
+# %% ../nbs/06_import_config.ipynb #dc1de0c1
+def _steps(theirs: dict[str, Any], rows: int | None) -> int:
+    "Optimiser steps of their run, stated or from the rows of their data; 0 where unknown."
+    if theirs.get("max_steps", -1) > 0:
+        return theirs["max_steps"]
+    return max(1, math.ceil(math.ceil(rows / _batch(theirs)) * _epochs(theirs))) if rows else 0
 
 
-def _whole_steps(value: float, steps: int) -> int:
-    return math.ceil(value * steps) if 0 < value < 1 else value
+def _batch(theirs: dict[str, Any]) -> int:
+    return theirs.get("per_device_train_batch_size", 8) * theirs.get("gradient_accumulation_steps", 1)
 
 
-def _batches_and_steps(theirs: dict[str, Any], found: Imported, rows: int | None) -> None:
-    batch = theirs.get("per_device_train_batch_size", 8) * theirs.get("gradient_accumulation_steps", 1)
-    epochs, steps = theirs.get("num_train_epochs", 3.0), theirs.get("max_steps", -1)
-    if steps <= 0 and rows:
-        steps = max(1, math.ceil(math.ceil(rows / batch) * epochs))
+def _epochs(theirs: dict[str, Any]) -> float:
+    return theirs.get("num_train_epochs", 3.0)
+
+
+def _validates(theirs: dict[str, Any]) -> bool:
+    return theirs.get("eval_strategy", "no") == "steps"
+
+
+def _in_whole_steps(theirs: dict[str, Any], found: Imported, steps: int) -> dict[str, Any]:
+    "Their settings without shares of the steps; what can't be turned into steps (`steps`: 0) is noted and left out."
+    whole = dict(theirs)
+    for name in ("warmup_steps", "save_steps", "logging_steps", *["eval_steps"] * _validates(theirs)):
+        share = theirs.get(name)
+        if not isinstance(share, float) or not 0 < share < 1:
+            continue
+        del whole[name]
+        if name == "warmup_steps":
+            whole["warmup_ratio"] = share
+            found.mapped.append(f"{name} {share} (below 1: a share of the steps) -> warmup_ratio")
+        elif steps:
+            whole[name] = math.ceil(share * steps)
+            found.mapped.append(f"{name} {share} (below 1: a share of the steps) -> {whole[name]} steps")
+        else:
+            found.not_mapped.append(f"{name} {share}: needs the number of steps (--rows N)")
+    return whole
+
+# %% ../nbs/06_import_config.ipynb #b8bcc930
+def _duration(theirs: dict[str, Any], found: Imported, steps: int, rows: int | None) -> None:
+    batch, epochs, stated = _batch(theirs), _epochs(theirs), theirs.get("max_steps", -1) > 0
+    if steps and not stated:
         found.differs.append(f"{epochs} epochs of {rows} rows are {steps} steps of {batch}; the last batch of an epoch is filled from the next one, not left short")
-    if steps > 0:
-        found.put("schedule.steps", steps, "max_steps" if theirs.get("max_steps", -1) > 0 else "num_train_epochs")
+    if steps:
+        found.put("schedule.steps", steps, "max_steps" if stated else "num_train_epochs")
     else:
         found.not_mapped.append(f"num_train_epochs {epochs}: steps here are counted, ceil(rows / {batch}) x {epochs}; give the rows (--rows N), or set schedule.steps; now it is the default")
-    _warmup_and_saving(theirs, found, steps)
 
 
+def _warmup_and_saving(theirs: dict[str, Any], found: Imported, steps: int) -> None:
+    warmup, every = theirs.get("warmup_steps") or 0, theirs.get("save_steps", 500)
+    if steps:
+        found.put("schedule.save_at", [step for step in range(every, steps, every) if step > 1] if every >= 1 else [], f"save_steps {every}")
+    if steps and warmup > 0:
+        found.put("schedule.warmup_ratio", min(0.999, int(warmup) / steps), "warmup_steps")
+    if not steps:
+        stated = {"warmup_steps": warmup >= 1, "save_steps": bool(theirs.get("save_steps"))}
+        found.not_mapped.extend(f"{name} {theirs[name]}: needs the number of steps (--rows N)" for name, is_stated in stated.items() if is_stated)
+
+# %% ../nbs/06_import_config.ipynb #22e56d49
 def _optimisation(theirs: dict[str, Any], found: Imported) -> None:
     for name, path, default, known in (("optim", "schedule.optimizer", "adamw_torch_fused", OPTIMIZERS), ("lr_scheduler_type", "schedule.scheduler", "linear", SCHEDULERS)):
         value = theirs.get(name, default)
@@ -154,11 +184,15 @@ def _optimisation(theirs: dict[str, Any], found: Imported) -> None:
             found.put(path, value, name if name in theirs else f"{name} (their default)")
         else:
             found.not_mapped.append(f"{name} {value}: does not run here; {path} keeps its default")
-    if theirs.get("eval_strategy", "no") == "steps" and theirs.get("eval_steps"):
-        if theirs["eval_steps"] >= 1:
-            found.put("schedule.validate_every", theirs["eval_steps"], "eval_steps")
-        found.differs.append("validation here scores labels on each task's validation split (accuracy, macro F1); theirs measures the loss")
-        if theirs.get("early_stopping_steps") and "validate_every" in found.settings["schedule"]:
+
+
+def _validation(theirs: dict[str, Any], found: Imported) -> None:
+    if not _validates(theirs):
+        return
+    found.differs.append("validation here scores labels on each task's validation split (accuracy, macro F1); theirs measures the loss")
+    if every := theirs.get("eval_steps"):
+        found.put("schedule.validate_every", every, "eval_steps")
+        if theirs.get("early_stopping_steps"):
             found.put("schedule.early_stopping_patience", theirs["early_stopping_steps"], "early_stopping_steps")
 
 # %% ../nbs/06_import_config.ipynb #c2b89521
@@ -210,7 +244,7 @@ def _word(text: str) -> str:
     word = "".join(c if c.isalnum() or c in "._-" else "-" for c in text).strip("-.")
     return word if word and (word[0].isalnum() or word[0] == "_") else "imported"
 
-# %% ../nbs/06_import_config.ipynb #b95853e6
+# %% ../nbs/06_import_config.ipynb #26f81a87
 ALWAYS_DIFFERS = (
     "theirs also trains the newline after <|im_end|>; here schedule.supervise_newline (off) does",
     "theirs cuts samples at cutoff_len; here a longer one is reported before training starts, and nothing is cut",
@@ -229,17 +263,16 @@ def imported(
         raise InputError(f"stage '{theirs['stage']}' has no counterpart here; only supervised fine-tuning (sft) has")
     if "model_name_or_path" not in theirs:
         raise InputError("model_name_or_path is missing; is this a LLaMA-Factory training file?")
-    found, adapters = Imported(), theirs.get("finetuning_type", "lora") != "full"
-    for name, (path, default) in RENAMED.items():
-        value = theirs.get(name, default)
-        if name == "logging_steps" and isinstance(value, float) and 0 < value < 1:
-            continue  # a share of the steps: `_warmup_and_saving`
-        if value is not None and (adapters or not path.startswith("method.")) and (name != "double_quantization" or theirs.get("quantization_bit") == 4):
-            found.put(path, value, name if name in theirs else f"{name} (their default)")
+    found = Imported()
     try:
+        steps = _steps(theirs, rows)
+        theirs = _in_whole_steps(theirs, found, steps)
+        _renamed(theirs, found)
         _method(theirs, found)
-        _batches_and_steps(theirs, found, rows)
+        _duration(theirs, found, steps, rows)
+        _warmup_and_saving(theirs, found, steps)
         _optimisation(theirs, found)
+        _validation(theirs, found)
         _precision(theirs, found)
         _data(theirs, found, suite)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
