@@ -5,6 +5,7 @@ happens and sends SIGKILL at the chosen one; a thread sends it after the chosen 
 gone between two of its own instructions, as if by the kernel's hand.
 """
 
+import faulthandler
 import gc
 import os
 import signal
@@ -80,6 +81,7 @@ def go(
     "Train; the planned kill comes on the way."
     os.environ["QWEN2VL_SFT_ROOT"] = root
     prints_to(log)
+    faulthandler.dump_traceback_later(100, exit=True)  # where it hangs, if it does: into the log, before the test's patience ends
     config = load_recipe(recipe)
     folder, seen, started = str(config.experiment_folder / config.run), {"event": 0, "rename": 0}, time.monotonic()
 
@@ -98,6 +100,7 @@ def go(
     if kind == "time":
         threading.Thread(target=lambda: (time.sleep(when), die()), daemon=True).start()
     train(config)
+    faulthandler.cancel_dump_traceback_later()
     if events:
         Path(events).write_text(f"{seen['event']} {time.monotonic() - started}")
 
