@@ -37,6 +37,26 @@ def project(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def score_batch_fitting(monkeypatch):
+    "Makes a module's `score_batch` fail for more than `most[0]` samples, with the CPU allocator's own error; gives the sizes that were tried, and `most`."
+    import torch
+
+    def limit(module, most: int) -> tuple[list[int], list[int]]:
+        real, sizes, limits = module.score_batch, [], [most]
+
+        def tight(model, scorer, data, places, *rest):
+            sizes.append(len(places))
+            if len(places) > limits[0]:
+                torch.empty(2**60, dtype=torch.uint8)
+            return real(model, scorer, data, places, *rest)
+
+        monkeypatch.setattr(module, "score_batch", tight)
+        return sizes, limits
+
+    return limit
+
+
 def pytest_collection_modifyitems(items):
     "The slow ones come first, so that two workers end together; those that need a GPU say so when there is none."
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

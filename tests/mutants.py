@@ -222,6 +222,12 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_scoring_suite.py::test_an_adapter_that_changes_nothing_stops_the_run_and_one_of_the_tower_does_not',),
     ),
     Mutation(
+        '8', 'one picture that has no room makes all later batches small', 'qwen2vl_sft/model/memory.py',
+        'alone(items[start], error), start + 1, before',
+        'alone(items[start], error), start + 1, at_once.most',
+        ('tests/test_scoring_labeler.py::test_a_batch_without_memory_is_halved_and_a_picture_without_gets_a_reason',),
+    ),
+    Mutation(
         '8', 'predictions of another precision stay', 'qwen2vl_sft/scoring/suite.py',
         '"precision": candidate.precision, ',
         '',

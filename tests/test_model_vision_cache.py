@@ -69,7 +69,7 @@ def test_worker_processes_decode_the_fill_and_a_pass_too_large_is_halved(project
     assert all(torch.equal(found[image], expected[image]) for image in images) and len(images) > 8
     monkeypatch.setattr(vision_cache, "tower_features", tight)
     found = filled("tight", 8, 2)
-    assert sizes[:3] == [8, 4, 2] and "out of memory; going on with 2 pictures in a pass" in capsys.readouterr().out
+    assert sizes[:3] == [8, 4, 2] and "vision cache: out of memory; 2 pictures at a time instead of 4" in capsys.readouterr().out
     for image in images:
         torch.testing.assert_close(found[image], expected[image], rtol=1e-4, atol=1e-5)
 

@@ -23,6 +23,7 @@ from qwen2vl_sft.data.prepare import prepare
 from qwen2vl_sft.data.sources import Row
 from qwen2vl_sft.data.toy import write_toy_suite
 from qwen2vl_sft.encoding.batch import Sample
+from qwen2vl_sft.model.memory import AtOnce
 from qwen2vl_sft.rundir import RunDir
 from qwen2vl_sft.scoring import labeler as room
 from qwen2vl_sft.scoring import suite as scoring_suite
@@ -269,7 +270,7 @@ def test_a_table_of_pictures_is_read_a_few_rows_at_a_time(tmp_path, monkeypatch)
     monkeypatch.setattr(room, "TABLE_ROWS", 8)
     monkeypatch.setattr(room, "row_of_record", lambda record, names, file, number, *more: read.append(number) or Row(str(number), image=record["image"]))
     monkeypatch.setattr(room, "read_picture", lambda encoder, row: row)
-    monkeypatch.setattr(room, "label_fitting", lambda one, rows: [len(rows)])
+    monkeypatch.setattr(room, "label_fitting", lambda one, rows, at_once: [len(rows)])
     batches = room.label_rows(SimpleNamespace(encoder=None, batch=10), room.images_of(tmp_path / "t.parquet", "image"))
     assert next(batches) == [10] and len(read) == 20  # a batch, and the next one being decoded
 
@@ -281,9 +282,13 @@ def test_a_batch_without_memory_is_halved_and_a_picture_without_gets_a_reason(mo
         return [{"image": picture.row.id, "reason": picture.reason} for picture in pictures]
 
     monkeypatch.setattr(room, "label_pictures", label_pictures)
-    rows = room.label_fitting(None, [room.Picture(Row(str(i)), pixels) for i, pixels in enumerate((1, 1, 1, 4, 2))])
+    at_once = AtOnce(8, "label", "pictures")
+    rows = room.label_fitting(None, [room.Picture(Row(str(i)), pixels) for i, pixels in enumerate((1, 1, 1, 4, 2))], at_once)
     assert [row["image"] for row in rows] == list("01234") and [bool(row["reason"]) for row in rows] == [False, False, False, True, False]
-    assert "doesn't fit in memory" in rows[3]["reason"] and "a batch of 5 is halved" in capsys.readouterr().out
+    assert "doesn't fit in memory" in rows[3]["reason"] and "label: out of memory; 2 pictures at a time instead of 5" in capsys.readouterr().out
+    assert at_once.most == 8  # the one picture was to blame
+    rows = room.label_fitting(None, [room.Picture(Row(str(i)), 1) for i in range(8)], at_once)
+    assert not any(row["reason"] for row in rows) and at_once.most == 2  # the batch was
 
 
 def test_an_exported_calibration_belongs_to_its_weights_and_its_positive_label(tmp_path):

@@ -365,19 +365,11 @@ def test_the_tokens_of_a_pass_follow_from_free_memory(monkeypatch):
     assert suite.batch_tokens(model) == pytest.approx(2 * half, rel=1e-3) and half * cache < 2 * 10**9 / 3
 
 
-def test_a_batch_that_is_too_large_is_halved_and_a_sample_that_is_gets_named(project, prepared, monkeypatch, capsys):
-    "The error is the CPU allocator's own."
-    real, sizes, most = experiment.score_batch, [], [2]
-
-    def tight(model, scorer, data, places, *rest):
-        sizes.append(len(places))
-        if len(places) > most[0]:
-            torch.empty(2**60, dtype=torch.uint8)
-        return real(model, scorer, data, places, *rest)
-
-    monkeypatch.setattr(experiment, "score_batch", tight)
+def test_a_batch_that_is_too_large_is_halved_and_a_sample_that_is_gets_named(project, prepared, score_batch_fitting, capsys):
+    "Later batches of the task are no larger."
+    sizes, most = score_batch_fitting(experiment, 2)
     run = scored_untuned(project, prepared, CPU, batch=8)
-    assert sizes[:6] == [8, 4, 2, 2, 4, 2] and "out of memory: a batch of 8 is halved" in capsys.readouterr().out
+    assert sizes[:8] == [8, 4, 2, 2, 2, 2, 2, 2] and "score colour: out of memory; 4 samples at a time instead of 8" in capsys.readouterr().out
     assert all(len(run.predictions("base", task)) == 12 and run.predictions("base", task)["id"].is_unique for task in ("colour", "word"))
     most[0] = 0
     for path in run.path.glob("predictions/*/*/*"):

@@ -157,22 +157,14 @@ def test_each_tasks_best_is_kept_and_an_old_best_stays_until_the_new_one_is_save
     assert {task: (best["step"], best["accuracy"]) for task, best in run.best()["tasks"].items()} == {"colour": (1, 0.9), "word": (4, 0.95)}
 
 
-def test_a_validation_that_is_too_large_goes_on_in_halves(project, monkeypatch, capsys):
-    "The error is the CPU allocator's own."
+def test_a_validation_that_is_too_large_goes_on_in_halves(project, score_batch_fitting, capsys):
     settings = config(project, "tight", validate_every=6)
     prepared = prepared_suite(settings.suite_path)
     model, encoder = load_base(settings.model), load_encoder(base_location("small"), settings.preprocessing)
     seen = validation.validation_of(prepared, settings, encoder)
     seen.read_at_once(8)
-    expected, real, sizes, most = validation.validate(seen, model), validation.score_batch, [], [2]
-
-    def tight(model, scorer, data, places, *rest):
-        sizes.append(len(places))
-        if len(places) > most[0]:
-            torch.empty(2**60, dtype=torch.uint8)
-        return real(model, scorer, data, places, *rest)
-
-    monkeypatch.setattr(validation, "score_batch", tight)
+    expected = validation.validate(seen, model)
+    sizes, most = score_batch_fitting(validation, 2)
     assert validation.validate(seen, model) == expected
     assert sizes[:3] == [8, 4, 2] and max(sizes[-4:]) <= 2 and seen.scorer.settings.batch == 2
     assert "validation: out of memory; 4 samples at a time instead of 8" in capsys.readouterr().out

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['OLDER_NAMES', 'base_location', 'compute_dtype', 'quantisation_config', 'load_base', 'check_token_ids', 'unwrapped',
            'adapter_pattern', 'adapter_settings', 'add_adapters', 'trainable', 'part_of', 'parameter_groups',
-           'current_name', 'load_adapter', 'changes_outputs', 'is_out_of_memory', 'checkpoint_kind', 'stored_contract',
-           'load_checkpoint']
+           'current_name', 'load_adapter', 'changes_outputs', 'checkpoint_kind', 'stored_contract', 'load_checkpoint']
 
-# %% ../../nbs/30_model.load.ipynb #1d7860d9
+# %% ../../nbs/30_model.load.ipynb #0f30a910
 import json
 import re
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import nn
 from transformers import Qwen2VLForConditionalGeneration
 
 from ..config import MethodConfig, ModelConfig, ScheduleConfig
-from ..core import ASSETS, InputError, RunFailure, did_you_mean, pick_device
+from ..core import ASSETS, InputError, RunFailure, did_you_mean, first_line, pick_device
 from ..encoding.prompt import Encoder
 
 # %% ../../nbs/30_model.load.ipynb #f54debcd
@@ -42,7 +41,7 @@ def compute_dtype(
         return torch.bfloat16 if pick_device(config.device).type == "cuda" else torch.float32
     return getattr(torch, config.dtype)
 
-# %% ../../nbs/30_model.load.ipynb #afb0fd11
+# %% ../../nbs/30_model.load.ipynb #70fd5c9e
 def quantisation_config(
     method: MethodConfig,
     dtype: torch.dtype,  # of the computation
@@ -78,7 +77,7 @@ def load_base(
             location, revision=config.revision, dtype=dtype, attn_implementation=config.attention, use_safetensors=True, **options
         )
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"model '{location}' can't be loaded: {str(error).splitlines()[0]}") from error
+        raise InputError(f"model '{location}' can't be loaded: {first_line(error)}") from error
     return model.requires_grad_(False).eval()
 
 # %% ../../nbs/30_model.load.ipynb #36b90421
@@ -100,7 +99,7 @@ def unwrapped(model: nn.Module) -> Qwen2VLForConditionalGeneration:
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-# %% ../../nbs/30_model.load.ipynb #d619a12a
+# %% ../../nbs/30_model.load.ipynb #f0c87263
 def adapter_pattern(
     method: MethodConfig,
 ) -> str:  # a regular expression that matches whole module names
@@ -126,9 +125,9 @@ def adapter_settings(
         return LoraConfig(r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout, use_rslora=method.rslora,
                           use_dora=method.dora, target_modules=adapter_pattern(method), **method.peft)  # fmt: skip
     except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"method.peft: {str(error).splitlines()[0]}") from error
+        raise InputError(f"method.peft: {first_line(error)}") from error
 
-# %% ../../nbs/30_model.load.ipynb #7765c449
+# %% ../../nbs/30_model.load.ipynb #9357def5
 def add_adapters(
     model: Qwen2VLForConditionalGeneration,
     method: MethodConfig,
@@ -139,7 +138,7 @@ def add_adapters(
     try:
         return get_peft_model(model, adapter_settings(method))
     except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"method {method.name} can't be put on this model: {str(error).splitlines()[0]}") from error
+        raise InputError(f"method {method.name} can't be put on this model: {first_line(error)}") from error
 
 
 def trainable(
@@ -254,13 +253,6 @@ def _tower_output(inner: Qwen2VLForConditionalGeneration) -> torch.Tensor:
     side = 2 * vision.spatial_merge_size
     patches = torch.linspace(-1, 1, side * side * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2, device=inner.device)
     return inner.get_image_features(patches.view(side * side, -1), torch.tensor([[1, side, side]], device=inner.device)).pooler_output[0]
-
-# %% ../../nbs/30_model.load.ipynb #e9d7e156
-def is_out_of_memory(error: BaseException) -> bool:
-    "Whether a GPU's or the CPU's allocator had no memory left."
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
 
 # %% ../../nbs/30_model.load.ipynb #52fba8a6
 def checkpoint_kind(

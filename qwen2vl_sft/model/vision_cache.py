@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BATCH_BYTES', 'tower_features', 'forward_inputs', 'tower_key', 'VisionCache', 'get', 'put', 'missing', 'by_size',
-           'fill']
+           'pictures_at_once', 'fill']
 
 # %% ../../nbs/31_model.vision_cache.ipynb #85b8bd24
 import os
@@ -187,18 +187,23 @@ def by_size(
     if batch:
         yield batch
 
-# %% ../../nbs/31_model.vision_cache.ipynb #ed7ad9e4
+# %% ../../nbs/31_model.vision_cache.ipynb #dac8248c
+def pictures_at_once(model: nn.Module) -> int:
+    "How many pictures go through the tower together: 64, and 8 on a CPU, whose caches hold no more."
+    return 8 if unwrapped(model).device.type == "cpu" else 64
+
+
 def fill(
     cache: VisionCache,
     model: nn.Module,
     encoder: ImageEncoder,
     images: Iterable[str],  # sha256 of every picture that will be needed
     pixels: Callable[[str], np.ndarray] | None,  # sha256 -> uint8 [height, width, 3]
-    batch: int | None = None,  # pictures in one pass, fewer where they are large; None: 64, and 8 on a CPU, whose caches hold no more
+    batch: int | None = None,  # pictures in one pass, fewer where they are large; None: `pictures_at_once`
     stream: Callable[[list[str]], Iterable[tuple[str, np.ndarray]]] | None = None,  # in place of `pixels`: those of a list, each with its hash
 ) -> int:  # pictures that were computed
     "Compute and store what is missing, up to the size limit. A full disk ends the fill with a line, not the run."
-    wanted, batch = list(images), batch or (8 if unwrapped(model).device.type == "cpu" else 64)
+    wanted, batch = list(images), batch or pictures_at_once(model)
     absent = cache.missing(wanted)
     cache.hits, cache.misses = cache.hits + len(set(wanted)) - len(absent), cache.misses + len(absent)
     if absent:

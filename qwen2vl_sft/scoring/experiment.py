@@ -10,8 +10,7 @@ __all__ = ['Group', 'groups_of', 'Loaded', 'load_group', 'passes', 'Parts', 'Wor
            'trained_runs', 'untuned_settings', 'shared_data', 'rules_table', 'report_rules', 'progress_of',
            'with_longest_answer', 'score_experiment']
 
-# %% ../../nbs/45_scoring.experiment.ipynb #f1e5e707
-import gc
+# %% ../../nbs/45_scoring.experiment.ipynb #6d2e919b
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -31,7 +30,8 @@ from ..data.pixels import PixelCache
 from ..data.prepare import Prepared, prepare
 from ..encoding.prompt import Encoder, check_contract, load_encoder
 from ..model.fused import fuse_lora, fuse_tower
-from ..model.load import base_location, changes_outputs, check_token_ids, checkpoint_kind, is_out_of_memory, load_adapter, load_base, stored_contract, unwrapped
+from ..model.load import base_location, changes_outputs, check_token_ids, checkpoint_kind, load_adapter, load_base, stored_contract, unwrapped
+from ..model.memory import AtOnce, empty_device_cache, in_halves
 from ..model.vision_cache import VisionCache, tower_key
 from ..processes import first_then_others, from_first, gathered, join_processes, running_together, wait_for_all
 from ..rundir import RULES, RunDir, Status
@@ -149,7 +149,7 @@ def _checked(loaded: Loaded, encoder: Encoder) -> Loaded:
     loaded.tower = tower_key(loaded.model, encoder.images) if loaded.group.tower_is_frozen else None
     return loaded
 
-# %% ../../nbs/45_scoring.experiment.ipynb #a706b6ba
+# %% ../../nbs/45_scoring.experiment.ipynb #5953474b
 def passes(
     groups: list[Group],
     encoder: Encoder,
@@ -161,8 +161,7 @@ def passes(
         if held and (len(held) == most or from_first(lambda: max(one.bytes for one in held) > free_bytes(unwrapped(held[0].model).device) / 2)):
             yield held
             held.clear()
-            gc.collect()
-            torch.cuda.empty_cache() if torch.cuda.is_available() else None
+            empty_device_cache()
         held.append(load_group(group, encoder))
     if held:
         yield held
@@ -340,31 +339,23 @@ def score_candidate(
             work.missing[str(one), data.task.name, rule] -= {places[i] for i in index}
         work.count(len(rows), bar)
 
-# %% ../../nbs/45_scoring.experiment.ipynb #d79bbfd6
+# %% ../../nbs/45_scoring.experiment.ipynb #6306fc80
 def score_fitting(
     work: Work,
     held: list[Loaded],
     data: TestSet,
     places: list[int],
+    at_once: AtOnce,
     bar: tqdm,
 ) -> None:
-    "A batch, in halves where it is too large for the memory. Raises `RunFailure` if one sample is."
-    try:
-        score_places(work, held, data, places, bar)
-        return
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        if len(places) == 1:
-            name = data.column("id")[places[0]]
-            raise RunFailure(f"{data.task.name}, row {name}: one sample doesn't fit in memory; lower preprocessing.max_pixels, or use a device with more memory") from error
-    torch.cuda.empty_cache() if torch.cuda.is_available() else None
-    say(f"out of memory: a batch of {len(places)} is halved")
-    half = len(places) // 2
-    for part in (places[:half], places[half:]):
-        score_fitting(work, held, data, part, bar)
+    "A batch, in parts that memory has room for. Raises `RunFailure` if one sample has none."
+    def too_large(place: int, error: BaseException) -> None:
+        name = data.column("id")[place]
+        raise RunFailure(f"{data.task.name}, row {name}: one sample doesn't fit in memory; lower preprocessing.max_pixels, or use a device with more memory") from error
 
-# %% ../../nbs/45_scoring.experiment.ipynb #ae51319d
+    in_halves(places, lambda some: score_places(work, held, data, some, bar), at_once, too_large)
+
+# %% ../../nbs/45_scoring.experiment.ipynb #38e39062
 def one_pass(
     work: Work,
     held: list[Loaded],
@@ -379,9 +370,10 @@ def one_pass(
             continue
         work.parts.first |= from_first(lambda data=data: first_parts(work, candidates, data))
         bar.set_description(f"score {data.task.name}")
+        at_once = AtOnce(work.scorer.settings.batch, f"score {data.task.name}")
         for number, places in enumerate(batches(data, work.scorer, todo)):
             if number % process_count() == process_rank():
-                score_fitting(work, held, data, places, bar)
+                score_fitting(work, held, data, places, at_once, bar)
                 work.parts.publish(number)
     wait_for_all()
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['UNDECIDED', 'EMPTY', 'TABLE_ROWS', 'FLUSH_SECONDS', 'FLUSH_ROWS', 'Checkpoint', 'find_checkpoint', 'suite_of',
            'Decision', 'decided_labels', 'decision_for', 'Picture', 'Labeler', 'read_picture', 'load_labeler',
-           'label_pictures', 'label_fitting', 'empty_device_cache', 'tower_outputs', 'fitting', 'task_answers',
-           'stamp_of', 'label_rows', 'label', 'table_records', 'images_of', 'image_columns', 'label_to_file',
-           'label_into', 'stamps_of', 'held_parts', 'write_part', 'read_parts', 'finished', 'assembled']
+           'label_pictures', 'label_fitting', 'tower_outputs', 'fitting', 'task_answers', 'stamp_of', 'label_rows',
+           'label', 'table_records', 'images_of', 'image_columns', 'label_to_file', 'label_into', 'stamps_of',
+           'held_parts', 'write_part', 'read_parts', 'finished', 'assembled']
 
-# %% ../../nbs/49_scoring.labeler.ipynb #6cdc9a41
+# %% ../../nbs/49_scoring.labeler.ipynb #902a8103
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -34,7 +34,8 @@ from ..data.guess import IMAGE_SUFFIXES, by_name, share_of_images
 from ..data.sources import Row, files_below, locate_text, row_of_record
 from ..encoding.batch import Sample
 from ..encoding.prompt import Encoder, check_contract, load_encoder, preprocessing_contract
-from ..model.load import base_location, check_token_ids, checkpoint_kind, is_out_of_memory, load_base, load_checkpoint, stored_contract, unwrapped
+from ..model.load import base_location, check_token_ids, checkpoint_kind, load_base, load_checkpoint, stored_contract, unwrapped
+from ..model.memory import AtOnce, in_halves
 from ..model.prefill import prefill
 from ..model.vision_cache import tower_features
 from ..rundir import RunDir
@@ -223,7 +224,7 @@ def load_labeler(
 
 Labeler.load = staticmethod(load_labeler)
 
-# %% ../../nbs/49_scoring.labeler.ipynb #2ea0da35
+# %% ../../nbs/49_scoring.labeler.ipynb #4425fd14
 def label_pictures(
     labeler: Labeler,
     pictures: list[Picture],
@@ -244,26 +245,12 @@ def label_pictures(
 def label_fitting(
     labeler: Labeler,
     pictures: list[Picture],
+    at_once: AtOnce,
 ) -> list[dict[str, Any]]:
-    "Label a batch, in halves where it is too large for the memory; a picture that is too large alone gets that as its reason."
-    try:
-        return label_pictures(labeler, pictures)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-    empty_device_cache()
-    if len(pictures) == 1:
-        return label_pictures(labeler, [replace(pictures[0], pixels=None, reason="too_large: doesn't fit in memory; lower preprocessing.max_pixels, or use a device with more memory")])
-    say(f"out of memory: a batch of {len(pictures)} is halved")
-    half = len(pictures) // 2
-    return [*label_fitting(labeler, pictures[:half]), *label_fitting(labeler, pictures[half:])]
-
-
-def empty_device_cache() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    "Label a batch, in parts that memory has room for; a picture that has none alone gets that as its reason."
+    too_large = "too_large: doesn't fit in memory; lower preprocessing.max_pixels, or use a device with more memory"
+    alone = lambda picture, error: label_pictures(labeler, [replace(picture, pixels=None, reason=too_large)])
+    return [row for rows in in_halves(pictures, lambda some: label_pictures(labeler, some), at_once, alone) for row in rows]
 
 
 EMPTY = {"label": None, "probability": np.nan, "most_probable": None, "calibrated": False, "in_set_mass": np.nan, "probabilities": None, "reason": ""}
@@ -316,14 +303,14 @@ def stamp_of(row: Row) -> str:
     except (OSError, ValueError):
         return "missing"
 
-# %% ../../nbs/49_scoring.labeler.ipynb #54c1f21f
+# %% ../../nbs/49_scoring.labeler.ipynb #dcdb0059
 def label_rows(
     labeler: Labeler,
     rows: Iterable[Row],
     workers: int = 4,  # threads that decode
 ) -> Iterator[list[dict[str, Any]]]:  # a batch's rows
     "Label images batch by batch, decoding one batch ahead."
-    waiting = iter(rows)
+    waiting, at_once = iter(rows), AtOnce(labeler.batch, "label", "pictures")
     with ThreadPoolExecutor(workers) as pool:
         def decoding() -> list[Any]:
             return [pool.submit(read_picture, labeler.encoder, row) for row in islice(waiting, labeler.batch)]
@@ -331,7 +318,7 @@ def label_rows(
         following = decoding()
         while following:
             present, following = following, decoding()
-            yield label_fitting(labeler, [job.result() for job in present])
+            yield label_fitting(labeler, [job.result() for job in present], at_once)
 
 
 def label(

@@ -7,7 +7,7 @@ __all__ = ['Key', 'TrainingOrder', 'encoded', 'pixels', 'sample_lengths', 'sorte
            'collator', 'streamed_pixels', 'Pictures', 'as_it_is', 'decoded_pixels', 'fill_fitting', 'filled_cache',
            'report_cache']
 
-# %% ../../nbs/52_training.order.ipynb #2588d97d
+# %% ../../nbs/52_training.order.ipynb #e58fc48e
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -24,8 +24,8 @@ from ..data.stream import ImageStream, uses_of
 from ..encoding.batch import Sample, pack, pad
 from ..encoding.images import ImageEncoder, open_image
 from ..encoding.prompt import Encoded, Encoder
-from ..model.load import is_out_of_memory
-from ..model.vision_cache import VisionCache
+from ..model.memory import AtOnce, with_fewer
+from ..model.vision_cache import VisionCache, pictures_at_once
 from ..rundir import RunDir
 
 # %% ../../nbs/52_training.order.ipynb #bdc664b5
@@ -198,7 +198,7 @@ def decoded_pixels(
     rows = Pictures(data, [(image, wanted[image]) for image in lacking])
     return DataLoader(rows, batch_size=None, num_workers=workers, collate_fn=as_it_is, generator=torch.Generator())
 
-# %% ../../nbs/52_training.order.ipynb #f3c86619
+# %% ../../nbs/52_training.order.ipynb #df9e8d46
 def fill_fitting(
     cache: VisionCache,
     model: Any,
@@ -210,16 +210,8 @@ def fill_fitting(
 ) -> None:
     "`VisionCache.fill`, with fewer pictures in a pass where memory runs out. Raises the allocator's error if one doesn't fit."
     wanted = list(wanted)
-    while True:
-        try:
-            cache.fill(model, images, wanted, pixels, at_once, stream)
-            return
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or at_once == 1:
-                raise
-        torch.cuda.empty_cache() if torch.cuda.is_available() else None
-        at_once = max(1, (at_once or 16) // 2)
-        say(f"vision cache: out of memory; going on with {at_once} pictures in a pass")
+    most = AtOnce(at_once or pictures_at_once(model), "vision cache", "pictures")
+    with_fewer(lambda size: cache.fill(model, images, wanted, pixels, size, stream), most)
 
 
 def filled_cache(

@@ -10,8 +10,7 @@ __all__ = ['MOST_PICTURES', 'PICTURES_ON_CPU', 'FOREACH', 'WIDE_EMBEDDINGS', 'CU
            'worst_shape', 'Plan', 'usable_memory', 'planned', 'memory_plan', 'resolved', 'plan_lines', 'plan_record',
            'halved', 'HalvingTrainer', 'end_for_all', 'make_smaller', 'smaller_batches', 'on_smaller']
 
-# %% ../../nbs/54_training.plan.ipynb #6c04658d
-import gc
+# %% ../../nbs/54_training.plan.ipynb #c3326788
 import json
 import os
 import weakref
@@ -29,17 +28,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import DataLoader
 from transformers import DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Trainer
 
 from ..config import OPTIMIZERS, MethodConfig, RunConfig, with_overrides
-from ..core import InputError, RunFailure, pick_device, process_count, process_rank
+from ..core import InputError, RunFailure, first_line, pick_device, process_count, process_rank
 from ..data.forecast import PUBLISHED, PUBLISHED_TOWER
 from ..model.attention import use_packed_attention
 from ..model.fused import fuse_lora, fuse_tower
 from ..model.last_layer import Places, only_at
-from ..model.load import base_location, compute_dtype, is_out_of_memory, trainable, unwrapped
+from ..model.load import base_location, compute_dtype, trainable, unwrapped
+from ..model.memory import empty_device_cache, is_out_of_memory
 from ..model.vision_cache import BATCH_BYTES
 from ..scoring.labels import PROJECTED
 from .order import TrainingOrder
@@ -73,7 +72,7 @@ class LiveBytes(TorchDispatchMode):
     def _gone(self, key: int) -> None:
         self.now -= self._sizes.pop(key, 0)
 
-# %% ../../nbs/54_training.plan.ipynb #a68277ce
+# %% ../../nbs/54_training.plan.ipynb #0b4aad15
 def model_config(
     base: str,  # `small`, a folder, or a hub name
     revision: str | None = None,
@@ -86,7 +85,7 @@ def model_config(
     try:
         return Qwen2VLConfig.from_pretrained(base_location(base), revision=revision)
     except (OSError, ValueError) as error:
-        raise InputError(f"model '{base}': its configuration can't be read: {str(error).splitlines()[0]}") from error
+        raise InputError(f"model '{base}': its configuration can't be read: {first_line(error)}") from error
 
 
 def faked(model: nn.Module) -> nn.Module:
@@ -616,7 +615,7 @@ def halved(size: int) -> int:
 def _parts(batch: Any) -> list[dict]:
     return batch if isinstance(batch, list) else [batch]
 
-# %% ../../nbs/54_training.plan.ipynb #f562b396
+# %% ../../nbs/54_training.plan.ipynb #4aec7c64
 class HalvingTrainer(Trainer):
     "The stock Trainer, which does a step again with smaller micro-batches when memory runs out."
 
@@ -642,7 +641,7 @@ class HalvingTrainer(Trainer):
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = (str(error) or type(error).__name__).splitlines()[0]
+                reason = first_line(error)
                 if self.accelerator.num_processes > 1:
                     self.end_for_all(reason)
             first = 0  # past the except clause: the error no longer holds the pass's tensors
@@ -651,7 +650,7 @@ class HalvingTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         return sum(super(HalvingTrainer, self).floating_point_ops(part) for part in _parts(inputs))
 
-# %% ../../nbs/54_training.plan.ipynb #a56bf290
+# %% ../../nbs/54_training.plan.ipynb #1c959134
 def _random_state() -> list[torch.Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
 
@@ -680,8 +679,7 @@ def make_smaller(
         raise RunFailure(f"step {trainer.state.global_step + 1}: out of memory with one sample at a time ({reason}); {NOTHING_SMALLER}")
     model.zero_grad(set_to_none=True)
     trainer.size, trainer.smaller = halved(size), None
-    gc.collect()
-    clear_device_cache()
+    empty_device_cache()
     torch.set_rng_state(trainer.step_random[0])
     if len(trainer.step_random) > 1:
         torch.cuda.set_rng_state_all(trainer.step_random[1:])

@@ -8,10 +8,10 @@ __all__ = ['Setting', 'LabelTrainer', 'joined_shards', 'write_checkpoint', 'Betw
            'note_out_of_memory', 'with_plan', 'plan_run', 'build_trainer', 'last_step', 'memory_named', 'train',
            'train_steps', 'report_end']
 
-# %% ../../nbs/56_training.trainer.ipynb #5e3d8f0b
-from ..core import InputError, Interrupted, RunFailure, fingerprint, pick_device, process_count, process_rank, project_root, say, seed_everything, write_atomically  # first: it quietens what follows
+# %% ../../nbs/56_training.trainer.ipynb #e7574dd5
+from ..core import InputError, Interrupted, RunFailure, fingerprint, first_line, pick_device, process_count, process_rank, project_root, say, seed_everything, write_atomically  # first: it quietens what follows
 
-# %% ../../nbs/56_training.trainer.ipynb #ef138aae
+# %% ../../nbs/56_training.trainer.ipynb #b94b29a0
 import json
 import os
 import time
@@ -34,6 +34,7 @@ from ..encoding.prompt import Encoder, load_encoder
 from ..model.attention import use_packed_attention
 from ..model.fused import fuse_lora, fuse_tower
 from ..model.load import adapter_settings, base_location, check_token_ids, checkpoint_kind, compute_dtype, load_base, parameter_groups, trainable, unwrapped
+from ..model.memory import is_out_of_memory
 from ..processes import LONGEST_STEP, first_then_others, from_first, gathered, join_processes, noticing_loss, running_together
 from ..rundir import RunDir, Status
 from ..tasks import load_suite
@@ -57,7 +58,7 @@ from qwen2vl_sft.training.checkpoints import (
 )
 from .loss import averaged, token_losses
 from .order import StreamSampler, TrainingOrder, collator, filled_cache, report_cache
-from .plan import HalvingTrainer, Plan, is_out_of_memory, memory_plan, plan_lines, plan_record, resolved, sample_sizes
+from .plan import HalvingTrainer, Plan, memory_plan, plan_lines, plan_record, resolved, sample_sizes
 from .progress import INTERRUPTED, RunCallback, StopRequest, Tally, check_finite, with_tasks
 from .validation import Validation, early_stop, largest_reading, settle_best, validation_of
 
@@ -217,7 +218,7 @@ def training_arguments(
         arguments._n_gpu = 1  # one process trains on one GPU; the Trainer would split batches over all it sees
     return arguments
 
-# %% ../../nbs/56_training.trainer.ipynb #d65fb7f7
+# %% ../../nbs/56_training.trainer.ipynb #5f7828df
 def check_optimizer(
     config: RunConfig,
 ) -> None:
@@ -228,7 +229,7 @@ def check_optimizer(
         kind, options = Trainer.get_optimizer_cls_and_kwargs(training_arguments(resolved(config, 1, False), project_root()))
         kind([weight], **options).step()
     except Exception as error:
-        raise InputError(f"schedule.optimizer={config.schedule.optimizer} does not run on {weight.device}: {str(error).splitlines()[0]}; choose adamw_torch or another of config.OPTIMIZERS") from error
+        raise InputError(f"schedule.optimizer={config.schedule.optimizer} does not run on {weight.device}: {first_line(error)}; choose adamw_torch or another of config.OPTIMIZERS") from error
 
 
 def check_batch(
@@ -382,7 +383,7 @@ def last_step(
     stop = early_stop(run.validations(last), config.schedule.early_stopping_patience)
     return last if stop else config.schedule.steps
 
-# %% ../../nbs/56_training.trainer.ipynb #1312c51d
+# %% ../../nbs/56_training.trainer.ipynb #f3770ad0
 @contextmanager
 def memory_named(
     run: RunDir,
@@ -398,7 +399,7 @@ def memory_named(
             raise RunFailure(f"another of {process_count()} processes was out of memory ({there[-1]['reason']}); the same command continues from the last checkpoint with micro_batch={there[-1]['micro_batch']}") from error
         if isinstance(error, RunFailure) or not is_out_of_memory(error):
             raise
-        raise RunFailure(f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]}); {remedy}") from error
+        raise RunFailure(f"out of memory ({first_line(error)}); {remedy}") from error
 
 # %% ../../nbs/56_training.trainer.ipynb #8c4e5ed1
 def train(

@@ -7,7 +7,7 @@ __all__ = ['OPEN_SAMPLES', 'validation_sets', 'only_looking', 'Validation', 'val
            'score_halving', 'set_predictions', 'validate', 'is_due', 'best_step', 'best_task_steps', 'steps_kept',
            'Stop', 'early_stop', 'write_best', 'settle_best']
 
-# %% ../../nbs/53_training.validation.ipynb #06997192
+# %% ../../nbs/53_training.validation.ipynb #28cd3f87
 import json
 import math
 import shutil
@@ -24,7 +24,8 @@ from ..config import RunConfig, ScheduleConfig
 from ..core import InputError, RunFailure, process_count, process_rank, say, write_atomically
 from ..data.prepare import Prepared
 from ..encoding.prompt import Encoder
-from ..model.load import is_out_of_memory, unwrapped
+from ..model.load import unwrapped
+from ..model.memory import AtOnce, in_halves
 from ..model.vision_cache import VisionCache
 from ..processes import gathered
 from ..rundir import RunDir
@@ -141,7 +142,7 @@ def largest_reading(
     length = max(len(encoder.encode(*prompt)) for prompt in prompts)
     return Reading(min(most, validation.scorer.settings.batch), length, max(nodes), max(patches.values()), len(patches), sum(patches.values()))
 
-# %% ../../nbs/53_training.validation.ipynb #4be3f7c0
+# %% ../../nbs/53_training.validation.ipynb #3c99fc61
 def score_halving(
     validation: Validation,
     model: nn.Module,
@@ -149,21 +150,17 @@ def score_halving(
     places: list[int],
     tree: LabelTree | None,
 ) -> list[pd.DataFrame]:
-    "Predictions for a batch, in halves where it is too large for the memory. Raises `RunFailure` if one sample is."
+    "Predictions for a batch, in parts that memory has room for. Raises `RunFailure` if one sample has none."
     scorer = validation.scorer
-    try:
-        return [score_batch(model, scorer, data, places, scorer.samples(data, places), tree)]
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        if len(places) == 1:
-            name = f"{data.task.name}, row {data.column('id')[places[0]]}"
-            raise RunFailure(f"validation of {name}: out of memory with one sample; lower preprocessing.max_pixels, or set validate_every=0 and score the checkpoints with split=validation") from error
-    torch.cuda.empty_cache() if torch.cuda.is_available() else None
-    half = len(places) // 2
-    say(f"validation: out of memory; {half} samples at a time instead of {len(places)}")
-    validation.read_at_once(min(half, scorer.settings.batch))
-    return [part for some in (places[:half], places[half:]) for part in score_halving(validation, model, data, some, tree)]
+    at_once = AtOnce(scorer.settings.batch, "validation")
+
+    def too_large(place: int, error: BaseException) -> pd.DataFrame:
+        name = f"{data.task.name}, row {data.column('id')[place]}"
+        raise RunFailure(f"validation of {name}: out of memory with one sample; lower preprocessing.max_pixels, or set validate_every=0 and score the checkpoints with split=validation") from error
+
+    found = in_halves(places, lambda some: score_batch(model, scorer, data, some, scorer.samples(data, some), tree), at_once, too_large)
+    validation.read_at_once(at_once.most)
+    return found
 
 # %% ../../nbs/53_training.validation.ipynb #6ecc50a7
 def set_predictions(
