@@ -119,6 +119,8 @@ def predictions(plan: Plan, row: str, task: str, truth: list[str], difficulty: n
         "reason": [{"refused": "content policy", "off_list": "not a declared label or alias"}.get(o) for o in outcome], "text": answer,
         "probabilities": probabilities(labels, answer, confidences(outcome == "correct", rng)) if closed else None,
         "in_set_mass": 0.9 if closed else np.nan, "seconds": 1.5 if api else 0.01, "tokens_in": 80, "tokens_out": 2, "cost": 0.002 if api else 0.0,
+        "similarity": None if labels else [0.0 if s else 1.0 if a == t else 0.8 for a, t, s in zip(answer, truth, silent, strict=True)],
+        "fields": None if labels else [json.dumps({"phone": bool(a == t and not s)} if i % 3 else {}) for i, (a, t, s) in enumerate(zip(answer, truth, silent, strict=True))],
     })
 
 

@@ -804,3 +804,54 @@ def test_the_difference_of_two_scoreboards(tmp_path):
     assert (difference(before, before).table["state"] == "same").all() and not difference(before, before).notes
     after.configs["mix"]["schedule"] |= {"learning_rate": 0.5, "warmup": 7}
     assert "mix was trained with 2 settings changed (schedule.learning_rate and schedule.warmup)" in difference(before, after).to_markdown().replace("\\", "")
+
+
+# -------------------------------------------------------------------------- open text
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    "The small model's and the baselines' own answers to an open task with contact details."
+    from qwen2vl_sft.config import ModelConfig, PreprocessingConfig, ScoringConfig
+    from qwen2vl_sft.data.prepare import prepare
+    from qwen2vl_sft.data.toy import write_toy_suite
+    from qwen2vl_sft.scoring.baselines import score_baselines
+    from qwen2vl_sft.scoring.experiment import score_untuned
+    from qwen2vl_sft.tasks import load_suite
+
+    folder, settings = tmp_path_factory.mktemp("written"), ScoringConfig(max_new_tokens=4)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("QWEN2VL_SFT_ROOT", str(folder))
+        suite = write_toy_suite(folder / "toy", rows=6)
+        suite.write_text(suite.read_text().replace("answer: text", "answer: text\n    metric: fields\n    fields: [email, url]"))
+        for path in (folder / "toy").glob("word-*.csv"):
+            path.write_text(path.read_text().replace("fire", "fire@example.org").replace("a leaf", "mail a@b.org or www.leaf.org"))
+        prepared = prepare(load_suite(suite))
+        score_untuned(RunDir(folder / "runs" / "toy" / "base"), prepared, ModelConfig(device="cpu"), PreprocessingConfig(), settings)
+        score_baselines(folder / "runs" / "toy", prepared, settings)
+    return Scoreboard.from_experiment(folder / "runs" / "toy")
+
+
+def test_how_near_open_answers_came_stands_in_every_form(written):
+    from rapidfuzz.distance import Levenshtein
+
+    from qwen2vl_sft.comparison.report import Material, page
+    from qwen2vl_sft.workflow.records import scoreboard_record
+
+    own = written.samples[(written.samples["row"] == "base") & (written.samples["task"] == "word")]
+    near = [Levenshtein.normalized_similarity(text.strip().lower(), target) for text, target in zip(own["text"], own["target"], strict=True)]
+    cells = written.to_frame().query("dataset == 'word'").set_index("model")
+    assert cells.loc["base", "similarity"] == pytest.approx(100 * np.mean(near), abs=1e-6) and 0 <= cells.loc["base", "similarity"] < 60
+    assert cells.loc["base", ["exact_match", "email", "email_n", "url", "url_n"]].tolist() == [0, 0, 4, 0, 2]
+    guess = own["target"].mode()  # three of each: the baseline takes one of them
+    assert cells.loc["majority", "exact_match"] == pytest.approx(100 / 3) and len(guess) == 3
+    assert written.to_frame().query("dataset == 'colour'")["similarity"].isna().all()
+    line = f"base 0.0 / {cells.loc['base', 'similarity']:.1f} / 0.0 (4) / 0.0 (2)"
+    assert "word, open text, exact match / edit similarity / e-mail (samples) / URL (samples)" in text_table(written)
+    assert line in re.sub(r"\s+", " ", text_table(written)) and line in markdown_table(written).replace("\\_", "_") and line in latex_table(written)
+    html = page(Material(written), {})
+    table = html[html.index("Open text, %") :].partition("</table>")[0]
+    assert table.count("<tr>") == 4 and f"<td>{cells.loc['base', 'similarity']:.1f}</td><td>0.0 (4)</td><td>0.0 (2)</td>" in table
+    assert html.count("Open text, %") == 1, "the closed task has no such table"
+    tasks = scoreboard_record(written)["rows"][0]["tasks"]
+    assert tasks["word"]["open"]["similarity"] == pytest.approx(100 * np.mean(near)) and tasks["colour"]["open"] is None

@@ -7,13 +7,13 @@ __all__ = ['ROWS_DEPLOYED', 'CAPTIONS', 'GOOD_TO_KNOW', 'SAMPLES_HELD', 'TEXTS_H
            'OPEN_SCRIPT', 'SCRIPT', 'PAGE_STYLE', 'PICTURE_STYLE', 'CONTROL_STYLE', 'Material', 'references_of', 'png',
            'losses_of', 'figures_of', 'sample_figures', 'pictures', 'caption_of', 'figure_html', 'list_html', 'look_at',
            'automatic_share', 'automatic_text', 'tiles_html', 'summary_html', 'differences', 'difference_html',
-           'task_line', 'table_html', 'classes_html', 'task_html', 'data_html', 'steps_html', 'whole_text',
+           'task_line', 'table_html', 'classes_html', 'open_html', 'task_html', 'data_html', 'steps_html', 'whole_text',
            'training_html', 'queue_html', 'deployment_html', 'speed_text', 'cost_text', 'task_deployment_html',
            'decision_cells', 'run_dirs', 'state_of', 'troubles_of', 'run_html', 'versions', 'audit_html',
            'settings_html', 'provenance_html', 'policy', 'verdict_styles', 'scoreboard_html', 'page', 'write_report',
            'material_of', 'publish']
 
-# %% ../../nbs/69_comparison.report.ipynb #b15add27
+# %% ../../nbs/69_comparison.report.ipynb #e56e0095
 import base64
 import hashlib
 import html
@@ -47,7 +47,7 @@ from qwen2vl_sft.comparison.plots import (
     task_differences,
 )
 from .samples import class_figures, kind_of, prepared_folder
-from .scoreboard import Scoreboard, breakable, cells_text, html_table, latex_table, markdown_table, means_text, verdict_text
+from .scoreboard import Scoreboard, breakable, cells_text, html_table, latex_table, markdown_table, means_text, open_figures, open_heads, verdict_text
 from ..core import sha256_of, write_atomically
 from ..rundir import RunDir
 from ..scoring.metrics import OUTCOMES
@@ -312,7 +312,20 @@ def classes_html(material: Material, task: str) -> str:
     more = f"<p>The {len(lines)} most frequent of {len(labels)} labels.</p>" if len(labels) > len(lines) else ""
     return f"<h4>Precision / recall / F1 of each label, %</h4>{table_html(['label', 'n', *map(breakable, figures)], lines)}{more}"
 
-# %% ../../nbs/69_comparison.report.ipynb #eddb33ad
+# %% ../../nbs/69_comparison.report.ipynb #eba94ad3
+def open_html(
+    cells: Sequence[Mapping],  # of one task
+) -> str:
+    "How near open answers came, row by row."
+    own = [one for one in cells if pd.notna(one["exact_match"])]
+    if not own:
+        return ""
+    heads, kinds = open_heads(pd.DataFrame(own))
+    note = "<p>Exact match of the normalised texts; edit similarity: one minus the edit distance over the longer text's length, mean over all samples"
+    note += "; contact details: the samples that have all of a kind right and none too many, of those that have such details.</p>" if kinds else ".</p>"
+    return f"<h4>Open text, %</h4>{table_html(['model(step)', *heads], [[breakable(one['row']), *open_figures(one, kinds)] for one in own])}{note}"
+
+# %% ../../nbs/69_comparison.report.ipynb #19072315
 def task_html(
     material: Material,
     task: str,
@@ -335,7 +348,7 @@ def task_html(
     note = f"<p>{best['elsewhere']} of {best['n']} test pictures are in the training split of another task, with another question: {breakable(best['row'])} has {number(best['accuracy'])}, without them {number(best['without_elsewhere'])}.</p>" if best else ""
     browser = f'<h4>Mistakes</h4><div class="errors" data-browser="data-{place}"></div>' if len(board.samples) else ""
     return (f'<details><summary>{breakable(task)} <small>{html.escape(rules)}</small></summary>{question}{answer}{note}'
-            f'<div class="qboard"><div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></div>{classes_html(material, task)}{browser}</details>')
+            f'<div class="qboard"><div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></div>{open_html(cells)}{classes_html(material, task)}{browser}</details>')
 
 # %% ../../nbs/69_comparison.report.ipynb #92d10d0d
 SAMPLES_HELD = 2400  # mistakes with pictures in a page, over all tasks

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['CELL_COLUMNS', 'SHORT', 'MICRO', 'LATEX', 'STYLE', 'MARKS', 'KIND_NAMES', 'csv_text', 'cell_table', 'cells_text',
            'means_text', 'display_width', 'printable', 'shortened', 'padded', 'letters', 'legend', 'mean_columns',
-           'text_columns', 'text_table', 'seed_text', 'markdown_cell', 'markdown_lines', 'markdown_table',
-           'interval_text', 'sizes_text', 'latex_text', 'latex_marks', 'latex_lines', 'latex_table', 'top_cells',
-           'breakable', 'cell_title', 'verdict_html', 'html_cell', 'mean_cells', 'html_row', 'seed_row', 'body_html',
-           'verdicts_html', 'legend_html', 'html_table', 'Difference', 'paired_between', 'difference',
-           'changed_settings', 'Scoreboard', 'read_experiment', 'with_published', 'read_published']
+           'text_columns', 'text_table', 'seed_text', 'open_figures', 'open_heads', 'open_text', 'wrapped',
+           'markdown_cell', 'markdown_lines', 'markdown_table', 'interval_text', 'sizes_text', 'latex_text',
+           'latex_marks', 'latex_lines', 'latex_table', 'top_cells', 'breakable', 'cell_title', 'verdict_html',
+           'html_cell', 'mean_cells', 'html_row', 'seed_row', 'body_html', 'verdicts_html', 'legend_html', 'html_table',
+           'Difference', 'paired_between', 'difference', 'changed_settings', 'Scoreboard', 'read_experiment',
+           'with_published', 'read_published']
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #9ac5394b
+# %% ../../nbs/64_comparison.scoreboard.ipynb #e25cb399
 import html
 import re
 import unicodedata
@@ -37,7 +38,9 @@ from qwen2vl_sft.comparison.board import (
 from .findings import findings, in_words, number, rule_text
 from qwen2vl_sft.comparison.samples import (
     BADGES,
+    DETAILS,
     KINDS,
+    OPEN_COLUMNS,
     ORIGINAL,
     cells_from,
     checked_accuracies,
@@ -65,9 +68,9 @@ def csv_text(board: Board) -> str:
     table.insert(1, "step", board.means["step"].tolist())
     return table.assign(mean_score=board.means["strict"].tolist()).to_csv(index=False, float_format="%.1f")
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #85958062
+# %% ../../nbs/64_comparison.scoreboard.ipynb #41cc84f5
 CELL_COLUMNS = ("rule", "accuracy", "low", "high", "n", *OUTCOMES, "coverage", "answered_only", "macro_f1", "auroc", "precision_at_recall",
-                "leaked", "without_leaked", "elsewhere", "without_elsewhere", "beside_rule", "beside", "collapsed", "note")
+                *OPEN_COLUMNS, "leaked", "without_leaked", "elsewhere", "without_elsewhere", "beside_rule", "beside", "collapsed", "note")
 
 
 def cell_table(board: Board) -> pd.DataFrame:  # model, step, dataset, CELL_COLUMNS, badges; percentages from 0 to 100
@@ -154,7 +157,7 @@ def text_columns(board: Board) -> tuple[list[str], list[list[str]]]:
         columns.append([task, *(number(one["accuracy"] if one else None) + mark.ljust(room) for one, mark in zip(cells, marks, strict=True))])
     return names, columns
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #f6518bf4
+# %% ../../nbs/64_comparison.scoreboard.ipynb #044729e0
 def text_table(
     board: Board,
     width: int = 120,  # places in a line
@@ -179,6 +182,7 @@ def text_table(
         lines = zip([padded("model(step)", first), *(padded(name, first) for name in names)], *block, strict=True)
         text += ["", *("  ".join(line).rstrip() for line in lines)]
     text += ["", *seed_text(board)] if len(board.seeds) else []
+    text += ["", *(line for head, figures in open_text(board) for line in wrapped(head, figures, width))] if open_text(board) else []
     return "\n".join([*text, "", *(f"{letter}  {meaning}" for letter, meaning in legend(board).items())]).rstrip()
 
 
@@ -188,7 +192,44 @@ def seed_text(board: Board) -> list[str]:
     return [f"{printable(one['row'])}: mean {number(one['accuracy'])} (sampling {number(one['low'])} to {number(one['high'])}; "
             f"seeds {number(one['lowest'])} to {number(one['highest'])}, standard deviation {number(one['sd'])}, mean over seeds {number(one['seed_low'])} to {number(one['seed_high'])})" for one in means]
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #be9b9dbe
+# %% ../../nbs/64_comparison.scoreboard.ipynb #e0b6ad81
+def open_figures(
+    one: Mapping,  # a line of `cells`
+    kinds: Sequence[str],  # of `DETAILS`
+) -> list[str]:
+    "Exact match, edit similarity, and each kind of details with the samples that have such."
+    details = [f"{number(one[kind])} ({one[f'{kind}_n']:.0f})" if one[f"{kind}_n"] > 0 else "–" for kind in kinds]
+    return [number(one["exact_match"]), number(one["similarity"]), *details]
+
+
+def open_heads(cells: pd.DataFrame) -> tuple[list[str], list[str]]:  # of one task
+    "What `open_figures` are called, and the kinds of details that the answers to a task have."
+    kinds = [kind for kind in DETAILS if (cells[f"{kind}_n"] > 0).any()]
+    return ["exact match", "edit similarity", *(f"{DETAILS[kind]} (samples)" for kind in kinds)], kinds
+
+
+def open_text(board: Board) -> list[tuple[str, list[str]]]:  # a head, and an entry for each row
+    "How near the answers to each open task came."
+    lines = []
+    for task in board.tasks:
+        own = board.cells[(board.cells["task"] == task) & board.cells["exact_match"].notna()]
+        if len(own):
+            heads, kinds = open_heads(own)
+            lines.append((f"{printable(task)}, open text, {' / '.join(heads)}, %:", [f"{printable(one['row'])} {' / '.join(open_figures(one, kinds))}" for one in own.to_dict("records")]))
+    return lines
+
+
+def wrapped(head: str, entries: Sequence[str], width: int) -> list[str]:
+    "Entries behind a head, in as many lines as the width needs."
+    lines = [head]
+    for place, entry in enumerate(entries, start=1):
+        entry += ";" if place < len(entries) else ""
+        if display_width(lines[-1]) + 1 + display_width(entry) > width:
+            lines.append(" ")
+        lines[-1] += f" {entry}"
+    return lines
+
+# %% ../../nbs/64_comparison.scoreboard.ipynb #997fe4ca
 def markdown_cell(text: str) -> str:
     "Text that can't break out of a Markdown table or become HTML."
     return html.escape(printable(text), quote=False).replace("|", "\\|").replace("`", "&#96;").replace("*", "\\*").replace("_", "\\_").replace("[", "\\[")
@@ -209,7 +250,8 @@ def markdown_table(board: Board) -> str:
     facts = [f"- {markdown_cell(finding.text)}" for finding in findings(board)]
     note = f"Accuracy in percent ({markdown_cell(rule_text(board))}). **mean** is strict: whatever is not correct is wrong; **answered** runs over the answered samples, **coverage** percent of all; **common** over the samples that every row answered ({support_text(board)}). Means are over tasks; **micro**: the same over samples. In brackets: 95 % intervals{' (not known: the numbers of samples are not given)' if board.means['low'].isna().all() else ''}.{markdown_cell(sizes_text(board))}"
     marks = [f"- `{letter}` {meaning}" for letter, meaning in legend(board).items()]
-    seeds = ["", *(f"- {markdown_cell(line)}" for line in seed_text(board))] if len(board.seeds) else []
+    below = [*(seed_text(board) if len(board.seeds) else []), *(f"{head} {'; '.join(entries)}" for head, entries in open_text(board))]
+    seeds = ["", *(f"- {markdown_cell(line)}" for line in below)] if below else []
     return "\n".join([f"# {markdown_cell(board.title)}", "", note, "", *table, *seeds, "", *marks, "", "## Findings", "", *facts, ""])
 
 
@@ -228,7 +270,7 @@ def sizes_text(board: Board) -> str:
         return f" n = {sizes.iloc[0]} for each task."
     return f" n: {', '.join(f'{task} {n}' for task, n in sizes.items())}."
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #aacc63b7
+# %% ../../nbs/64_comparison.scoreboard.ipynb #c425ce10
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
@@ -266,7 +308,7 @@ def latex_table(board: Board) -> str:
     "The scoreboard as a LaTeX tabular with its rule and letters below (packages booktabs, graphicx, textcomp; Chinese names need XeLaTeX with xeCJK)."
     heads = [*mean_columns(board).values(), *(rf"\rotatebox{{90}}{{{latex_text(task)}}}" for task in board.tasks)]
     notes = [rf"{latex_marks(letter)} {latex_text(meaning)}" for letter, meaning in legend(board).items()]
-    notes += [latex_text(line) + "." for line in seed_text(board)]
+    notes += [latex_text(line) + "." for line in [*seed_text(board), *(f"{head} {'; '.join(entries)}" for head, entries in open_text(board))]]
     bracketed = "" if board.means["low"].isna().all() else latex_text(" In brackets: 95 % intervals.")
     note = f"Accuracy in percent ({latex_text(rule_text(board))}).{latex_text(sizes_text(board))}{bracketed} Mean: strict, whatever is not correct is wrong; answered: over the answered samples; common: over the samples that every row answered ({latex_text(support_text(board))}){'; micro: over samples instead of tasks' if 'strict_micro' in mean_columns(board) else ''}."
     return "\n".join([rf"\begin{{tabular}}{{l{'r' * len(heads)}}}", r"\toprule", " & ".join(["model(step)", *heads]) + r" \\", r"\midrule",
@@ -312,7 +354,7 @@ def breakable(text: str) -> str:
     marked = re.sub(r"_|[^\s_]{16}(?=[^\s_])", lambda part: f"{part[0]}\0", printable(text))
     return html.escape(marked).replace("\0", "<wbr>")
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #32f0e9d3
+# %% ../../nbs/64_comparison.scoreboard.ipynb #5e06ed38
 MARKS = {"better": "\u25b2", "worse": "\u25bc", "no evidence": "\u2248"}
 KIND_NAMES = {"base": "untuned", "api": "API model", "imported": "imported", "majority": "commonest label", "nearest_neighbour": "nearest training picture"}
 
@@ -323,7 +365,7 @@ def cell_title(one: Mapping) -> str:
     if one["n"]:
         parts += [f"n = {one['n']}", f"95 % interval {number(one['low'])} to {number(one['high'])}", f"coverage {number(one['coverage'])} %"]
         parts += [f"{outcome.replace('_', ' ')}: {one[outcome]}" for outcome in OUTCOMES if one[outcome]]
-    further = {"macro F1": "macro_f1", "AUROC": "auroc", "precision at 90 % recall": "precision_at_recall", "without leaked pictures": "without_leaked",
+    further = {"exact match": "exact_match", "edit similarity": "similarity", **{name: kind for kind, name in DETAILS.items()}, "macro F1": "macro_f1", "AUROC": "auroc", "precision at 90 % recall": "precision_at_recall", "without leaked pictures": "without_leaked",
                "without pictures that another task trains on": "without_elsewhere"}
     parts += [f"{name} {number(one[column])}" for name, column in further.items() if pd.notna(one[column])]
     parts += [f"by the {one['beside_rule']} rule {number(one['beside'])}"] if one["beside_rule"] else []
@@ -340,7 +382,7 @@ def verdict_html(line: Mapping | None, place: int = 0) -> str:
     same = " same" if line["verdict"] == "no evidence" else ""
     return f'<span class="v v{place}{same}" title="{html.escape(title)}" aria-label="{html.escape(verdict_text(line))}">{MARKS[line["verdict"]]}</span>'
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #a000c012
+# %% ../../nbs/64_comparison.scoreboard.ipynb #6abe73f3
 def html_cell(
     one: Mapping | None,
     verdicts: str = "",  # from `verdict_html`
@@ -351,6 +393,7 @@ def html_cell(
         return '<td data-v="-1" title="not scored">–</td>'
     small = [f"{number(one['low'])}–{number(one['high'])}"] if pd.notna(one["low"]) else []
     small += [f"{one['beside_rule']} {number(one['beside'])}"] if one["beside_rule"] else []
+    small += [f"similar {number(one['similarity'])}"] if pd.notna(one["similarity"]) else []
     small += [f"unleaked {number(one['without_leaked'])}"] if pd.notna(one["without_leaked"]) and "leaked" in one["badges"] else []
     badges = "".join(f'<span class="b">{html.escape(badge)}</span>' for badge in one["badges"] if badge != "chosen on test")
     tint = f"background-image:linear-gradient(rgba(var(--tint),{one['accuracy'] / 250:.3f}) 0 0)"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORED', 'CELL', 'plain', 'said_aside', 'print_json', 'prepared_record', 'run_record', 'plan_as_record',
-           'scored_lines', 'scoreboard_record', 'export_record']
+           'scored_lines', 'cell_record', 'scoreboard_record', 'export_record']
 
 # %% ../../nbs/74_workflow.records.ipynb #28b9402d
 import json
@@ -97,7 +97,17 @@ def scored_lines(
                 lines.append({"run": run.name, "checkpoint": checkpoint, "task": task, "rule": rule, **figures, "outcomes": counts})
     return lines
 
-# %% ../../nbs/74_workflow.records.ipynb #ed2b2f86
+# %% ../../nbs/74_workflow.records.ipynb #e751b0a9
+def cell_record(
+    one: dict[str, Any],  # a line of `Board.cells`
+) -> dict[str, Any]:  # CELL, and open: how near open answers came; None for a closed task
+    "One figure of the scoreboard with what it rests on."
+    from qwen2vl_sft.comparison.samples import OPEN_COLUMNS
+
+    near = {name: one[name] for name in OPEN_COLUMNS if one[name] is not None}
+    return {name: one[name] for name in CELL} | {"open": near or None}
+
+
 CELL = ["accuracy", "low", "high", "n", "rule", "coverage", "macro_f1", "badges", "leaked"]  # in percent but `n` and `leaked`
 
 
@@ -114,7 +124,7 @@ def scoreboard_record(
     rows = [
         {name: one[name] for name in ("row", "model", "step")}
         | {"mean": one["strict"], "mean_low": one["low"], "mean_high": one["high"], "answered_only": one["answered_only"], "common": one["common"], "coverage": one["coverage"]}
-        | {"tasks": {task: {name: cells[one["row"], task][name] for name in CELL} for task in board.tasks if (one["row"], task) in cells}}
+        | {"tasks": {task: cell_record(cells[one["row"], task]) for task in board.tasks if (one["row"], task) in cells}}
         for one in means
     ]
     said = [finding.text for finding in findings(board)]
