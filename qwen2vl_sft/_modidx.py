@@ -662,6 +662,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                         'qwen2vl_sft/config.py'),
                                     'qwen2vl_sft.config.RunConfig.fingerprint': ( 'config.html#runconfig.fingerprint',
                                                                                   'qwen2vl_sft/config.py'),
+                                    'qwen2vl_sft.config.RunConfig.keeps_best': ( 'config.html#runconfig.keeps_best',
+                                                                                 'qwen2vl_sft/config.py'),
                                     'qwen2vl_sft.config.RunConfig.packs': ('config.html#runconfig.packs', 'qwen2vl_sft/config.py'),
                                     'qwen2vl_sft.config.RunConfig.suite_path': ( 'config.html#runconfig.suite_path',
                                                                                  'qwen2vl_sft/config.py'),

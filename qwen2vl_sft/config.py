@@ -214,7 +214,7 @@ def _check_scheduler(schedule: "ScheduleConfig") -> None:
     if "min_lr" in known and not {"min_lr", "min_lr_rate"} & set(schedule.scheduler_options):
         raise ValueError(f"scheduler_options: {schedule.scheduler} needs min_lr or min_lr_rate")
 
-# %% ../nbs/01_config.ipynb #3679ba86
+# %% ../nbs/01_config.ipynb #c6e5f1c6
 class ScheduleConfig(Settings):
     "Steps, batches and the optimiser."
 
@@ -247,7 +247,7 @@ class ScheduleConfig(Settings):
     validate_every: int = Field(0, ge=0, description="optimiser steps between two validations; then each checkpoint is validated too. 0: none")
     validation_samples: int = Field(200, ge=1, description="random rows of each task's validation split, the same each time")
     early_stopping_patience: int = Field(0, ge=0, description="stop after this many validations in a row without a better mean; 0: never")
-    keep_best: Literal["named", "overall", "task"] = Field("overall", description="checkpoints kept besides save_at: none, the one of the best validation mean, or also each task's best")
+    keep_best: Literal["auto", "named", "overall", "task"] = Field("auto", description="checkpoints kept besides save_at: none (named), the one of the best validation mean (overall), or also each task's best (task); auto: task for adapters, which are small, overall for full training")
     tensorboard: bool | None = Field(None, description="event files in the run directory; None: where tensorboard is installed")
     log_every: int = Field(10, ge=1)
     workers: int = Field(0, ge=0, description="processes that decode images")
@@ -331,7 +331,7 @@ class ExportConfig(Settings):
     least_agreement: float = Field(0.98, ge=0, le=1, description="share of the answers that must stay")
     most_shift: float = Field(0.05, ge=0, le=1, description="mean change of the label probabilities (total variation distance) that is allowed")
 
-# %% ../nbs/01_config.ipynb #58a88efc
+# %% ../nbs/01_config.ipynb #f7d15d5a
 NOT_WHAT_IS_TRAINED = (  # settings that change speed and memory; of the batch, only its effective size counts
     "workers", "log_every", "vision_cache", "vision_cache_gb", "pixel_cache_gb", "tensorboard", "keep_best", "save_every", "keep_last",
     "micro_batch", "accumulation", "effective_batch", "activation_checkpointing",
@@ -383,6 +383,12 @@ class RunConfig(Settings):
     def packs(self) -> bool:
         "Whether samples are packed: as stated, or else where that is faster than padding."
         return self.model.attention != "eager" if self.schedule.packing == "auto" else self.schedule.packing
+
+    @property
+    def keeps_best(self) -> str:
+        "Which best checkpoints are kept, of all tasks or of each: as stated, or else what the method's checkpoints allow."
+        auto = "overall" if self.method.name == "full" else "task"
+        return auto if self.schedule.keep_best == "auto" else self.schedule.keep_best
 
     def to_yaml(self) -> str:
         "The whole configuration, defaults written out, in the order of its fields."

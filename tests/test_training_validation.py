@@ -135,7 +135,7 @@ def test_the_best_checkpoint_is_kept_by_validation(project, monkeypatch, capsys)
 
 def test_each_tasks_best_is_kept_and_an_old_best_stays_until_the_new_one_is_saved(project, monkeypatch):
     "Colour is best at step 1; word, and the mean, at 2 and then at 4, after the named step 3. The disk is full when 4 is saved."
-    settings = config(project, "tasks", steps=5, validate_every=1, save_at=[3], keep_best="task")
+    settings = config(project, "tasks", steps=5, validate_every=1, save_at=[3])
     figures = {1: (0.9, 0.1), 2: (0.5, 0.6), 3: (0.3, 0.3), 4: (0.2, 0.95), 5: (0.1, 0.1)}
     real = trainer.save_checkpoint
 

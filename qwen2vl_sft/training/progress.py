@@ -337,34 +337,34 @@ def write_figures(
         with callback.speed.pause():
             callback.picture.show()
 
-# %% ../../nbs/55_training.progress.ipynb #1dab1aea
+# %% ../../nbs/55_training.progress.ipynb #58256160
 def decide(
     callback: RunCallback,
     step: int,
 ) -> list[int]:  # the steps that were validated
     "From all validations up to this step: which checkpoints stay, and whether the run stops early."
-    schedule = callback.config.schedule
+    config = callback.config
 
     def decision() -> tuple[list[int], set[int], str]:
         seen = callback.run.validations(step)
-        stop = early_stop(seen, schedule.early_stopping_patience)
-        return seen["step"].tolist(), steps_kept(seen, schedule), stop.reason if stop else ""
+        stop = early_stop(seen, config.schedule.early_stopping_patience)
+        return seen["step"].tolist(), steps_kept(seen, config), stop.reason if stop else ""
 
     steps, callback.kept, callback.ending = from_first(decision)
     return steps
 
-# %% ../../nbs/55_training.progress.ipynb #30588820
+# %% ../../nbs/55_training.progress.ipynb #931dd912
 def settle(
     callback: RunCallback,
     step: int,
 ) -> None:
     "Give this step's checkpoint its lasting name if it is one to keep, write `best.json`, remove what was the best once."
-    is_kept, schedule = step in callback.kept or callback.ending not in ("", INTERRUPTED), callback.config.schedule
+    is_kept = step in callback.kept or callback.ending not in ("", INTERRUPTED)
 
     def work() -> None:
         if is_kept:
             name_checkpoint(callback.run, step)
-        settle_best(callback.run, step, schedule)
+        settle_best(callback.run, step, callback.config)
 
     from_first(work)
 

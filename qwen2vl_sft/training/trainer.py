@@ -401,7 +401,7 @@ def memory_named(
             raise
         raise RunFailure(f"out of memory ({first_line(error)}); {remedy}") from error
 
-# %% ../../nbs/56_training.trainer.ipynb #8c4e5ed1
+# %% ../../nbs/56_training.trainer.ipynb #16149376
 def train(
     config: RunConfig,
 ) -> RunDir:
@@ -427,7 +427,7 @@ def train(
         if steps in run.checkpoints():  # killed after the last checkpoint
             status.progress = {"step": steps, "steps": config.schedule.steps}
             if config.schedule.validate_every:
-                from_first(lambda: settle_best(run, steps, config.schedule))
+                from_first(lambda: settle_best(run, steps, config))
             return run
         with noticing_loss():
             train_steps(run, config, prepared, status)

@@ -211,7 +211,7 @@ def is_due(
     "Whether the run is validated after this step: every N steps, and wherever a checkpoint is named."
     return bool(schedule.validate_every) and (step % schedule.validate_every == 0 or step in schedule.checkpoint_steps)
 
-# %% ../../nbs/53_training.validation.ipynb #7c002be6
+# %% ../../nbs/53_training.validation.ipynb #3f8bb08d
 def best_step(
     history: pd.DataFrame,  # from RunDir.validations
 ) -> int | None:
@@ -235,12 +235,12 @@ def best_task_steps(
 
 def steps_kept(
     history: pd.DataFrame,
-    schedule: ScheduleConfig,
+    config: RunConfig,
 ) -> set[int]:
     "The steps whose checkpoints stay: those that the recipe names, and the best ones."
-    best = {best_step(history)} if schedule.keep_best != "named" else set()
-    tasks = set(best_task_steps(history).values()) if schedule.keep_best == "task" else set()
-    return {*schedule.checkpoint_steps, *best, *tasks} - {None}
+    best = {best_step(history)} if config.keeps_best != "named" else set()
+    tasks = set(best_task_steps(history).values()) if config.keeps_best == "task" else set()
+    return {*config.schedule.checkpoint_steps, *best, *tasks} - {None}
 
 # %% ../../nbs/53_training.validation.ipynb #376ae1b2
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def early_stop(
             return Stop(last, f"stopped early at step {last}: the best validation mean, {mean:.1%} at step {best}, is {patience} validations ago")
     return None
 
-# %% ../../nbs/53_training.validation.ipynb #d81e984d
+# %% ../../nbs/53_training.validation.ipynb #77e20e0a
 def write_best(
     run: RunDir,
     until: int,  # the step that the run is at
@@ -290,13 +290,13 @@ def write_best(
 def settle_best(
     run: RunDir,
     until: int,
-    schedule: ScheduleConfig,
+    config: RunConfig,
 ) -> None:
     "Write `best.json`, then remove checkpoints that were the best once and aren't any more. The newest one stays."
-    write_best(run, until, schedule)
+    write_best(run, until, config.schedule)
     seen = run.validations(until)
     for step, folder in list(run.checkpoints().items())[:-1]:
-        if step in set(seen["step"]) - steps_kept(seen, schedule):
+        if step in set(seen["step"]) - steps_kept(seen, config):
             gone = folder.with_name(f".dropped-{step}.old")  # a name that nothing takes for a checkpoint
             folder.rename(gone)
             shutil.rmtree(gone)
