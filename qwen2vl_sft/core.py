@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'InputError', 'RunFailure', 'Interrupted', 'first_line', 'did_you_mean', 'project_root', 'write_atomically',
-           'published_folder', 'sha256_of', 'fingerprint', 'process_count', 'process_rank', 'seed_everything',
-           'pick_device', 'say']
+           'published_folder', 'sole_use', 'sha256_of', 'fingerprint', 'process_count', 'process_rank',
+           'seed_everything', 'pick_device', 'say']
 
-# %% ../nbs/00_core.ipynb #62991683
+# %% ../nbs/00_core.ipynb #0d105253
 import difflib
 import hashlib
 import json
@@ -18,9 +18,11 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import filelock
 
 # %% ../nbs/00_core.ipynb #b13c300a
 class InputError(ValueError):
@@ -113,6 +115,28 @@ def published_folder(
     finally:
         for leftover in (staging, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+# %% ../nbs/00_core.ipynb #b26e422f
+@contextmanager
+def sole_use(
+    lock: Path,  # a file in the folder, or beside the file, that one process may use at a time
+    busy: Callable[[], Exception],  # the error where another process uses it: names it, and says what to do
+    wait: bool = False,  # instead of raising the error, print its line and wait
+) -> Iterator[None]:
+    "Hold the lock file while the block runs. Raises `busy()` if another process holds it."
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held = filelock.FileLock(lock)
+    try:
+        held.acquire(blocking=False)
+    except filelock.Timeout as error:
+        if not wait:
+            raise busy() from error
+        say(str(busy()))
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
 
 # %% ../nbs/00_core.ipynb #2366c319
 def sha256_of(

@@ -8,7 +8,7 @@ __all__ = ['HEARTBEAT_SECONDS', 'DEAD_AFTER_SECONDS', 'Run', 'RULES', 'Status', 
            'predictions_folder', 'prediction_parts', 'next_part', 'write_predictions', 'rules', 'predictions',
            'Predictions', 'run_html', 'predicted', 'decided_path', 'decided_parts', 'decided', 'note_decided']
 
-# %% ../nbs/03_rundir.ipynb #b2b80a62
+# %% ../nbs/03_rundir.ipynb #237661ed
 import itertools
 import json
 import os
@@ -23,11 +23,10 @@ from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import filelock
 import pandas as pd
 import psutil
 
-from .core import InputError, RunFailure, did_you_mean, process_count, process_rank, project_root, say, write_atomically
+from .core import InputError, RunFailure, did_you_mean, process_count, process_rank, project_root, say, sole_use, write_atomically
 
 # %% ../nbs/03_rundir.ipynb #b018ac36
 HEARTBEAT_SECONDS = 5.0
@@ -146,24 +145,25 @@ def write_status(run: RunDir, status: Status) -> None:
     "Replace `status.json`."
     write_atomically(run.status_path, json.dumps(asdict(status), indent=1))
 
-# %% ../nbs/03_rundir.ipynb #02245853
+# %% ../nbs/03_rundir.ipynb #41a3e834
 @contextmanager
 def running(
     run: RunDir,
     stage: str,  # what the status says is going on
 ) -> Iterator[Status]:
     "Hold the run's lock, keep its heartbeat, and record how the block ended. Raises `RunFailure` if another process holds the run."
-    run.path.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(run.path / ".lock", blocking=False)
-    try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise _is_held(run) from error
+    with sole_use(run.path / ".lock", lambda: _is_held(run)), _recorded(run, stage) as status:
+        yield status
+
+# %% ../nbs/03_rundir.ipynb #cfd996d4
+@contextmanager
+def _recorded(run: RunDir, stage: str) -> Iterator[Status]:
+    "Keep the heartbeat and record how the block ended."
     for leftover in run.path.glob(".status.json.*.tmp"):  # of a killed process
         leftover.unlink(missing_ok=True)
     before, now = read_status(run), time.time()
     status = Status("running", stage, pid=os.getpid(), host=socket.gethostname(), started=now, heartbeat=now, spent=before.all_spent)
-    with lock, _beating(run, status):
+    with _beating(run, status):
         try:
             yield status
             status.state = "finished"
@@ -179,17 +179,13 @@ def running(
             status.state, status.message = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
             raise
 
-# %% ../nbs/03_rundir.ipynb #73ca5997
+# %% ../nbs/03_rundir.ipynb #6cf22897
 def refuse_if_held(run: RunDir) -> None:
     "Raise `RunFailure` if another process works in the run directory."
     if not (run.path / ".lock").exists():
         return
-    lock = filelock.FileLock(run.path / ".lock", blocking=False)
-    try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise _is_held(run) from error
-    lock.release()
+    with sole_use(run.path / ".lock", lambda: _is_held(run)):
+        pass
 
 
 def _is_held(run: RunDir) -> RunFailure:

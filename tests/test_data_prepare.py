@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -23,7 +24,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qwen2vl_sft.core import InputError, RunFailure, sha256_of
+from qwen2vl_sft.core import InputError, RunFailure, sha256_of, sole_use
 from qwen2vl_sft.data import audit
 from qwen2vl_sft.data import prepare as module
 from qwen2vl_sft.data.audit import Checked, Limits
@@ -400,6 +401,17 @@ def test_a_change_prepares_again(given, tmp_path, change):
 
 def test_preparing_twice_gives_the_same_files(given, tmp_path):
     assert tree(prepare(given, tmp_path / "one").folder) == tree(prepare(given, tmp_path / "two").folder)
+
+
+def test_a_second_process_waits_and_says_so(given, tmp_path, capsys):
+    ended = []
+    waiting = threading.Thread(target=lambda: (prepare(given, tmp_path / "out", workers=0), ended.append(True)), daemon=True)
+    with sole_use(tmp_path / "out" / ".s.lock", lambda: RunFailure("held by another")):
+        waiting.start()
+        waiting.join(0.5)
+        assert not ended and f"{tmp_path / 'out' / 's'}: another process is preparing this suite; waiting for it" in capsys.readouterr().out
+    waiting.join(60)
+    assert ended and Prepared(tmp_path / "out" / "s").audit["rows_read"] == 10
 
 
 def test_a_failure_leaves_the_old_state(given, tmp_path):

@@ -13,7 +13,7 @@ __all__ = ['COLUMNS', 'FEATURES', 'SCHEMA', 'GROUP_ROWS', 'GROUP_BYTES', 'SHARD_
            'write_suite', 'Rows', 'select', 'read_group', 'image', 'without_images', 'Prepared', 'counts', 'quarantine',
            'set_forecast', 'fold', 'is_drawn', 'holding_out', 'stream', 'prepared_html', 'pictures_html', 'load_split']
 
-# %% ../../nbs/23_data.prepare.ipynb #ba38a593
+# %% ../../nbs/23_data.prepare.ipynb #16cdecad
 import errno
 import json
 import multiprocessing
@@ -36,10 +36,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from filelock import FileLock
 from tqdm import tqdm
 
-from ..core import InputError, RunFailure, fingerprint, project_root, say, sha256_of, write_atomically
+from ..core import InputError, RunFailure, fingerprint, project_root, say, sha256_of, sole_use, write_atomically
 from .audit import (FORECAST, Audit, Checked, Limits, assign_groups, connected, differing_bits, forecast_html, hash_bits, hash_words, inspect_row, note_duplicates,
                                     note_two_labels, number_duplicate_ids, quarantine_leaks, shared_between_tasks,
                                     task_remarks, thumbnail)
@@ -623,7 +622,7 @@ def join_audits(suite: Suite, audits: list[Audit]) -> Audit:
         joined.remarks[task] += remarks
     return joined
 
-# %% ../../nbs/23_data.prepare.ipynb #45a9c822
+# %% ../../nbs/23_data.prepare.ipynb #4e83e08f
 def prepare(
     suite: Suite,
     out: Path | None = None,  # the folder that gets a subfolder for the suite; default: prepared/ of the project
@@ -640,8 +639,8 @@ def prepare(
     check_fractions(fractions)
     if folds and folds < 3:
         raise InputError(f"folds must be 3 or more (one for test, one for validation, the rest for train), not {folds}")
-    out.mkdir(parents=True, exist_ok=True)
-    with FileLock(out / f".{suite.name}.lock"):
+    busy = lambda: RunFailure(f"{out / suite.name}: another process is preparing this suite; waiting for it")
+    with sole_use(out / f".{suite.name}.lock", busy, wait=True):
         progress = Progress(out / suite.name)
         folds = folds_of(progress.folder) if folds is None else folds
         wanted = content_of(suite, limits, fractions, folds)

@@ -9,18 +9,17 @@ __all__ = ['UNDECIDED', 'EMPTY', 'TABLE_ROWS', 'FLUSH_SECONDS', 'FLUSH_ROWS', 'C
            'label', 'table_records', 'images_of', 'image_columns', 'label_to_file', 'label_into', 'stamps_of',
            'held_parts', 'write_part', 'read_parts', 'finished', 'assembled']
 
-# %% ../../nbs/49_scoring.labeler.ipynb #902a8103
+# %% ../../nbs/49_scoring.labeler.ipynb #f7a8f85c
 import json
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import pandas as pd
 import yaml
@@ -28,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..config import LONGEST_ANSWER, ModelConfig, PreprocessingConfig, RunConfig, validated
-from ..core import InputError, RunFailure, did_you_mean, fingerprint, project_root, say, sha256_of, write_atomically
+from ..core import InputError, RunFailure, did_you_mean, fingerprint, project_root, sha256_of, sole_use, write_atomically
 from ..data.audit import Limits, Unusable, check_header, decode, read_bytes
 from ..data.guess import IMAGE_SUFFIXES, by_name, share_of_images
 from ..data.sources import Row, files_below, locate_text, row_of_record
@@ -433,7 +432,7 @@ def label_into(parts: Path, labeler: Labeler, rows: Iterable[Row], count: int, w
     if pending:
         write_part(parts, pending)
 
-# %% ../../nbs/49_scoring.labeler.ipynb #ac54240e
+# %% ../../nbs/49_scoring.labeler.ipynb #63dead72
 def stamps_of(rows: Iterable[Row]) -> dict[str, str]:  # id -> stamp, in order
     "The images that are there, without their bytes. Raises `InputError` for an id that comes twice."
     found: dict[str, str] = {}
@@ -444,17 +443,9 @@ def stamps_of(rows: Iterable[Row]) -> dict[str, str]:  # id -> stamp, in order
     return found
 
 
-@contextmanager
-def held_parts(parts: Path, out: Path) -> Iterator[None]:
+def held_parts(parts: Path, out: Path) -> AbstractContextManager[None]:
     "Hold the part files of an output. Raises `RunFailure` if another process does."
-    parts.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(parts / ".lock", blocking=False)
-    try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise RunFailure(f"{out}: another process is labelling into this file; wait for it or name another --out") from error
-    with lock:
-        yield
+    return sole_use(parts / ".lock", lambda: RunFailure(f"{out}: another process is labelling into this file; wait for it or name another --out"))
 
 
 def write_part(parts: Path, rows: list[dict[str, Any]]) -> None:

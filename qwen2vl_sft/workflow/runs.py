@@ -6,20 +6,19 @@
 __all__ = ['COLUMNS', 'WHOLE_NUMBERS', 'run_line', 'runs', 'runs_text', 'difference', 'folder_bytes', 'delete', 'untidy', 'tidy',
            'difference_text', 'clear']
 
-# %% ../../nbs/72_workflow.runs.ipynb #d1c8765e
+# %% ../../nbs/72_workflow.runs.ipynb #605c6f5d
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pandas as pd
 import yaml
 
 import qwen2vl_sft.watch  # gives a run its `watch`
 from ..config import flattened
-from ..core import InputError, project_root
+from ..core import InputError, project_root, sole_use
 from ..rundir import Run, RunDir
 from .notebook import experiment_folder
 
@@ -99,16 +98,11 @@ def difference(
     titles = [f"{run.experiment}/{run.name}" for run in (first, second)]
     return pd.DataFrame([[name, left.get(name), right.get(name)] for name in names], columns=["setting", *titles], dtype=object)
 
-# %% ../../nbs/72_workflow.runs.ipynb #3eb11174
+# %% ../../nbs/72_workflow.runs.ipynb #532700d4
 @contextmanager
 def _held(run: RunDir) -> Iterator[None]:
     "Hold the run's lock. Raises `InputError` if a process works in the run."
-    lock = filelock.FileLock(run.path / ".lock", blocking=False)
-    try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise InputError(f"{run.experiment}/{run.name} is running (pid {run.status().pid}); stop it first") from error
-    with lock:
+    with sole_use(run.path / ".lock", lambda: InputError(f"{run.experiment}/{run.name} is running (pid {run.status().pid}); stop it first")):
         if run.status().state == "running":  # on another machine, whose locks aren't seen here
             raise InputError(f"{run.experiment}/{run.name} is running (pid {run.status().pid} on {run.status().host}); stop it first")
         yield
