@@ -705,7 +705,7 @@ def test_published_figures_stand_beside_our_own(tmp_path):
 # -------------------------------------------------------------------------- LaTeX, differences
 
 
-KNOWN = {"begin", "end", "toprule", "midrule", "bottomrule", "rotatebox", "textbf", "mathrm", "par", "smallskip", "footnotesize"}
+KNOWN = {"begin", "end", "toprule", "midrule", "bottomrule", "rotatebox", "textbf", "mathrm", "par", "smallskip", "noindent", "footnotesize", "symbol"}
 
 
 def latex_rows(text: str) -> list[list[str]]:
@@ -855,3 +855,11 @@ def test_how_near_open_answers_came_stands_in_every_form(written):
     assert html.count("Open text, %") == 1, "the closed task has no such table"
     tasks = scoreboard_record(written)["rows"][0]["tasks"]
     assert tasks["word"]["open"]["similarity"] == pytest.approx(100 * np.mean(near)) and tasks["colour"]["open"] is None
+
+
+def test_nothing_that_is_printed_is_in_a_tooltip_only(board):
+    "Coverage below 100 %, and p-values after Holm."
+    html, part = board.to_html(), board.cells[board.cells["coverage"] < 100]
+    assert len(part) and html.count("<small>coverage ") == len(part) and f"<small>coverage {part['coverage'].iloc[0]:.1f}</small>" in html
+    tests = board.tests()
+    assert sorted(re.findall(r'data-p="([^"]+)"', html)) == sorted(f"{p:.2g}" for p in tests["p_holm"]) and 'content:"\\a p " attr(data-p)' in html

@@ -255,7 +255,7 @@ def summary_html(
     further = look_at(material)
     return f'{tiles_html(material)}<p class="lead">{breakable(first)}</p>{list_html(known)}{caution}{f"<h3>Look at</h3>{list_html(further)}" if further else ""}'
 
-# %% ../../nbs/69_comparison.report.ipynb #47c78d2a
+# %% ../../nbs/69_comparison.report.ipynb #07a48a99
 def differences(
     board: Scoreboard,
 ) -> dict[tuple[str, str], Mapping]:  # (row, task) -> a line of `paired_tests`
@@ -270,8 +270,8 @@ def difference_html(line: Mapping | None) -> str:
     if line is None:
         return "<td>–</td><td>–</td>"
     reach = f" (under {number(line['smallest_difference'])} none can show)" if line["verdict"].startswith("no evidence") else ""
-    title = f"right only here: {line['only_first']}, only there: {line['only_second']}, p = {line['p_value']:.3g}, after Holm {line['p_holm']:.3g}"
-    return f'<td>{number(line["difference"], True)}</td><td class="text" title="{title}">{html.escape(verdict_text(line))}{reach}</td>'
+    sure = f"p after Holm {line['p_holm']:.2g}, alone {line['p_value']:.2g}; right only here {line['only_first']}, only there {line['only_second']}"
+    return f'<td>{number(line["difference"], True)}</td><td class="text">{html.escape(verdict_text(line))}{reach}<small>{sure}</small></td>'
 
 
 def task_line(one: Mapping, line: Mapping | None, outcomes: Sequence[str]) -> str:
@@ -281,7 +281,8 @@ def task_line(one: Mapping, line: Mapping | None, outcomes: Sequence[str]) -> st
     further = "".join(f"<td>{number(one[column])}</td>" for column in ("macro_f1", "auroc", "precision_at_recall"))
     badges = "".join(f'<span class="b">{html.escape(badge)}</span>' for badge in one["badges"] if badge != "chosen on test")
     detail = f" <small>{breakable(one['collapsed'] or one['note'])}</small>" if one["collapsed"] or one["note"] else ""
-    beside = f"<small>{one['beside_rule']} {number(one['beside'])}</small>" if one["beside_rule"] else ""
+    beside = f"<small>coverage {number(one['coverage'])}</small>" if one["coverage"] < 100 else ""
+    beside += f"<small>{one['beside_rule']} {number(one['beside'])}</small>" if one["beside_rule"] else ""
     return (f'<tr><th scope="row">{breakable(one["row"])}<small>{html.escape(one["rule"])}</small></th><td>{number(one["accuracy"])}{beside}</td><td>{interval}</td><td>{one["n"] or "–"}</td>'
             f'{difference_html(line)}<td class="text">{badges}{detail}</td>{further}{counts}</tr>')
 
@@ -649,7 +650,7 @@ h4{font-size:.95rem;margin:1.2em 0 .3em}
 [hidden]{display:none!important}
 """
 
-# %% ../../nbs/69_comparison.report.ipynb #d4ec549a
+# %% ../../nbs/69_comparison.report.ipynb #ed43be81
 PICTURE_STYLE = """
 #queue{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,185px),1fr));gap:10px}
 #queue figure{border:1px solid var(--line);border-radius:6px;padding:8px}#queue figcaption{font-size:.9rem}#queue small{display:block;color:var(--soft);font-size:.78rem}
@@ -668,7 +669,7 @@ pre{overflow-x:auto;font:13px/1.45 ui-monospace,"DejaVu Sans Mono",monospace;bor
 .qboard th button:hover{text-decoration:underline}
 .qboard th[aria-sort] button::after{content:" \\25BC";font-size:.75em}.qboard th[aria-sort=ascending] button::after{content:" \\25B2"}
 :focus-visible,.qboard th button:focus-visible{outline:2px solid var(--link);outline-offset:2px}
-@media print{body{max-width:none}details{break-inside:avoid}nav,label{display:none}}
+@media print{body{max-width:none}details{break-inside:avoid}nav,label{display:none}label:has(#against){display:block}.scroll,.qboard .scroll{overflow:visible!important}.qboard th button{display:contents}.qboard tr{break-inside:avoid}}
 """
 
 # %% ../../nbs/69_comparison.report.ipynb #871c0a26

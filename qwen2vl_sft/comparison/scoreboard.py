@@ -270,12 +270,12 @@ def sizes_text(board: Board) -> str:
         return f" n = {sizes.iloc[0]} for each task."
     return f" n: {', '.join(f'{task} {n}' for task, n in sizes.items())}."
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #c425ce10
+# %% ../../nbs/64_comparison.scoreboard.ipynb #2ed1a162
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
     "[": "{[}", "]": "{]}", "*": "{*}",  # at the start of a line, \\ would take them for its own
-    "`": r"\textasciigrave{}", '"': r"\textquotedbl{}",
+    "`": r"\textasciigrave{}", '"': r"\texttt{\symbol{34}}", "\ufffd": "?",  # the default encoding's own have neither
 }  # fmt: skip
 
 
@@ -305,14 +305,14 @@ def latex_lines(board: Board) -> list[str]:
 
 
 def latex_table(board: Board) -> str:
-    "The scoreboard as a LaTeX tabular with its rule and letters below (packages booktabs, graphicx, textcomp; Chinese names need XeLaTeX with xeCJK)."
+    "The scoreboard as a LaTeX tabular with its rule and letters below (packages booktabs, graphicx, textcomp; names beyond Latin need XeLaTeX, Chinese ones xeCJK and a font that has them)."
     heads = [*mean_columns(board).values(), *(rf"\rotatebox{{90}}{{{latex_text(task)}}}" for task in board.tasks)]
-    notes = [rf"{latex_marks(letter)} {latex_text(meaning)}" for letter, meaning in legend(board).items()]
+    notes = [rf"{latex_marks(letter)} {latex_text(meaning)}." for letter, meaning in legend(board).items()]
     notes += [latex_text(line) + "." for line in [*seed_text(board), *(f"{head} {'; '.join(entries)}" for head, entries in open_text(board))]]
     bracketed = "" if board.means["low"].isna().all() else latex_text(" In brackets: 95 % intervals.")
     note = f"Accuracy in percent ({latex_text(rule_text(board))}).{latex_text(sizes_text(board))}{bracketed} Mean: strict, whatever is not correct is wrong; answered: over the answered samples; common: over the samples that every row answered ({latex_text(support_text(board))}){'; micro: over samples instead of tasks' if 'strict_micro' in mean_columns(board) else ''}."
     return "\n".join([rf"\begin{{tabular}}{{l{'r' * len(heads)}}}", r"\toprule", " & ".join(["model(step)", *heads]) + r" \\", r"\midrule",
-                      *latex_lines(board), r"\bottomrule", r"\end{tabular}", rf"\par\smallskip{{\footnotesize {' '.join([note, *notes])}\par}}", ""])
+                      *latex_lines(board), r"\bottomrule", r"\end{tabular}", rf"\par\smallskip\noindent{{\footnotesize {' '.join([note, *notes])}\par}}", ""])
 
 # %% ../../nbs/64_comparison.scoreboard.ipynb #cef65bff
 def top_cells(board: Board) -> set[tuple[str, str]]:  # (row, task or mean)
@@ -325,7 +325,7 @@ def top_cells(board: Board) -> set[tuple[str, str]]:  # (row, task or mean)
             tops |= {(row, column) for row in values.index[values.round(4) == values.max().round(4)]}
     return tops
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #7e9a70c1
+# %% ../../nbs/64_comparison.scoreboard.ipynb #adc8863a
 STYLE = """
 .qboard{--ink:#1b1f24;--soft:#59636e;--paper:#fff;--line:#d5dae0;--tint:37,99,200;--warn:#8a4600;--warnbg:#fff1dd;--ok:#00573e;--okbg:#dff3ea;
  overflow-wrap:normal;font:14px/1.35 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Noto Sans CJK SC",sans-serif;color:var(--ink);background:var(--paper)}
@@ -344,6 +344,7 @@ STYLE = """
 .qboard .seeds th,.qboard .seeds td{font-style:italic}
 .qboard .ship{box-shadow:inset 4px 0 rgb(var(--tint))}.qboard .ship::before{content:"\\2605\\a0"}
 .qboard .v{font-size:12px;margin-left:2px;opacity:.9}.qboard .v.same{opacity:.6}
+@media print{.qboard .v::after{content:"\\a p " attr(data-p);white-space:pre}}
 .qboard .text{text-align:left;white-space:normal;min-width:9em}
 .qboard p{margin:.4em 0;color:var(--soft)}
 """
@@ -354,7 +355,7 @@ def breakable(text: str) -> str:
     marked = re.sub(r"_|[^\s_]{16}(?=[^\s_])", lambda part: f"{part[0]}\0", printable(text))
     return html.escape(marked).replace("\0", "<wbr>")
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #5e06ed38
+# %% ../../nbs/64_comparison.scoreboard.ipynb #69d0274f
 MARKS = {"better": "\u25b2", "worse": "\u25bc", "no evidence": "\u2248"}
 KIND_NAMES = {"base": "untuned", "api": "API model", "imported": "imported", "majority": "commonest label", "nearest_neighbour": "nearest training picture"}
 
@@ -380,18 +381,19 @@ def verdict_html(line: Mapping | None, place: int = 0) -> str:
     reach = f"; a difference under {number(line['smallest_difference'])} could not have shown" if line["verdict"] == "no evidence" else ""
     title = f"{verdict_text(line)}: {number(line['difference'], True)} points, right only here {line['only_first']}, only there {line['only_second']}, p = {line['p_value']:.2g}, after Holm {line['p_holm']:.2g}{reach}"
     same = " same" if line["verdict"] == "no evidence" else ""
-    return f'<span class="v v{place}{same}" title="{html.escape(title)}" aria-label="{html.escape(verdict_text(line))}">{MARKS[line["verdict"]]}</span>'
+    return f'<span class="v v{place}{same}" data-p="{line["p_holm"]:.2g}" title="{html.escape(title)}" aria-label="{html.escape(verdict_text(line))}">{MARKS[line["verdict"]]}</span>'
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #6abe73f3
+# %% ../../nbs/64_comparison.scoreboard.ipynb #c7ee1470
 def html_cell(
     one: Mapping | None,
     verdicts: str = "",  # from `verdict_html`
     top: bool = False,
 ) -> str:
-    "A `<td>`: accuracy over a tint, verdict, interval, the other rule's figure, badges."
+    "A `<td>`: accuracy over a tint, verdict, interval, coverage below 100 %, the other rule's figure, badges."
     if one is None:
         return '<td data-v="-1" title="not scored">–</td>'
     small = [f"{number(one['low'])}–{number(one['high'])}"] if pd.notna(one["low"]) else []
+    small += [f"coverage {number(one['coverage'])}"] if one["coverage"] < 100 else []
     small += [f"{one['beside_rule']} {number(one['beside'])}"] if one["beside_rule"] else []
     small += [f"similar {number(one['similarity'])}"] if pd.notna(one["similarity"]) else []
     small += [f"unleaked {number(one['without_leaked'])}"] if pd.notna(one["without_leaked"]) and "leaked" in one["badges"] else []
@@ -465,7 +467,7 @@ def verdicts_html(board: Board, references: Sequence[str]) -> dict[tuple[str, st
             marks[key] = marks.get(key, "") + verdict_html(line, place)
     return marks
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #6bb4fd25
+# %% ../../nbs/64_comparison.scoreboard.ipynb #203e3e9e
 def legend_html(board: Board, references: Sequence[str]) -> str:
     "What stands under the table: rule, means, marks, badges."
     small = "; small: 95 % interval" if board.cells["low"].notna().any() else "; no intervals, because the numbers of samples are not known"
@@ -473,7 +475,7 @@ def legend_html(board: Board, references: Sequence[str]) -> str:
     tests = ""
     if references and len(board.tests(references[0])):
         against = f"{breakable(references[0])}" if len(references) == 1 else "the chosen row"
-        tests = f"<p>Against {against}: ▲ better, ▼ worse, ≈ no evidence ({test_name(board.tests(references[0]))}, Holm over the table's cells, {ALPHA:.0%}).</p>"
+        tests = f"<p>Against {against}: ▲ better, ▼ worse, ≈ no evidence ({test_name(board.tests(references[0]))}, Holm over the table's cells, {ALPHA:.0%}; the page in print shows each p after Holm).</p>"
     marks = "; ".join(f'<span class="b">{name}</span> {meaning}' for name, (letter, meaning) in BADGES.items() if letter in legend(board))
     return (f"<p>Accuracy in percent, {html.escape(rule_text(board))}{small}. Bold: highest of the column. Means over tasks (macro), micro over samples: {means}.</p>"
             f"{tests}{f'<p>{marks}</p>' if marks else ''}")
