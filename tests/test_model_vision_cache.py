@@ -180,6 +180,7 @@ def test_the_run_reports_what_the_cache_gave(project, capsys):
     (project / "prepared" / "vision-cache.sqlite").unlink()
     some = last("some", vision_cache_gb=1e-5)
     assert 0 < some["vision_cache/hits"] < 48 and some["vision_cache/hits"] + some["vision_cache/misses"] == 48
+    assert some["vision_cache/bytes"] <= 1e-5 * 1e9
 
 
 def test_training_is_the_same_with_any_share_of_the_cache(project):
