@@ -21,10 +21,10 @@ from qwen2vl_sft.data.sources import (
     Row,
     csv_records,
     locate_image,
-    loose_files,
     read_rows,
     reader_of,
     source_contents,
+    source_remarks,
 )
 
 HOSTILE = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -206,7 +206,8 @@ def test_files_beside_the_folders_of_classes_are_rows_without_a_label_or_named(t
     source = {"format": "folder", "path": "f"}
     first, lost = rows_of(tmp_path, **source)
     assert (first.id, lost.id, lost.label) == ("cat/1.png", "lost.PNG", None) and lost.reason.startswith("empty_label: lost.PNG lies beside")
-    assert loose_files(source, tmp_path) == ["README.md"] and loose_files({"format": "csv"}, tmp_path) == []
+    assert source_remarks(source, tmp_path) == ["beside the folders of the classes lie README.md, no pictures and not read"]
+    assert source_remarks({"format": "csv"}, tmp_path) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="needs a user whom permissions bind")

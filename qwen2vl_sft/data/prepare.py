@@ -8,12 +8,12 @@ __all__ = ['COLUMNS', 'FEATURES', 'SCHEMA', 'GROUP_ROWS', 'GROUP_BYTES', 'SHARD_
            'close_shard', 'chunks_of', 'write_chunk', 'records_of', 'images_of', 'end_with_parent', 'Workers', 'start',
            'stop', 'read_split', 'read_task', 'check_fractions', 'parts_to_draw', 'units_of', 'unit_key',
            'joining_rows', 'quarantine_joining', 'keep_place', 'divide', 'draw_folds', 'settle_splits', 'write_task',
-           'Progress', 'finish_task', 'finished_task', 'loose_remarks', 'prepare_task', 'content_of', 'is_current',
-           'folds_of', 'previous_places', 'assignment', 'former_places', 'write_tables', 'join_audits', 'prepare',
-           'write_suite', 'Rows', 'select', 'read_group', 'image', 'without_images', 'Prepared', 'counts', 'quarantine',
+           'Progress', 'finish_task', 'finished_task', 'prepare_task', 'content_of', 'is_current', 'folds_of',
+           'previous_places', 'assignment', 'former_places', 'write_tables', 'join_audits', 'prepare', 'write_suite',
+           'Rows', 'select', 'read_group', 'image', 'without_images', 'Prepared', 'counts', 'quarantine',
            'set_forecast', 'fold', 'is_drawn', 'holding_out', 'stream', 'prepared_html', 'pictures_html', 'load_split']
 
-# %% ../../nbs/23_data.prepare.ipynb #16cdecad
+# %% ../../nbs/23_data.prepare.ipynb #e914664c
 import errno
 import json
 import multiprocessing
@@ -42,7 +42,7 @@ from ..core import InputError, RunFailure, fingerprint, project_root, say, sha25
 from .audit import (FORECAST, Audit, Checked, Limits, assign_groups, connected, differing_bits, forecast_html, hash_bits, hash_words, inspect_row, note_duplicates,
                                     note_two_labels, number_duplicate_ids, quarantine_leaks, shared_between_tasks,
                                     task_remarks, thumbnail)
-from .sources import Row, loose_files, read_rows, source_contents
+from .sources import Row, read_rows, source_contents, source_remarks
 from ..tasks import SPLITS, Suite, Task, load_suite
 
 # %% ../../nbs/23_data.prepare.ipynb #024ccfd7
@@ -482,21 +482,15 @@ def finished_task(progress: Progress, number: int, suite: Suite) -> Audit | None
 
 Progress.finish_task, Progress.finished_task = finish_task, finished_task
 
-# %% ../../nbs/23_data.prepare.ipynb #85a32935
-def loose_remarks(task: Task, folder: Path) -> list[str]:
-    "Sentences on files beside the folders of classes that are no pictures."
-    found = {split: loose_files(source, folder) for split, source in task.sources.items()}
-    return [f"{split}: beside the folders of the classes lie {', '.join(names[:5])}{' and more' * (len(names) > 5)}, no pictures and not read"
-            for split, names in found.items() if names]
-
-
+# %% ../../nbs/23_data.prepare.ipynb #06a7bc82
 def prepare_task(number: int, suite: Suite, progress: Progress, settings: dict, previous: dict, workers: Workers) -> Audit:
     "Read, audit, split and write one task, unless that is done; InputError where no row is usable."
     task, limits = suite.tasks[number], Limits(**settings["limits"])
     if audit := progress.finished_task(number, suite):
         return audit
     records, chunks = read_task(task, suite.folder, limits, progress.state / f"{number:04}", workers)
-    remarks = settle_splits(task, records, limits, settings["fractions"], previous.get(task.name, {})) + loose_remarks(task, suite.folder)
+    remarks = settle_splits(task, records, limits, settings["fractions"], previous.get(task.name, {}))
+    remarks += [f"{split}: {remark}" for split, source in task.sources.items() for remark in source_remarks(source, suite.folder)]
     audit = Audit(suite.name, records, remarks={task.name: remarks}, open_tasks=set() if task.is_closed else {task.name})
     if all(record.reason for record in records):
         reasons = Counter(record.reason for record in records).most_common()

@@ -9,14 +9,14 @@ __all__ = ['READERS', 'LAZY_READERS', 'COLUMNS', 'FILE_OPTIONS', 'IMAGE_SUFFIXES
            'questions_of', 'rows_that_ask', 'read_rows', 'source_files', 'column_names', 'text_or_none',
            'row_of_record', 'fits', 'check_encoding', 'text_lines', 'bad_line', 'table_contents', 'image_stamp',
            'csv_table', 'read_delimited', 'read_csv', 'read_tsv', 'parsed', 'json_lines', 'json_records',
-           'not_a_record', 'rows_of_json', 'read_jsonl', 'read_json', 'folder_contents', 'read_folder',
-           'classes_and_loose', 'loose_files', 'files_below', 'class_names', 'read_parquet', 'parquet_records', 'Talk',
+           'not_a_record', 'rows_of_json', 'read_jsonl', 'read_json', 'folder_contents', 'loose_files', 'read_folder',
+           'classes_and_loose', 'files_below', 'class_names', 'read_parquet', 'parquet_records', 'Talk',
            'without_placeholder', 'content_of_turn', 'turns_of', 'talk_of_messages', 'row_of_talk', 'mapping_of',
            'dataset_entry', 'info_path', 'ChatFiles', 'chat_files', 'talk_of_alpaca', 'row_of_chat', 'chat_records',
            'csv_records', 'list_or_text', 'taken', 'rows_of_chat', 'chat_contents', 'read_llamafactory', 'read_llava',
            'llava_source', 'studio_path', 'studio_answers', 'studio_label', 'is_short', 'short_label',
            'read_labelstudio', 'huggingface_dataset', 'undecoded', 'huggingface_contents', 'read_huggingface',
-           'code_hash', 'source_contents']
+           'code_hash', 'source_contents', 'source_remarks']
 
 # %% ../../nbs/20_data.sources.ipynb #e88180a6
 import base64
@@ -103,25 +103,26 @@ def locate_text(text: str, root: Path) -> dict:
         return {"reason": f"outside_root: {text[:200]} leaves the folder {root}; move the file or set the source's root"}
     return {"path": str(path)}
 
-# %% ../../nbs/20_data.sources.ipynb #d15f58a5
+# %% ../../nbs/20_data.sources.ipynb #49d6baad
 @dataclass
 class Reader:
     "A registered reader: `read(source, folder)` yields rows."
     name: str
     read: Callable[[dict, Path], Iterator[Row]]
     options: tuple[str, ...] | None  # None: any key
-    contents: Callable[[dict, Path], object] | None
+    contents: Callable[[dict, Path], object] | None = None
+    remarks: Callable[[dict, Path], list[str]] | None = None  # sentences on what is there and gives no rows
 
 
 READERS: dict[str, Reader] = {}
 LAZY_READERS = {"demo": "qwen2vl_sft.data.demo"}  # format -> module
 
 
-def reader(name: str, options: tuple[str, ...] | None = None, contents: Callable | None = None):
+def reader(name: str, options: tuple[str, ...] | None = None, contents: Callable | None = None, remarks: Callable | None = None):
     "Decorator that registers a function (source: dict, folder: Path) -> Iterator[Row] as the reader `name`."
 
     def register(read):
-        READERS[name] = Reader(name, read, options, contents)
+        READERS[name] = Reader(name, read, options, contents, remarks)
         return read
 
     return register
@@ -304,7 +305,7 @@ def image_stamp(row: Row) -> list:
         return [row.id, "missing"]
     return [row.id, row.label, [status.st_size, status.st_mtime_ns] if status else None]
 
-# %% ../../nbs/20_data.sources.ipynb #fec694e4
+# %% ../../nbs/20_data.sources.ipynb #310de46b
 def csv_table(file: Path, source: dict, delimiter: str = ",") -> tuple[list[str], Iterator[dict]]:
     "Columns and records of a CSV file; InputError for a delimiter that can't be and, with the line, for a row with a stray quote."
     csv.field_size_limit(2**31 - 1)  # data URIs are longer than the module's default of 128 kB
@@ -314,6 +315,7 @@ def csv_table(file: Path, source: dict, delimiter: str = ",") -> tuple[list[str]
     table = csv.DictReader(text_lines(file, source), delimiter=delimiter, strict=True)
 
     def records(header: bool = False) -> Iterator[dict]:
+        "The rows as the module reads them (the header alone: its cells), with its error as one that names the line."
         read = table.line_num  # lines before the row
         try:
             for record in [table.fieldnames] if header else table:
@@ -413,13 +415,21 @@ def read_json(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: json, path: train.json}`: rows of files with a list of JSON objects."
     return rows_of_json(source, folder, json_records)
 
-# %% ../../nbs/20_data.sources.ipynb #bfd17ac6
+# %% ../../nbs/20_data.sources.ipynb #16e25894
 def folder_contents(source: dict, folder: Path) -> list:
     "Names, sizes and times of all files of a folder source."
     return [image_stamp(row) for row in read_folder(source, folder)]
 
 
-@reader("folder", options=("path",), contents=folder_contents)
+def loose_files(source: dict, folder: Path) -> list[str]:
+    "A sentence on the files beside the subfolders of a folder per class that are no pictures, and so no rows."
+    names = [name for top in source_files(source, folder, folders=True) for name in classes_and_loose(top)[1]
+             if not name.lower().endswith(IMAGE_SUFFIXES)]
+    shown = f"{', '.join(names[:5])}{' and more' * (len(names) > 5)}"
+    return [f"beside the folders of the classes lie {shown}, no pictures and not read"] if names else []
+
+
+@reader("folder", options=("path",), contents=folder_contents, remarks=loose_files)
 def read_folder(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: folder, path: train}` with `train/<label>/<image>`."
     for top in source_files(source, folder, folders=True):
@@ -440,7 +450,7 @@ def read_folder(source: dict, folder: Path) -> Iterator[Row]:
             if name.lower().endswith(IMAGE_SUFFIXES):
                 yield Row(name, where=f"{top.name}/{name}", reason=f"empty_label: {name} lies beside the folders of the classes; move it into one")
 
-# %% ../../nbs/20_data.sources.ipynb #fc726d4c
+# %% ../../nbs/20_data.sources.ipynb #a706187c
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ico", ".ppm")
 
 
@@ -449,14 +459,6 @@ def classes_and_loose(top: Path) -> tuple[list[str], list[str]]:
     names = sorted(name for name in os.listdir(top) if name[0] != ".")
     labels = [name for name in names if os.path.isdir(top / name)]
     return labels, sorted({*names} - {*labels})
-
-
-def loose_files(source: dict, folder: Path) -> list[str]:
-    "The files beside the subfolders of a folder per class that are no pictures, and so no rows."
-    if source.get("format") != "folder":
-        return []
-    return [name for top in source_files(source, folder, folders=True) for name in classes_and_loose(top)[1]
-            if not name.lower().endswith(IMAGE_SUFFIXES)]
 
 
 def files_below(top: Path) -> Iterator[Path]:
@@ -927,7 +929,7 @@ def read_huggingface(source: dict, folder: Path) -> Iterator[Row]:
                 record[column] = classes[column][index] if index is not None and index >= 0 else None
             yield row_of_record(record, names, place / "dataset", number, source, Path(folder))
 
-# %% ../../nbs/20_data.sources.ipynb #c89895c1
+# %% ../../nbs/20_data.sources.ipynb #abdbd802
 def code_hash(function: Callable) -> str:
     "SHA-256 of the file that defines `function`; of its own code where no such file is, as in a notebook's cell."
     file = Path(inspect.getfile(function))
@@ -943,3 +945,9 @@ def source_contents(source: dict, folder: Path) -> list:
     "A JSON-able value that changes when the source's rows or images do."
     found = reader_of(source)
     return [source, found.contents(source, Path(folder)) if found.contents else code_hash(found.read)]
+
+
+def source_remarks(source: dict, folder: Path) -> list[str]:
+    "Sentences on what the source holds beside its rows; none where its reader has no `remarks`."
+    found = reader_of(source)
+    return found.remarks(source, Path(folder)) if found.remarks else []
