@@ -60,7 +60,7 @@ def test_what_the_cache_gets_under_a_hash_is_that_picture_though_another_run_sto
         def missing(self, images):
             found = super().missing(images)
             if len(found) == len(wanted):
-                other.fill(model, encoder.images, found[:1], lambda image: data.pixels(wanted[image]))
+                other.fill(model, encoder.images, found[:1], lambda absent: ((image, data.pixels(wanted[image])) for image in absent))
             return found
 
     settings = config(project)
@@ -68,7 +68,7 @@ def test_what_the_cache_gets_under_a_hash_is_that_picture_though_another_run_sto
     data = TrainingOrder(prepared_suite(settings.suite_path), encoder, settings)
     wanted = dict(sorted({data.value(key, "sha256"): key for key in data.order}.items(), key=lambda item: item[1]))
     cache, other = (kind(project / "cache.sqlite", model, encoder.images, 1) for kind in (Contested, VisionCache))
-    cache.fill(model, encoder.images, wanted, None, 4, lambda lacking: streamed_pixels(data, wanted, lacking))
+    cache.fill(model, encoder.images, wanted, lambda lacking: streamed_pixels(data, wanted, lacking), 4)
     assert VisionCache.missing(cache, wanted) == []
     for image, key in wanted.items():
         (expected,) = tower_features(model, *encoder.images.patches([data.pixels(key)]))

@@ -29,12 +29,17 @@ def pictures(count: int) -> dict[str, np.ndarray]:
     return {f"picture-{i}": rng.integers(0, 256, (32, 64, 3), dtype=np.uint8) for i in range(count)}
 
 
+def of(some: dict[str, np.ndarray]):
+    "What `fill` reads pictures with."
+    return lambda absent: ((name, some[name]) for name in absent)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_stored_output_has_the_towers_bits(tmp_path, dtype):
     model, images = load_base(ModelConfig(device="cpu", dtype=dtype)), load_encoder(LOCATION).images
     some = pictures(3)
     cache = VisionCache(tmp_path / "cache.sqlite", model, images)
-    cache.fill(model, images, some, some.get)
+    cache.fill(model, images, some, of(some))
     fresh = tower_features(model, *images.patches(list(some.values())))
     reopened = VisionCache(tmp_path / "cache.sqlite", model, images)
     for name, value in zip(some, fresh, strict=True):
@@ -79,7 +84,7 @@ def test_another_tower_or_resize_shares_nothing(tmp_path):
     key = tower_key(model, encoder.images)
     some = pictures(1)
     cache = VisionCache(tmp_path / "cache.sqlite", model, encoder.images)
-    cache.fill(model, encoder.images, some, some.get)
+    cache.fill(model, encoder.images, some, of(some))
     with torch.no_grad():
         model.model.visual.merger.mlp[0].weight[0, 0] += 1e-3
     assert tower_key(model, encoder.images) != key
@@ -91,9 +96,9 @@ def test_the_limit_stops_the_fill_and_keeps_what_is_there(tmp_path):
     some = pictures(10)
     one = 8 * model.config.text_config.hidden_size * 4  # bytes of 8 tokens in float32
     cache = VisionCache(tmp_path / "cache.sqlite", model, images, limit_gb=4 * one / 1e9)
-    assert cache.fill(model, images, some, some.get, batch=2) == 4
+    assert cache.fill(model, images, some, of(some), batch=2) == 4
     assert cache.missing(some) == list(some)[4:] and cache.bytes == 4 * one
-    assert cache.fill(model, images, some, some.get, batch=2) == 0
+    assert cache.fill(model, images, some, of(some), batch=2) == 0
 
 
 KILLED = """
@@ -116,7 +121,7 @@ def told(self, *values):
 
 
 VisionCache.put = told
-cache.fill(model, images, pictures, pictures.get, batch=2)
+cache.fill(model, images, pictures, lambda absent: ((name, pictures[name]) for name in absent), batch=2)
 """
 
 
@@ -133,7 +138,7 @@ def test_a_killed_fill_leaves_whole_entries_and_is_gone_on_with(tmp_path):
     there = [name for name in some if name not in set(cache.missing(some))]
     assert 6 <= len(there) < 400 and there == list(some)[: len(there)]
     wanted = list(some)[: len(there) + 4]
-    assert cache.fill(model, images, wanted, some.get, batch=2) == 4
+    assert cache.fill(model, images, wanted, of(some), batch=2) == 4
     for pair in range(0, len(wanted), 2):  # as the fill had them: two at a time
         fresh = tower_features(model, *images.patches([some[name] for name in wanted[pair : pair + 2]]))
         assert all(torch.equal(cache.get(name), value) for name, value in zip(wanted[pair : pair + 2], fresh, strict=True))
@@ -144,7 +149,7 @@ def test_a_damaged_file_is_begun_anew(tmp_path, capsys):
     some, path = pictures(4), tmp_path / "cache.sqlite"
     path.write_bytes(b"no database" * 1000)
     cache = VisionCache(path, model, images)
-    assert "damaged" in capsys.readouterr().out and cache.fill(model, images, some, some.get) == 4
+    assert "damaged" in capsys.readouterr().out and cache.fill(model, images, some, of(some)) == 4
     path.write_bytes(path.read_bytes()[:4096] + b"\xff" * 20000)  # while it is open
     again = VisionCache.__new__(VisionCache)
     again.__dict__ |= {**vars(cache), "_owner": 0}

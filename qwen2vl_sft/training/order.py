@@ -198,27 +198,26 @@ def decoded_pixels(
     rows = Pictures(data, [(image, wanted[image]) for image in lacking])
     return DataLoader(rows, batch_size=None, num_workers=workers, collate_fn=as_it_is, generator=torch.Generator())
 
-# %% ../../nbs/52_training.order.ipynb #df9e8d46
+# %% ../../nbs/52_training.order.ipynb #ee25aa52
 def fill_fitting(
     cache: VisionCache,
     model: Any,
     images: ImageEncoder,
     wanted: Iterable[str],  # sha256
-    pixels: Callable[[str], np.ndarray] | None,
+    pictures: Callable[[list[str]], Iterable[tuple[str, np.ndarray]]],  # as for `VisionCache.fill`
     at_once: int | None = None,  # pictures in one pass; None: as many as suit the device
-    stream: Callable[[list[str]], Iterable[tuple[str, np.ndarray]]] | None = None,  # in place of `pixels`
 ) -> None:
     "`VisionCache.fill`, with fewer pictures in a pass where memory runs out. Raises the allocator's error if one doesn't fit."
     wanted = list(wanted)
     most = AtOnce(at_once or pictures_at_once(model), "vision cache", "pictures")
-    with_fewer(lambda size: cache.fill(model, images, wanted, pixels, size, stream), most)
+    with_fewer(lambda size: cache.fill(model, images, wanted, pictures, size), most)
 
 
 def filled_cache(
     model: Any,
     data: TrainingOrder,
     limit_gb: float,
-    at_once: int = 64,  # pictures in one pass of the tower
+    at_once: int | None = None,  # pictures in one pass of the tower; None: as many as suit the device
     workers: int = 0,  # processes that decode pictures; a stream is decoded in this one
 ) -> VisionCache:
     "The frozen tower's outputs for every picture of the run."
@@ -227,8 +226,8 @@ def filled_cache(
     if data.streamed:  # in the order of the shards
         wanted = dict(sorted(wanted.items(), key=lambda item: item[1]))
     lacking = len(cache.missing(wanted))
-    stream = lambda absent: streamed_pixels(data, wanted, absent) if data.streamed else decoded_pixels(data, wanted, absent, workers)
-    fill_fitting(cache, model, data.encoder.images, wanted, None, at_once, stream)
+    pictures = lambda absent: streamed_pixels(data, wanted, absent) if data.streamed else decoded_pixels(data, wanted, absent, workers)
+    fill_fitting(cache, model, data.encoder.images, wanted, pictures, at_once)
     beyond = len(cache.missing(wanted))
     fresh = lacking - beyond
     full = f"; the limit of {limit_gb} GB leaves {beyond} to be computed each time" if beyond else ""

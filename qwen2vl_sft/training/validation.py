@@ -80,7 +80,7 @@ def only_looking(
         if text._attn_implementation != attention:
             inner.set_attn_implementation({"text_config": attention})
 
-# %% ../../nbs/53_training.validation.ipynb #0d17e751
+# %% ../../nbs/53_training.validation.ipynb #a173ffb9
 @dataclass
 class Validation:
     "The rows a run is validated on, and what scores them."
@@ -93,8 +93,8 @@ class Validation:
         "Read the frozen tower's outputs from the cache; compute and store those that are missing, `at_once` in a pass, up to its limit."
         for data in self.sets:
             images = dict(zip(data.column("sha256"), data.chosen, strict=True))
-            pixels = lambda image, data=data, images=images: self.scorer.pixels(data, images[image])
-            fill_fitting(cache, model, self.scorer.encoder.images, images, pixels, at_once)
+            pictures = lambda absent, data=data, images=images: ((image, self.scorer.pixels(data, images[image])) for image in absent)
+            fill_fitting(cache, model, self.scorer.encoder.images, images, pictures, at_once)
         self.scorer.cache = cache
 
     def read_at_once(self, samples: int) -> None:
