@@ -214,7 +214,7 @@ def _check_scheduler(schedule: "ScheduleConfig") -> None:
     if "min_lr" in known and not {"min_lr", "min_lr_rate"} & set(schedule.scheduler_options):
         raise ValueError(f"scheduler_options: {schedule.scheduler} needs min_lr or min_lr_rate")
 
-# %% ../nbs/01_config.ipynb #c6e5f1c6
+# %% ../nbs/01_config.ipynb #d2d58233
 class ScheduleConfig(Settings):
     "Steps, batches and the optimiser."
 
@@ -263,7 +263,11 @@ class ScheduleConfig(Settings):
     @property
     def batch(self) -> int:
         "Samples in one optimiser step, of all processes together."
-        return self.effective_batch or self.micro_batch * self.accumulation * process_count()
+        return self.batch_on(process_count())
+
+    def batch_on(self, processes: int) -> int:
+        "Samples in one optimiser step of so many processes together."
+        return self.effective_batch or self.micro_batch * self.accumulation * processes
 
     @property
     def process_batch(self) -> int:

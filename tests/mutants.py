@@ -619,8 +619,8 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '7', "the effective batch is one process's", 'qwen2vl_sft/config.py',
-        'self.effective_batch or self.micro_batch * self.accumulation * process_count()',
-        'self.effective_batch or self.micro_batch * self.accumulation',
+        'return self.batch_on(process_count())',
+        'return self.batch_on(1)',
         ('tests/test_model_load.py::test_the_effective_batch_is_that_of_all_processes',),
     ),
     Mutation(

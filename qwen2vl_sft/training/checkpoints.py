@@ -152,14 +152,14 @@ def inputs_of(
     base = base_weights(base_location(config.model.base), config.model.revision)
     return Inputs(base, prepared.audit["fingerprint"], tasks, process_count())
 
-# %% ../../nbs/51_training.checkpoints.ipynb #78d859c5
+# %% ../../nbs/51_training.checkpoints.ipynb #93dbaa31
 def changed_settings(
     there: RunConfig,
     now: RunConfig,
     processes: tuple[int, int] = (1, 1),  # then and now
 ) -> list[str]:  # such as "schedule.steps=4, now 6"
     "The settings that differ and decide what is trained, or which step is the best. Of the batch, only the samples in a step of all processes count."
-    steps = [config.schedule.effective_batch or config.schedule.micro_batch * config.schedule.accumulation * count for config, count in zip((there, now), processes, strict=True)]
+    steps = [config.schedule.batch_on(count) for config, count in zip((there, now), processes, strict=True)]
     same_batch = {name: getattr(now.schedule, name) for name in ("micro_batch", "accumulation", "effective_batch")}
     there = there.model_copy(update={"schedule": there.schedule.model_copy(update=same_batch)})
     changed = [] if steps[0] == steps[1] else [f"samples in a step={steps[0]} on {_processes(processes[0])}, now {steps[1]} on {_processes(processes[1])} (micro_batch x accumulation x processes)"]
