@@ -679,6 +679,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                                 'qwen2vl_sft/config.py'),
                                     'qwen2vl_sft.config.ScheduleConfig.batch': ( 'config.html#scheduleconfig.batch',
                                                                                  'qwen2vl_sft/config.py'),
+                                    'qwen2vl_sft.config.ScheduleConfig.batch_on': ( 'config.html#scheduleconfig.batch_on',
+                                                                                    'qwen2vl_sft/config.py'),
                                     'qwen2vl_sft.config.ScheduleConfig.checkpoint_steps': ( 'config.html#scheduleconfig.checkpoint_steps',
                                                                                             'qwen2vl_sft/config.py'),
                                     'qwen2vl_sft.config.ScheduleConfig.process_batch': ( 'config.html#scheduleconfig.process_batch',
