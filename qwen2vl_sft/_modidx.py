@@ -2290,8 +2290,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                    'qwen2vl_sft/scoring/suite.py'),
                                            'qwen2vl_sft.scoring.suite.free_tokens': ( 'scoring.suite.html#free_tokens',
                                                                                       'qwen2vl_sft/scoring/suite.py'),
-                                           'qwen2vl_sft.scoring.suite.has_leftovers': ( 'scoring.suite.html#has_leftovers',
-                                                                                        'qwen2vl_sft/scoring/suite.py'),
                                            'qwen2vl_sft.scoring.suite.labels_apart': ( 'scoring.suite.html#labels_apart',
                                                                                        'qwen2vl_sft/scoring/suite.py'),
                                            'qwen2vl_sft.scoring.suite.missing_places': ( 'scoring.suite.html#missing_places',

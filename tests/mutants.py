@@ -235,8 +235,8 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '8', 'a row that left the test set stays in the predictions', 'qwen2vl_sft/scoring/experiment.py',
-        'data.split) and has_leftovers(one, data, rule):',
-        'data.split) and False:',
+        'if not what_changed(one, data, rule, scorer):\n                drop_leftovers',
+        'if False:\n                drop_leftovers',
         ('tests/test_scoring_suite.py::test_a_row_that_left_the_test_set_leaves_the_predictions',),
     ),
     Mutation(

@@ -10,7 +10,7 @@ __all__ = ['Group', 'groups_of', 'Loaded', 'load_group', 'passes', 'Parts', 'Wor
            'trained_runs', 'untuned_settings', 'shared_data', 'rules_table', 'report_rules', 'progress_of',
            'with_longest_answer', 'score_experiment']
 
-# %% ../../nbs/45_scoring.experiment.ipynb #6d2e919b
+# %% ../../nbs/45_scoring.experiment.ipynb #1f15918a
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -49,7 +49,6 @@ from qwen2vl_sft.scoring.suite import (
     batches,
     drop_leftovers,
     free_bytes,
-    has_leftovers,
     missing_places,
     near_ties,
     score_batch,
@@ -215,7 +214,7 @@ class Work:
         "The rules by which a sample has no prediction of the candidate."
         return tuple(rule for rule in data.rules if place in self.missing[str(one), data.task.name, rule])
 
-# %% ../../nbs/45_scoring.experiment.ipynb #131c7c18
+# %% ../../nbs/45_scoring.experiment.ipynb #6cd0096b
 def work_for(
     candidates: list[Candidate],
     scorer: Scorer,
@@ -231,8 +230,8 @@ def work_for(
             say_what_changed(one, tests, scorer)
             drop_stale(one, tests, scorer)
         for one, data, rule in cells:
-            if one.run.decided(one.checkpoint, data.task.name, rule, data.split) and has_leftovers(one, data, rule):
-                start_predictions(one, data, rule, scorer)
+            if not what_changed(one, data, rule, scorer):
+                drop_leftovers(one, data, rule)
         return {(str(one), data.task.name, rule): missing_places(one, data, rule, scorer) for one, data, rule in cells}
 
     return Work(scorer, tests, from_first(found), report)
@@ -268,9 +267,8 @@ def drop_stale(
             dropped.append(f"{data.task.name} ({rule})")
             for path in (*parts, one.run.decided_path(*where)):
                 path.unlink(missing_ok=True)
-        elif has_leftovers(one, data, rule):
+        elif drop_leftovers(one, data, rule):
             dropped.append(f"{data.task.name} ({rule}), rows that have changed")
-            drop_leftovers(one, data, rule)
     if dropped:
         say(f"{one}: predictions by a rule that isn't asked for now no longer hold and are removed: {', '.join(dropped)}; score --rule both makes them again")
 

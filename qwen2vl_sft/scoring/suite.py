@@ -7,8 +7,8 @@ __all__ = ['BATCH_TOKENS', 'TOWER_BYTES', 'WALKED', 'NOT_DECIDING', 'BFLOAT16_MA
            'Differing', 'TestSet', 'test_set', 'Scorer', 'tower_passes', 'add_features', 'stored', 'batches',
            'free_bytes', 'batch_tokens', 'stated', 'closed_rows', 'cut_reason', 'free_row', 'free_tokens', 'answers',
            'score_batch', 'Candidate', 'scoring_model', 'computed_in', 'weights_hash', 'deciding_parts', 'decided_by',
-           'what_changed', 'missing_places', 'predicted_samples', 'has_leftovers', 'drop_leftovers',
-           'start_predictions', 'near_ties', 'self_test', 'labels_apart', 'answers_apart', 'next_token']
+           'what_changed', 'missing_places', 'predicted_samples', 'drop_leftovers', 'start_predictions', 'near_ties',
+           'self_test', 'labels_apart', 'answers_apart', 'next_token']
 
 # %% ../../nbs/43_scoring.suite.ipynb #b0ceb8a5
 import json
@@ -458,32 +458,25 @@ def predicted_samples(
     tables = [pd.read_parquet(part, columns=["id", "sample"]) for part in parts]
     return {pair for table in tables for pair in zip(table["id"], table["sample"], strict=True)}
 
-# %% ../../nbs/43_scoring.suite.ipynb #2e8f85fd
-def has_leftovers(
-    candidate: Candidate,
-    data: TestSet,
-    rule: str,
-) -> bool:
-    "Whether there are predictions of rows that the split doesn't have any more, or not like this."
-    return not predicted_samples(candidate, data, rule) <= set(zip(data.rows.column("id"), data.row_keys, strict=True))
-
-# %% ../../nbs/43_scoring.suite.ipynb #1dfb4060
+# %% ../../nbs/43_scoring.suite.ipynb #50684585
 def drop_leftovers(
     candidate: Candidate,
     data: TestSet,
     rule: str,
-) -> None:
+) -> bool:  # whether there were any
     "Remove the predictions of rows that the split doesn't have any more, or not like this."
-    valid = set(zip(data.rows.column("id"), data.row_keys, strict=True))
+    valid, dropped = set(zip(data.rows.column("id"), data.row_keys, strict=True)), False
     for part in candidate.run.prediction_parts(candidate.checkpoint, data.task.name, rule, data.split):
-        table = pd.read_parquet(part)
-        keep = [pair in valid for pair in zip(table["id"], table["sample"], strict=True)]
+        names = pd.read_parquet(part, columns=["id", "sample"])
+        keep = [pair in valid for pair in zip(names["id"], names["sample"], strict=True)]
+        dropped |= not all(keep)
         if not any(keep):
             part.unlink()
         elif not all(keep):
-            write_atomically(part, table[keep].to_parquet(index=False))
+            write_atomically(part, pd.read_parquet(part)[keep].to_parquet(index=False))
+    return dropped
 
-
+# %% ../../nbs/43_scoring.suite.ipynb #2fde3e02
 def start_predictions(
     candidate: Candidate,
     data: TestSet,
