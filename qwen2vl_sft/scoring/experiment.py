@@ -214,7 +214,7 @@ class Work:
         "The rules by which a sample has no prediction of the candidate."
         return tuple(rule for rule in data.rules if place in self.missing[str(one), data.task.name, rule])
 
-# %% ../../nbs/45_scoring.experiment.ipynb #6cd0096b
+# %% ../../nbs/45_scoring.experiment.ipynb #f71bd3a6
 def work_for(
     candidates: list[Candidate],
     scorer: Scorer,
@@ -225,6 +225,7 @@ def work_for(
     cells = [(one, data, rule) for one in candidates for data in tests for rule in data.rules]
 
     def found() -> dict[tuple[str, str, str], set[int]]:
+        "The places that lack a prediction, by candidate, task and rule; predictions that no longer hold are removed first."
         say_what_is_cut(tests, scorer)
         for one in candidates:
             say_what_changed(one, tests, scorer)
@@ -638,7 +639,7 @@ def report_rules(
         say(f"what a model believes (closed) and what it writes (free): {path}")
         print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
 
-# %% ../../nbs/45_scoring.experiment.ipynb #22114615
+# %% ../../nbs/45_scoring.experiment.ipynb #a377be5a
 def progress_of(
     statuses: list[Status],
 ) -> Callable[[int, int], None]:
@@ -646,6 +647,7 @@ def progress_of(
     began: list[tuple[float, int]] = [(time.monotonic(), 0)]
 
     def report(done: int, of: int) -> None:
+        "Note `done` answers out of `of`, and the time left at the speed since the first of them."
         now = time.monotonic()
         since, counted = began[-1] if done > began[-1][1] else began[0]
         left = (now - since) / max(1, done - counted) * (of - done)

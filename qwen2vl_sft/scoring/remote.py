@@ -505,7 +505,7 @@ async def attempt(session: Session, question: Question) -> dict[str, Any]:
         session.reserved, session.spent = session.reserved - cost, session.spent + ended.get("cost", 0.0)
     return response
 
-# %% ../../nbs/47_scoring.remote.ipynb #77d05e49
+# %% ../../nbs/47_scoring.remote.ipynb #e0ca2b3a
 @dataclass
 class Tries:
     "How often one question has failed in this command."
@@ -537,6 +537,7 @@ async def ask(session: Session, question: Question) -> dict[str, Any]:
     tries = Tries(session.config)
 
     async def once() -> dict[str, Any]:
+        "One attempt, counted; an error that no further attempt would mend stops the session."
         try:
             return await attempt(session, question)
         except Failed as failure:
