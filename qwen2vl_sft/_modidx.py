@@ -2300,6 +2300,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                      'qwen2vl_sft/scoring/suite.py'),
                                            'qwen2vl_sft.scoring.suite.predicted_samples': ( 'scoring.suite.html#predicted_samples',
                                                                                             'qwen2vl_sft/scoring/suite.py'),
+                                           'qwen2vl_sft.scoring.suite.present_ids': ( 'scoring.suite.html#present_ids',
+                                                                                      'qwen2vl_sft/scoring/suite.py'),
                                            'qwen2vl_sft.scoring.suite.score_batch': ( 'scoring.suite.html#score_batch',
                                                                                       'qwen2vl_sft/scoring/suite.py'),
                                            'qwen2vl_sft.scoring.suite.scoring_model': ( 'scoring.suite.html#scoring_model',

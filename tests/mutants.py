@@ -240,6 +240,18 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_scoring_suite.py::test_a_row_that_left_the_test_set_leaves_the_predictions',),
     ),
     Mutation(
+        '8', 'a row with another number is scored again', 'qwen2vl_sft/scoring/suite.py',
+        'found.append(name if same else free[key].pop(0) if free.get(key) else None)',
+        'found.append(name if same else None)',
+        ('tests/test_scoring_suite.py::test_a_row_that_left_the_test_set_leaves_the_predictions',),
+    ),
+    Mutation(
+        '8', 'a prediction keeps the number that is another row\'s now', 'qwen2vl_sft/scoring/suite.py',
+        'found.append(name if same else free[key].pop(0) if free.get(key) else None)',
+        'found.append(name if same or free.get(key) else None)',
+        ('tests/test_scoring_suite.py::test_a_row_that_left_the_test_set_leaves_the_predictions',),
+    ),
+    Mutation(
         '5.14', 'the self-test leaves out all adapters but the last', 'qwen2vl_sft/scoring/experiment.py',
         'for number, one in enumerate(loaded.group.candidates):',
         'for number, one in enumerate(loaded.group.candidates[-1:]):',

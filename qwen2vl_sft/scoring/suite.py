@@ -7,15 +7,17 @@ __all__ = ['BATCH_TOKENS', 'TOWER_BYTES', 'WALKED', 'NOT_DECIDING', 'BFLOAT16_MA
            'Differing', 'TestSet', 'test_set', 'Scorer', 'tower_passes', 'add_features', 'stored', 'batches',
            'free_bytes', 'batch_tokens', 'stated', 'closed_rows', 'cut_reason', 'free_row', 'free_tokens', 'answers',
            'score_batch', 'Candidate', 'scoring_model', 'computed_in', 'weights_hash', 'deciding_parts', 'decided_by',
-           'what_changed', 'missing_places', 'predicted_samples', 'drop_leftovers', 'start_predictions', 'near_ties',
-           'self_test', 'labels_apart', 'answers_apart', 'next_token']
+           'what_changed', 'missing_places', 'predicted_samples', 'present_ids', 'drop_leftovers', 'start_predictions',
+           'near_ties', 'self_test', 'labels_apart', 'answers_apart', 'next_token']
 
-# %% ../../nbs/43_scoring.suite.ipynb #b0ceb8a5
+# %% ../../nbs/43_scoring.suite.ipynb #a21da48e
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -458,23 +460,44 @@ def predicted_samples(
     tables = [pd.read_parquet(part, columns=["id", "sample"]) for part in parts]
     return {pair for table in tables for pair in zip(table["id"], table["sample"], strict=True)}
 
-# %% ../../nbs/43_scoring.suite.ipynb #50684585
+# %% ../../nbs/43_scoring.suite.ipynb #b027ab40
+def present_ids(
+    predicted: list[tuple[str, str]],  # id, row key
+    rows: list[tuple[str, str]],  # of the split as it is now
+) -> list[str | None]:
+    "Each prediction's row by its present id; None for a row that the split doesn't have any more, or not like this."
+    left, exact = Counter(rows), []
+    for pair in predicted:
+        exact.append(left[pair] > 0)
+        left[pair] -= exact[-1]
+    free: dict[str, list[str]] = {}
+    for name, key in left.elements():
+        free.setdefault(key, []).append(name)
+    found = []
+    for (name, key), same in zip(predicted, exact, strict=True):
+        found.append(name if same else free[key].pop(0) if free.get(key) else None)
+    return found
+
+# %% ../../nbs/43_scoring.suite.ipynb #b8694bd2
 def drop_leftovers(
     candidate: Candidate,
     data: TestSet,
     rule: str,
 ) -> bool:  # whether there were any
-    "Remove the predictions of rows that the split doesn't have any more, or not like this."
-    valid, dropped = set(zip(data.rows.column("id"), data.row_keys, strict=True)), False
-    for part in candidate.run.prediction_parts(candidate.checkpoint, data.task.name, rule, data.split):
-        names = pd.read_parquet(part, columns=["id", "sample"])
-        keep = [pair in valid for pair in zip(names["id"], names["sample"], strict=True)]
-        dropped |= not all(keep)
-        if not any(keep):
+    "Remove the predictions of rows that the split doesn't have any more, or not like this; one whose row has another id now gets that."
+    parts = candidate.run.prediction_parts(candidate.checkpoint, data.task.name, rule, data.split)
+    names = [pd.read_parquet(part, columns=["id", "sample"]) for part in parts]
+    predicted = [pair for table in names for pair in zip(table["id"], table["sample"], strict=True)]
+    ids = present_ids(predicted, list(zip(data.rows.column("id"), data.row_keys, strict=True)))
+    present = iter(ids)
+    for part, table in zip(parts, names, strict=True):
+        now = list(islice(present, len(table)))
+        if not any(name is not None for name in now):
             part.unlink()
-        elif not all(keep):
-            write_atomically(part, pd.read_parquet(part)[keep].to_parquet(index=False))
-    return dropped
+        elif now != table["id"].tolist():
+            whole = pd.read_parquet(part).assign(id=now)
+            write_atomically(part, whole[whole["id"].notna()].to_parquet(index=False))
+    return None in ids
 
 # %% ../../nbs/43_scoring.suite.ipynb #2fde3e02
 def start_predictions(
