@@ -373,7 +373,7 @@ def seed_table(
     columns = ["row", "model", "models", "step", "task", "seeds", "accuracy", "low", "high", "sd", "lowest", "highest", "seed_low", "seed_high"]
     return pd.DataFrame(lines, columns=columns)
 
-# %% ../../nbs/62_comparison.board.ipynb #90c9cc32
+# %% ../../nbs/62_comparison.board.ipynb #002bc8a4
 @dataclass(eq=False)
 class Evidence:
     "Rows (model at a step) x tasks. `cells` has one line a (row, task), `samples` one a prediction (empty if imported)."
@@ -402,7 +402,17 @@ class Evidence:
         "The predictions of each task."
         return dict(list(self.samples.groupby("task", sort=False))) if len(self.samples) else {}
 
-# %% ../../nbs/62_comparison.board.ipynb #cfbc48fe
+    @property
+    def scored_configs(self) -> dict[str, dict]:
+        "Configurations of the training runs that have rows."
+        return {model: config for model, config in self.configs.items() if model in set(self.cells["model"])}
+
+    @cached_property
+    def seed_groups(self) -> dict[str, list[str]]:
+        "Recipes that were run with several seeds."
+        return seed_groups(self.scored_configs)
+
+# %% ../../nbs/62_comparison.board.ipynb #2d51e277
 @dataclass(eq=False)
 class Board(Evidence):
     "Evidence with its means, tests, seeds, choices and badges."
@@ -422,16 +432,6 @@ class Board(Evidence):
         "The three means of each row; see `mean_table`."
         return mean_table(self.cells, self.samples)
 
-    @property
-    def scored_configs(self) -> dict[str, dict]:
-        "Configurations of the training runs that have rows."
-        return {model: config for model, config in self.configs.items() if model in set(self.cells["model"])}
-
-    @cached_property
-    def seed_groups(self) -> dict[str, list[str]]:
-        "Recipes that were run with several seeds."
-        return seed_groups(self.scored_configs)
-
     @cached_property
     def seeds(self) -> pd.DataFrame:
         "Those recipes' mean, sampling interval and spread; see `seed_lines`."
@@ -446,10 +446,14 @@ class Board(Evidence):
 
     def tests(self, reference: str | None = None) -> pd.DataFrame:
         "Paired tests of every row against a reference (None: the board's own); see `paired_tests`."
-        reference, known = reference or self.reference, self.__dict__.setdefault("_tests", {})
-        if reference not in known:
-            known[reference] = paired_tests(self.samples, reference) if reference else pd.DataFrame()
-        return known[reference]
+        reference = reference or self.reference
+        if reference not in self._tested:
+            self._tested[reference] = paired_tests(self.samples, reference) if reference else pd.DataFrame()
+        return self._tested[reference]
+
+    @cached_property
+    def _tested(self) -> dict[str | None, pd.DataFrame]:
+        return {}
 
 # %% ../../nbs/62_comparison.board.ipynb #330e042c
 def support_text(board: Board) -> str:

@@ -9,9 +9,10 @@ __all__ = ['FINDINGS', 'Finding', 'number', 'in_words', 'rule_text', 'best_findi
            'outcome_findings', 'leak_findings', 'leak_lines', 'regression_findings', 'other_regressions',
            'bookkeeping_findings', 'findings']
 
-# %% ../../nbs/63_comparison.findings.ipynb #af9945bc
+# %% ../../nbs/63_comparison.findings.ipynb #3dc0c5aa
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -306,16 +307,18 @@ def bookkeeping_findings(board: Board) -> list[Finding]:
             found.append(Finding("reported mean", f"{row} is printed with a mean of {number(printed)}, which no rule gives ({values})."))
     return found
 
-# %% ../../nbs/63_comparison.findings.ipynb #2f6644bf
+# %% ../../nbs/63_comparison.findings.ipynb #8f77bbfc
 FINDINGS = (
     best_findings, api_findings, seed_findings, step_findings, regression_findings, collapse_findings, leak_findings,
     outcome_findings, other_regressions, setting_findings, bookkeeping_findings,
 )
 
 
+_SAID: WeakKeyDictionary[Board, list[Finding]] = WeakKeyDictionary()  # of the boards in use
+
+
 def findings(board: Board) -> list[Finding]:
     "Everything worth saying about a scoreboard, most important first."
-    known = board.__dict__.setdefault("_findings", [])
-    if not known:
-        known += [finding for part in FINDINGS for finding in part(board)]
-    return list(known)
+    if board not in _SAID:
+        _SAID[board] = [finding for part in FINDINGS for finding in part(board)]
+    return list(_SAID[board])
