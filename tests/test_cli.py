@@ -16,7 +16,7 @@ import pytest
 from qwen2vl_sft import cli
 from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.rundir import RunDir, Status, write_status
-from qwen2vl_sft.workflow.runs import runs, runs_text, untidy
+from qwen2vl_sft.workflow.runs import delete, runs, runs_text, untidy
 
 COMMANDS = [one.name or one.callback.__name__.replace("_", "-") for one in cli.app.registered_commands]
 
@@ -226,6 +226,18 @@ def test_deleting_asks_and_refuses_a_running_run(project, capsys, monkeypatch):
     assert "is running (pid" in capsys.readouterr().err and run.config_path.exists()
     assert cli.main(["runs", "--delete", "demo/mix", "--yes"]) == 0
     assert not list((project / "runs/demo").iterdir())
+
+
+def test_a_half_deleted_run_is_no_run(project, capsys, monkeypatch):
+    "The disk goes away in the middle, which leaves what a kill would."
+    run = finished_run(project, "mix", "method: {name: lora}")
+    with monkeypatch.context() as broken:
+        broken.setattr("qwen2vl_sft.workflow.runs.shutil.rmtree", lambda path, ignore_errors=False: None if ignore_errors else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            delete(run)
+    assert runs("demo").empty and runs().empty and not list((project / "runs").glob("*/*/config.yaml"))
+    finished_run(project, "mix", "method: {name: lora}")
+    assert cli.main(["runs", "--delete", "demo/mix", "--yes"]) == 0 and not list((project / "runs/demo").iterdir())
 
 
 class Terminal(io.StringIO):

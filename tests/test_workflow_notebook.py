@@ -200,7 +200,18 @@ def test_a_refused_second_start_leaves_the_first_ones_record(training):
     with pytest.raises(InputError, match="the run exists with"):
         run_notebook("train", {"steps": 3})
     assert "the first" in record.read_text() and "the first" in record.with_suffix(".html").read_text()
-    assert run.status().state == "finished" and not list(run.path.glob(".*.before"))
+    assert run.status().state == "finished" and not list(run.path.glob(".*.before")) and not list(run.path.glob("*-refused*"))
+
+
+def test_a_start_that_breaks_before_a_run_began_names_the_notebook_that_has_its_traceback(training):
+    training("if steps: raise OSError('no such device')\nwith running('training'): print('the first')")
+    record = run_notebook("train")
+    with pytest.raises(RunFailure, match=r"OSError: no such device \(traceback in (.*)\)") as error:
+        run_notebook("train", {"steps": 3})
+    named = Path(re.search(r"traceback in (.*)\)", str(error.value))[1])
+    assert "no such device" in named.read_text() and named != record and "the first" in record.read_text()
+    run_notebook("train")
+    assert not named.exists(), "of an earlier start"
 
 
 def test_a_kernel_that_dies_at_its_start_is_started_again(training, tmp_path, monkeypatch, capfd):

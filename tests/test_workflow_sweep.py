@@ -64,6 +64,7 @@ def wait_for(condition, seconds=120.0):
         ({"matrix": {"fold": [0, 1]}}, "hold out different folds (0, 1)"),
         ({"runs": [{"run": "a"}, {"run": "b", "suite": "other.yaml"}]}, "several suites"),
         ({"runs": [{"run": "base"}]}, "'base' is that of a row of the scoreboard"),
+        ({"matrix": {"seed": [0]}, "settings": {"experiment": "f"}}, "`experiment` is the sweep's own"),
         ({"matrix": {"seed": [0]}, "scoring": {"limt": 2}}, "Did you mean 'limit'"),
         ({"matrix": {"seed": [0]}, "scoring": {"limit": 0}}, "scoring: limit"),
         ({"matrix": {"seed": [0, 1]}, "exclude": [{"sed": 1}]}, "exclude: unknown setting 'sed'. Did you mean 'seed'"),
@@ -170,6 +171,21 @@ def test_a_training_that_another_process_was_first_in_is_waited_for(toy, monkeyp
     monkeypatch.setattr(sweep_room, "_one_process", refused_training)
     assert sweep_room.train_in_process(one, {}) == code
     assert one.state == ("done" if code == 0 else "failed") and ("disk full" in one.notes) == bool(code)
+
+
+def test_a_training_that_is_killed_is_not_started_over_and_over(toy, monkeypatch, capsys):
+    "Its kernel lives a little longer. What its log held from an earlier session is not why it ended."
+    sweep = load_sweep(write_sweep(toy, runs=[{"run": "a"}]))
+    (one,) = plan_sweep(sweep)
+    one.run.write_config(one.config.to_yaml())
+    (one.run.path / "train.log").write_text("error: of last week\n")
+    kernel = "import sys, time\nfrom qwen2vl_sft.rundir import RunDir\nwith RunDir(sys.argv[1]).running('training'):\n    print('', flush=True); time.sleep(2)\n"
+    code = f"import os, subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', {kernel!r}, sys.argv[1]], stdout=subprocess.PIPE)\n"
+    code += "child.stdout.readline()\nprint('step 7', flush=True)\nos.kill(os.getpid(), 9)\n"
+    started = []
+    monkeypatch.setattr(sweep_room, "training_command", lambda planned: started.append(planned) or [sys.executable, "-c", code, str(planned.run.path)])
+    assert run_in_slots(sweep, [one]) == {"a": -9} and len(started) == 1
+    assert "1/1 a: FAILED: killed by SIGKILL (step 7)" in capsys.readouterr().out and one.state == "failed"
 
 
 def test_the_estimate_is_the_pace_of_earlier_runs_times_what_is_left(toy):

@@ -522,7 +522,7 @@ class Difference:
         notes = "".join(f"<p>{html.escape(printable(note))}</p>" for note in self.notes)
         return f"<p>{len(self.changed)} of {len(self.table)} figures differ.</p>{notes}{frame.to_html(index=False, float_format=lambda x: f'{x:.1f}', na_rep='–', escape=True)}"
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #0341e05e
+# %% ../../nbs/64_comparison.scoreboard.ipynb #0b7a6769
 def paired_between(before: Board, after: Board) -> pd.DataFrame:  # row, task, n, p_value
     "Each cell of two scoreboards on the samples of both, the same row before and after."
     if not (len(before.samples) and len(after.samples)):
@@ -536,7 +536,7 @@ def paired_between(before: Board, after: Board) -> pd.DataFrame:  # row, task, n
     table = groups.groupby(["row", "task"], sort=False).agg(n=("size", "sum"), up=("up", "sum"), down=("down", "sum")).reset_index()
     return table.assign(p_value=mcnemar_p(table["up"].to_numpy(), table["down"].to_numpy()))[["row", "task", "n", "p_value"]]
 
-
+# %% ../../nbs/64_comparison.scoreboard.ipynb #820df411
 def difference(
     before: Board,
     after: Board,
@@ -596,7 +596,7 @@ class Scoreboard(Board):
         "The scoreboard of published accuracies (long or wide; without a path, the original's). Raises `InputError`."
         return cls(**read_published(Path(path)))
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #cf46a6d7
+# %% ../../nbs/64_comparison.scoreboard.ipynb #f3853cc4
 def read_experiment(
     folder: Path,  # runs/<experiment>
     prepared: Path | None = None,  # prepared/<suite>, for near-duplicate groups, leaks and the tasks' order; None: beside runs/
@@ -619,7 +619,7 @@ def read_experiment(
         configs={run.name: config for run in trained if flat_settings(config := read_config(run))}, described=described, reference=reference, beside=rest,
     )  # fmt: skip
 
-
+# %% ../../nbs/64_comparison.scoreboard.ipynb #3c80a1a5
 def with_published(cells: pd.DataFrame, folder: Path) -> pd.DataFrame:
     "Add the rows of `<run>/accuracies.csv` files: published figures beside our own, on tasks of the same name."
     parts = [cells]

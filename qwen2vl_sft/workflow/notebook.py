@@ -376,7 +376,7 @@ def _settled(error: BaseException, plan: Plan, target: Path, started: float) -> 
         mark_unfinished(target, message)
     return own
 
-# %% ../../nbs/70_workflow.notebook.ipynb #1b243551
+# %% ../../nbs/70_workflow.notebook.ipynb #a9fbc9a2
 def run_notebook(
     name: str | Path,  # "prepare", "train", "score", "compare", or a notebook's path
     parameters: dict[str, Any] | None = None,  # values for its parameters cell
@@ -389,16 +389,22 @@ def run_notebook(
         refuse_if_held(run)
     plan.folder.mkdir(parents=True, exist_ok=True)
     target, started = plan.folder / f"{plan.stem}.ipynb", time.time()
-    before = target.with_name(f".{target.name}.before")
+    before, aside = target.with_name(f".{target.name}.before"), target.with_name(f"{plan.stem}-refused.ipynb")
+    aside.unlink(missing_ok=True)
     if target.exists():
         target.replace(before)
     try:
         with terminate_as_interrupt():
             execute(source, target, plan.parameters)
     except BaseException as error:
-        own = _settled(error, plan, target, started)
-        if before.exists() and plan.runs and not any(run.status().started >= started for run in plan.runs):
-            before.replace(target)  # refused before any run began: the record of the earlier work stays
+        refused = before.exists() and plan.runs and not any(run.status().started >= started for run in plan.runs)
+        if refused and target.exists():  # before any run began: the record of the earlier work stays
+            target.replace(aside)
+        own = _settled(error, plan, aside if refused else target, started)
+        if refused:
+            before.replace(target)
+        if isinstance(own, (InputError, KeyboardInterrupt)):
+            aside.unlink(missing_ok=True)  # its line says all
         raise own from (None if own is error else error)
     finally:
         before.unlink(missing_ok=True)

@@ -6,10 +6,10 @@
 __all__ = ['COLUMNS', 'WHOLE_NUMBERS', 'run_line', 'runs', 'runs_text', 'difference', 'folder_bytes', 'delete', 'untidy', 'tidy',
            'difference_text', 'clear']
 
-# %% ../../nbs/72_workflow.runs.ipynb #605c6f5d
+# %% ../../nbs/72_workflow.runs.ipynb #d612408a
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def difference(
     titles = [f"{run.experiment}/{run.name}" for run in (first, second)]
     return pd.DataFrame([[name, left.get(name), right.get(name)] for name in names], columns=["setting", *titles], dtype=object)
 
-# %% ../../nbs/72_workflow.runs.ipynb #532700d4
+# %% ../../nbs/72_workflow.runs.ipynb #0c551552
 @contextmanager
 def _held(run: RunDir) -> Iterator[None]:
     "Hold the run's lock. Raises `InputError` if a process works in the run."
@@ -116,19 +116,22 @@ def folder_bytes(folder: Path) -> int:
 def delete(run: RunDir) -> None:
     "Remove the run's folder with everything in it. Raises `InputError` if it is running."
     with _held(run):
-        gone = run.path.with_name(f".{run.name}.deleted")
+        gone = run.path.parent / ".deleted" / run.name  # a level deeper than runs are looked for
         shutil.rmtree(gone, ignore_errors=True)
+        gone.parent.mkdir(exist_ok=True)
         run.path.rename(gone)  # at once: a half-deleted folder never looks like a run
     shutil.rmtree(gone)
+    with suppress(OSError):  # another process deletes there too
+        gone.parent.rmdir()
 
-# %% ../../nbs/72_workflow.runs.ipynb #a01efd89
+# %% ../../nbs/72_workflow.runs.ipynb #278021f2
 def untidy(run: RunDir) -> list[Path]:
     "Checkpoints of the run that are neither named by its recipe, nor the best of anything, nor the newest; none if its configuration or `best.json` can't be read."
     schedule, best = _section(_configuration(run), "schedule"), run.best()
     if "steps" not in schedule or (not best and (run.path / "best.json").exists()):
         return []  # nobody knows what is named, or best
     named = {*(schedule.get("save_at") or []), schedule["steps"]}
-    named |= {one["step"] for one in [best.get("overall"), *best.get("tasks", {}).values()] if one}
+    named |= {one["step"] for one in [best.get("overall"), *_section(best, "tasks").values()] if one}
     folders = [path for path in (run.path / "checkpoints").glob("*-*") if path.name.split("-")[0] in ("step", "resume") and path.name.split("-")[1].isdigit()]
     step = lambda path: int(path.name.split("-")[1])
     newest = max(map(step, folders), default=0)

@@ -101,7 +101,7 @@ class Planned:
         training_failed = status.state == "failed" and status.stage != "scoring"
         return "failed" if training_failed or was_refused else "missing"
 
-# %% ../../nbs/73_workflow.sweep.ipynb #6f9ad3aa
+# %% ../../nbs/73_workflow.sweep.ipynb #d590c7eb
 def _short(value: Any) -> str:
     "A value as part of a folder's name."
     text = f"{value:g}" if isinstance(value, float) else str(value)
@@ -113,7 +113,7 @@ def _as_held(changes: dict[str, Any]) -> dict[str, Any]:
     own = ("recipe", "run")
     return {name if name in own else ".".join(setting_path(name)): str(value) if name in own else setting_value(name, value) for name, value in changes.items()}
 
-
+# %% ../../nbs/73_workflow.sweep.ipynb #1fb294fb
 def _excluded(sweep: Sweep) -> list[dict[str, Any]]:
     "What is left out, as `_as_held`. Raises `InputError` for what the matrix doesn't vary."
     varied, excluded = _as_held(dict.fromkeys(sweep.matrix)), []
@@ -140,7 +140,7 @@ def _combinations(sweep: Sweep) -> Iterator[dict[str, Any]]:
     for number in set(range(len(excluded))) - met:
         raise InputError(f"sweep '{sweep.experiment}': exclude {sweep.exclude[number]} fits no combination of the matrix; compare its values")
 
-
+# %% ../../nbs/73_workflow.sweep.ipynb #50e3746f
 def planned_run(
     sweep: Sweep,
     changes: dict[str, Any],  # of this run; may name `recipe` and `run`
@@ -152,6 +152,8 @@ def planned_run(
     if recipe is None:
         raise InputError(f"sweep '{sweep.experiment}': no recipe, neither for the sweep nor for the run {changes}")
     settings = {".".join(setting_path(key)): value for key, value in {**sweep.settings, **changes}.items()}
+    if "experiment" in settings:
+        raise InputError(f"sweep '{sweep.experiment}': `experiment` is the sweep's own; leave it out of the settings of a run")
     config = training_config(recipe, settings | {"experiment": sweep.experiment})
     if name is None:
         parts = [f"{key.rpartition('.')[2]}-{_short(value)}" for key, value in named.items() if key != "recipe"]
@@ -160,7 +162,7 @@ def planned_run(
     config = training_config(recipe, settings)
     return Planned(RunDir(config.experiment_folder / config.run), str(recipe), settings, config)
 
-# %% ../../nbs/73_workflow.sweep.ipynb #0ff9edb5
+# %% ../../nbs/73_workflow.sweep.ipynb #e20cb0ad
 def _check_scoring(
     sweep: Sweep,
     planned: list[Planned],
@@ -191,7 +193,7 @@ def _check_scoring_settings(sweep: Sweep) -> None:
     except InputError as error:
         raise InputError(f"sweep '{sweep.experiment}': scoring: {error}") from error
 
-
+# %% ../../nbs/73_workflow.sweep.ipynb #6027542a
 def plan_sweep(
     sweep: Sweep,
     compare: bool = True,  # the runs are to be scored in one experiment
@@ -207,7 +209,7 @@ def plan_sweep(
         _check_scoring(sweep, planned)
     return planned
 
-# %% ../../nbs/73_workflow.sweep.ipynb #fb2d8b56
+# %% ../../nbs/73_workflow.sweep.ipynb #8703eceb
 def seconds_a_sample(
     run: RunDir,
 ) -> float | None:
@@ -246,7 +248,7 @@ def estimated_minutes(
     for one in planned:
         known = paces.get(_kind(one.config))
         schedule, reached = one.config.schedule, max(one.run.checkpoints(), default=0)
-        samples = (schedule.steps - reached) * schedule.batch
+        samples = max(0, schedule.steps - reached) * schedule.batch
         minutes.append(round(samples * sorted(known)[len(known) // 2] / 60, 1) if known else None)
     return minutes
 
@@ -263,7 +265,7 @@ def plan_table(
         "state": [one.state for one in planned], "steps": [one.config.schedule.steps for one in planned], "minutes": left,
     })  # fmt: skip
 
-# %% ../../nbs/73_workflow.sweep.ipynb #19fe2072
+# %% ../../nbs/73_workflow.sweep.ipynb #0b410834
 START = "import sys; from qwen2vl_sft.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -277,12 +279,13 @@ def training_command(
 
 def last_line(
     log: Path,
+    since: int = 0,  # bytes: what stands before is of earlier sessions
 ) -> str:
     "The error line of a command's output, or its last line."
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in log.read_bytes()[since:].decode("utf-8", errors="replace").splitlines() if line.strip()]
     return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
 
-# %% ../../nbs/73_workflow.sweep.ipynb #a0316cd7
+# %% ../../nbs/73_workflow.sweep.ipynb #90f3c9cb
 def wait_for(
     planned: Planned,
     stopping: Callable[[], bool],
@@ -291,7 +294,7 @@ def wait_for(
     while planned.state == "running" and not stopping():
         time.sleep(1)
 
-
+# %% ../../nbs/73_workflow.sweep.ipynb #fb036380
 def train_in_process(
     planned: Planned,
     environment: dict[str, str],  # beyond what this process has
@@ -308,15 +311,18 @@ def train_in_process(
         if code in (0, 130) or planned.state != "running":
             return code
         wait_for(planned, stopping)  # it was still importing when this one started, and had not said that it is at work
+        if code < 0 and not stopping():  # killed, which would happen again; its kernel may have come to the end
+            return 0 if planned.state == "done" else code
         if planned.run.status().state == "failed":
             planned.notes = planned.run.status().message
             return 1
 
-
+# %% ../../nbs/73_workflow.sweep.ipynb #0aa49e94
 def _one_process(planned: Planned, environment: dict[str, str], stopping: Callable[[], bool]) -> int:
     "The exit code of one training process; what it said is added to `train.log`."
     planned.run.path.mkdir(parents=True, exist_ok=True)
     log = planned.run.path / "train.log"
+    before = log.stat().st_size if log.exists() else 0
     surroundings = {**os.environ, "QWEN2VL_SFT_ROOT": str(project_root()), **environment}
     with log.open("a", encoding="utf-8") as output:
         child = subprocess.Popen(training_command(planned), env=surroundings, cwd=project_root(), stdout=output, stderr=output, start_new_session=True)
@@ -329,10 +335,18 @@ def _one_process(planned: Planned, environment: dict[str, str], stopping: Callab
                 child.wait()
     if child.returncode == -signal.SIGTERM and stopping():  # before it could take the signal for an interrupt
         return 130
-    planned.notes = last_line(log).removeprefix("error: ") if child.returncode else ""
+    said = last_line(log, before).removeprefix("error: ") if child.returncode not in (0, 130) else ""
+    planned.notes = said if child.returncode >= 0 else f"killed by {_signal_name(-child.returncode)}{f' ({said})' if said else ''}"
     return child.returncode
 
 
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+# %% ../../nbs/73_workflow.sweep.ipynb #541c444c
 def attempted(
     planned: Planned,
     environment: dict[str, str],
@@ -345,7 +359,7 @@ def attempted(
         planned.notes = f"{type(error).__name__}: {error}".splitlines()[0]
         return 1
 
-# %% ../../nbs/73_workflow.sweep.ipynb #90eecea6
+# %% ../../nbs/73_workflow.sweep.ipynb #4f0c71c5
 @dataclass
 class Progress:
     "How far a sweep has come; shared by its slots."
@@ -354,12 +368,12 @@ class Progress:
     results: dict[str, int] = field(default_factory=dict)  # run -> exit code
     stop: threading.Event = field(default_factory=threading.Event)
 
-    def ended(self, planned: Planned, code: int, seconds: float) -> None:
-        "Note and say how a run ended."
+    def ended(self, planned: Planned, code: int, seconds: float | None) -> None:
+        "Note and say how a run ended; None: nobody knows how long it took."
         planned.code = code
         self.results[planned.run.name] = code
         how = {0: "done", 130: "interrupted"}.get(code, f"FAILED: {planned.notes or f'exit code {code}'}")
-        say(f"{len(self.results)}/{self.total} {planned.run.name}: {how} ({seconds / 60:.1f} min)")
+        say(f"{len(self.results)}/{self.total} {planned.run.name}: {how}{'' if seconds is None else f' ({seconds / 60:.1f} min)'}")
 
 
 def slot_environment(
@@ -430,7 +444,7 @@ def check_resources(
         there = "; ".join(sorted({_resources_text(machine) for machine in machines})) or "none"
         raise InputError(f"ray: each run asks for {_resources_text({name: amount for name, amount in asked.items() if amount})}, which no machine of the cluster has ({there}); lower it under `ray`, or add a machine")
 
-# %% ../../nbs/73_workflow.sweep.ipynb #3d97f602
+# %% ../../nbs/73_workflow.sweep.ipynb #afb8b147
 def run_on_ray(
     sweep: Sweep,
     planned: list[Planned],
@@ -450,13 +464,15 @@ def run_on_ray(
     needs = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus, "resources": wanted.resources, "max_retries": 0}
     needs["runtime_env"] = {"env_vars": {"QWEN2VL_SFT_ROOT": root}}
 
-    def task(one: Planned) -> tuple[int, str]:
+    def task(one: Planned) -> tuple[int, str, float]:  # exit code, notes, seconds
+        "What Ray runs on the machine that it has chosen: one training, with its share of the cores."
+        started = time.monotonic()
         threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, int(wanted.cpus)))}
         one.run.path.mkdir(parents=True, exist_ok=True)
         with (one.run.path / "train.log").open("a", encoding="utf-8") as log:
             given = ray.get_runtime_context().get_assigned_resources()
             print(f"placed by ray on {socket.gethostname()} with {_resources_text(given)}", file=log)
-        return attempted(one, threads), one.notes
+        return attempted(one, threads), one.notes, time.monotonic() - started
 
     try:
         check_resources(wanted, [node["Resources"] for node in ray.nodes() if node["Alive"]])
@@ -464,7 +480,7 @@ def run_on_ray(
     finally:
         ray.shutdown()
 
-# %% ../../nbs/73_workflow.sweep.ipynb #70bae765
+# %% ../../nbs/73_workflow.sweep.ipynb #4f4ad62d
 SECONDS_TO_SAVE = 300  # for the trainings of a sweep that is stopped
 
 
@@ -474,7 +490,7 @@ def _gathered(
     planned: list[Planned],
 ) -> dict[str, int]:
     "Start a task a run and take the results as they come. An interrupt is passed on: each training saves and ends."
-    progress, started = Progress(len(planned)), time.monotonic()
+    progress = Progress(len(planned))
     tasks = {remote.remote(one): one for one in planned}
     left = list(tasks)
     try:
@@ -482,10 +498,11 @@ def _gathered(
             ready, left = ray.wait(left, num_returns=1)
             one = tasks[ready[0]]
             try:
-                code, one.notes = ray.get(ready[0])
+                code, one.notes, seconds = ray.get(ready[0])
             except ray.exceptions.RayError as error:
-                code, one.notes = 1, str(error).splitlines()[0]
-            progress.ended(one, code, time.monotonic() - started)
+                cause = getattr(error, "cause", None)  # what the task raised; else a machine or worker is gone
+                code, one.notes, seconds = 1, (f"{type(cause).__name__}: {cause}" if cause else str(error)).splitlines()[0], None
+            progress.ended(one, code, seconds)
     except KeyboardInterrupt:
         say(f"stopping {len(left)} runs; each saves a checkpoint")
         for task in left:
