@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
 from qwen2vl_sft.cli import main
-from qwen2vl_sft.config import MethodConfig, ModelConfig, RunConfig, ScoringConfig
+from qwen2vl_sft.config import MethodConfig, ModelConfig, PreprocessingConfig, RunConfig, ScoringConfig
 from qwen2vl_sft.core import ASSETS, InputError, RunFailure
 from qwen2vl_sft.data.prepare import prepare
 from qwen2vl_sft.data.toy import write_toy_suite
@@ -27,7 +28,7 @@ from qwen2vl_sft.encoding.prompt import load_encoder
 from qwen2vl_sft.model.load import add_adapters, load_adapter, load_base
 from qwen2vl_sft.rundir import RunDir
 from qwen2vl_sft.scoring.calibration import Wanted, calibrate_run, calibration_path
-from qwen2vl_sft.scoring.experiment import score_run
+from qwen2vl_sft.scoring.experiment import score_run, score_untuned
 from qwen2vl_sft.scoring.labeler import Checkpoint, decision_for
 from qwen2vl_sft.tasks import load_suite
 from qwen2vl_sft.training.checkpoints import save_model
@@ -157,6 +158,42 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(trained, tmp_path, m
     (out / "README.md").unlink()
     assert export_run(trained, 40, False, Path("new")) == out and (out / "README.md").exists()
     assert sorted(path.name for path in place.iterdir()) == ["export.json", "new", "older"]
+
+
+def test_what_exported_weights_gave_belongs_to_their_bytes_and_not_to_their_place(trained, tmp_path, capsys):
+    "Predictions and labels of a merged checkpoint: the same under another path, made again after one bit has changed. The longest answer is that of the command."
+    toy = trained.path.parents[2] / "toy"
+    prepared, settings = prepare(load_suite(toy / "toy.yaml")), ScoringConfig(max_new_tokens=4)
+    export_run(trained, 40, True, tmp_path / "first")
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+
+    def scored(name: str, place: str) -> dict[str, int]:
+        run = RunDir(tmp_path / "runs" / "toy" / name)
+        score_untuned(run, prepared, ModelConfig(base=str(tmp_path / place), device="cpu"), PreprocessingConfig(), settings)
+        assert all(len(run.predictions(name, task)) == 9 for task in ("colour", "word"))
+        return {str(path): path.stat().st_mtime_ns for path in run.path.glob("predictions/*/*/part-*")}
+
+    def labelled(place: str, task: str) -> tuple[int, int, list[str]]:
+        done = main(["label", str(tmp_path / place), str(toy / "test.csv"), "--suite", str(toy / "toy.yaml"), "--task", task, "--max-new-tokens", "1", "--out", str(tmp_path / "labels.csv")])
+        parts = list((tmp_path / "labels.csv.parts").glob("part-*.parquet"))
+        return done, len(parts), pd.read_csv(tmp_path / "labels.csv")["reason"].unique().tolist() if parts else []
+
+    runs = {name: scored(name, name) for name in ("first", "second")}
+    decided = [RunDir(tmp_path / "runs" / "toy" / name).decided(name, task, rule) for task, rule in (("colour", "closed"), ("word", "free")) for name in runs]
+    assert decided[0] == decided[1] != decided[2] == decided[3]
+    assert labelled("first", "word") == labelled("second", "word") == (0, 1, ["cut at 1 tokens"])
+    file = tmp_path / "second" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1  # the last digit of the last weight
+    file.write_bytes(content)
+    capsys.readouterr()
+    again = {name: scored(name, name) for name in runs}
+    assert again["first"] == runs["first"] and again["second"].keys() == runs["second"].keys() and not again["second"].items() & runs["second"].items()
+    assert "second: other weights than its predictions were made with; made again: colour (closed), word (free)" in capsys.readouterr().out
+    assert labelled("first", "word")[:2] == (0, 1) and labelled("second", "word")[:2] == (0, 2)
+    assert labelled("second", "colour")[0] == 2 and "made for other weights" in capsys.readouterr().err  # its calibration
+    with pytest.raises(InputError, match="the run exists with model"):
+        scored("first", "second")
 
 
 def test_a_full_run_leaves_as_whole_weights_that_stock_transformers_loads(trained, tmp_path):

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from qwen2vl_sft.cli import main
 from qwen2vl_sft.config import MethodConfig, ModelConfig, PreprocessingConfig, RunConfig, ScoringConfig
 from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.data import pixels
@@ -450,6 +451,16 @@ def test_the_longest_answer_is_the_recipes_unless_stated():
     assert experiment.with_longest_answer(ScoringConfig(), recipes).max_new_tokens == 300
     assert experiment.with_longest_answer(ScoringConfig(max_new_tokens=7), recipes).max_new_tokens == 7
     assert experiment.with_longest_answer(ScoringConfig(), []).max_new_tokens == ScoringConfig().max_new_tokens == ApiConfig(model="m").max_tokens
+
+
+def test_the_commands_longest_answer_arrives(project, prepared):
+    "What the untuned model writes has no end within five tokens."
+    run = trained(project, "lora", "lora", steps=1, save_at=[])
+    for longest in (3, 5):
+        assert main(["score", "toy", "--rule", "free", "--max-new-tokens", str(longest)]) == 0
+        base = RunDir(run.path.parent / "base")
+        assert base.decided_parts("base", "word", "free")["longest answer"] == str(longest)
+        assert base.predictions("base", "word", "free")["tokens_out"].max() == longest
 
 
 @pytest.fixture
