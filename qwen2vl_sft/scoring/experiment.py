@@ -10,7 +10,7 @@ __all__ = ['Group', 'groups_of', 'Loaded', 'load_group', 'passes', 'Parts', 'Wor
            'trained_runs', 'untuned_settings', 'shared_data', 'rules_table', 'report_rules', 'progress_of',
            'with_longest_answer', 'score_experiment']
 
-# %% ../../nbs/45_scoring.experiment.ipynb #1f15918a
+# %% ../../nbs/45_scoring.experiment.ipynb #bbb760b0
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -24,6 +24,7 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
+# %% ../../nbs/45_scoring.experiment.ipynb #90ebdd91
 from ..config import ModelConfig, PreprocessingConfig, RunConfig, ScoringConfig, check_same_base, read_yaml, same_test_set, validated
 from ..core import InputError, RunFailure, pick_device, process_count, process_rank, project_root, say, write_atomically
 from ..data.pixels import PixelCache
@@ -214,7 +215,7 @@ class Work:
         "The rules by which a sample has no prediction of the candidate."
         return tuple(rule for rule in data.rules if place in self.missing[str(one), data.task.name, rule])
 
-# %% ../../nbs/45_scoring.experiment.ipynb #f71bd3a6
+# %% ../../nbs/45_scoring.experiment.ipynb #c952527d
 def work_for(
     candidates: list[Candidate],
     scorer: Scorer,
@@ -237,7 +238,7 @@ def work_for(
 
     return Work(scorer, tests, from_first(found), report)
 
-
+# %% ../../nbs/45_scoring.experiment.ipynb #914ee8df
 def say_what_changed(
     one: Candidate,
     tests: list[TestSet],
@@ -252,7 +253,7 @@ def say_what_changed(
     for why, tasks in changed.items():
         say(f"{one}: other {' and '.join(why)} than its predictions were made with; made again: {', '.join(tasks)}")
 
-
+# %% ../../nbs/45_scoring.experiment.ipynb #5ca87d2f
 def drop_stale(
     one: Candidate,
     tests: list[TestSet],
@@ -273,7 +274,7 @@ def drop_stale(
     if dropped:
         say(f"{one}: predictions by a rule that isn't asked for now no longer hold and are removed: {', '.join(dropped)}; score --rule both makes them again")
 
-
+# %% ../../nbs/45_scoring.experiment.ipynb #c3e0b79d
 def say_what_is_cut(
     tests: list[TestSet],
     scorer: Scorer,

@@ -223,7 +223,7 @@ def load_labeler(
 
 Labeler.load = staticmethod(load_labeler)
 
-# %% ../../nbs/49_scoring.labeler.ipynb #4425fd14
+# %% ../../nbs/49_scoring.labeler.ipynb #67966ee6
 def label_pictures(
     labeler: Labeler,
     pictures: list[Picture],
@@ -240,7 +240,7 @@ def label_pictures(
             rows.append({"image": picture.row.id, "task": task.name, **EMPTY, **answer, "checkpoint": labeler.name, "follows_from": labeler.follows_from[task.name], "stamp": picture.stamp})
     return rows
 
-
+# %% ../../nbs/49_scoring.labeler.ipynb #50cd997d
 def label_fitting(
     labeler: Labeler,
     pictures: list[Picture],
@@ -254,7 +254,7 @@ def label_fitting(
 
 EMPTY = {"label": None, "probability": np.nan, "most_probable": None, "calibrated": False, "in_set_mass": np.nan, "probabilities": None, "reason": ""}
 
-
+# %% ../../nbs/49_scoring.labeler.ipynb #22f803dc
 def tower_outputs(labeler: Labeler, pixels: list[np.ndarray]) -> list[Any]:  # a picture: [tokens, hidden]
     "The tower over all pictures, no more of them in a pass than in scoring."
     images, device = labeler.encoder.images, unwrapped(labeler.model).device

@@ -39,7 +39,7 @@ def similarity(
 
     return Levenshtein.normalized_similarity(normalised_text(text), normalised_text(target))
 
-# %% ../../nbs/40_scoring.metrics.ipynb #4f293ff3
+# %% ../../nbs/40_scoring.metrics.ipynb #27efb299
 def phone_numbers(
     text: str,
     region: str | None = None,  # country of numbers without a country code, such as "CN"
@@ -51,7 +51,7 @@ def phone_numbers(
     numbers = [(phonenumbers.format_number(match.number, phonenumbers.PhoneNumberFormat.E164), match.number.extension) for match in found]
     return {f"{number};ext={extension}" if extension else number for number, extension in numbers}
 
-
+# %% ../../nbs/40_scoring.metrics.ipynb #db0ec605
 def digit_runs(
     text: str,
     region: str | None = None,
@@ -68,7 +68,7 @@ def digit_runs(
     numbers = [(re.sub(r"\D", "", match[1]), match[2]) for match in found]
     return {f"{number};ext={extension}" if extension else number for number, extension in numbers if len(number) >= least}
 
-
+# %% ../../nbs/40_scoring.metrics.ipynb #4be8f2f1
 def email_addresses(text: str) -> set[str]:
     "The e-mail addresses in a text, normalised, without case."
     from email_validator import EmailNotValidError, validate_email
@@ -79,7 +79,7 @@ def email_addresses(text: str) -> set[str]:
             found.add(validate_email(word.strip(".。"), check_deliverability=False, test_environment=True).normalized.casefold())
     return found
 
-
+# %% ../../nbs/40_scoring.metrics.ipynb #1988a1b0
 def web_addresses(text: str) -> set[str]:
     "The web addresses in a text (with a scheme, `www.`, or a dotted host name), normalised."
     from url_normalize import url_normalize

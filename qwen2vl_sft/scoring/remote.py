@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PACE', 'SENDABLE', 'Asked', 'PaceConfig', 'ApiConfig', 'load_api_recipe', 'api_key', 'Price', 'price_of',
            'image_tokens', 'text_tokens', 'picture_url', 'Question', 'settings_sent', 'messages', 'Failed',
-           'retry_after', 'failure_of', 'without_key', 'quiet_about', 'Session', 'open_session', 'paced', 'connect',
-           'wait_for_turn', 'send', 'known_arguments', 'stated_usage', 'with_usage', 'tokens_of', 'cost_of',
-           'cost_at_most', 'attempt', 'Tries', 'ask', 'ask_all', 'run_to_end', 'questions_of', 'forecast_requests',
-           'forecast_text', 'named', 'prediction_row', 'predictions_of', 'earlier_rows', 'write_api_config',
-           'api_tests', 'ask_tests', 'summary', 'opened', 'forecast_api', 'score_api']
+           'retry_after', 'failure_of', 'without_key', 'quiet_about', 'Session', 'pause', 'until_open', 'open_session',
+           'paced', 'connect', 'wait_for_turn', 'send', 'known_arguments', 'stated_usage', 'with_usage', 'tokens_of',
+           'cost_of', 'cost_at_most', 'attempt', 'Tries', 'ask', 'ask_all', 'run_to_end', 'questions_of',
+           'forecast_requests', 'forecast_text', 'named', 'prediction_row', 'predictions_of', 'earlier_rows',
+           'write_api_config', 'api_tests', 'ask_tests', 'summary', 'opened', 'forecast_api', 'score_api']
 
 # %% ../../nbs/47_scoring.remote.ipynb #b728f54f
 import asyncio
@@ -296,7 +296,7 @@ def quiet_about(key: str) -> Iterator[None]:
         for name in names:
             logging.getLogger(name).removeFilter(blotted)
 
-# %% ../../nbs/47_scoring.remote.ipynb #701ed2fa
+# %% ../../nbs/47_scoring.remote.ipynb #3665e33d
 @dataclass
 class Session:
     "One command's connection to a service."
@@ -331,17 +331,22 @@ class Session:
         if self.stopped:
             raise Failed(f"not asked: {self.stopped}")
 
-    def pause(self, seconds: float) -> None:
-        "No request leaves for so long. Ends the run if that is beyond its time."
-        end = math.inf if not self.config.max_minutes else self.started + self.config.max_minutes * 60
-        self.paused = max(self.paused, time.monotonic() + seconds)
-        if self.paused > end and not self.stopped:
-            self.stopped = f"the service asks to wait {seconds:.0f} s, which is beyond max_minutes={self.config.max_minutes:g}"
+# %% ../../nbs/47_scoring.remote.ipynb #5b851ea1
+def pause(session: Session, seconds: float) -> None:
+    "No request leaves for so long. Ends the run if that is beyond its time."
+    end = math.inf if not session.config.max_minutes else session.started + session.config.max_minutes * 60
+    session.paused = max(session.paused, time.monotonic() + seconds)
+    if session.paused > end and not session.stopped:
+        session.stopped = f"the service asks to wait {seconds:.0f} s, which is beyond max_minutes={session.config.max_minutes:g}"
 
-    async def until_open(self) -> None:
-        "Wait as long as requests are paused; not all workers start again in the same moment."
-        while not self.stopped and (left := self.paused - time.monotonic()) > 0:
-            await asyncio.sleep(left * random.uniform(1.0, 1.2))
+
+async def until_open(session: Session) -> None:
+    "Wait as long as requests are paused; not all workers start again in the same moment."
+    while not session.stopped and (left := session.paused - time.monotonic()) > 0:
+        await asyncio.sleep(left * random.uniform(1.0, 1.2))
+
+
+Session.pause, Session.until_open = pause, until_open
 
 # %% ../../nbs/47_scoring.remote.ipynb #0ecea2e6
 def open_session(
@@ -505,7 +510,7 @@ async def attempt(session: Session, question: Question) -> dict[str, Any]:
         session.reserved, session.spent = session.reserved - cost, session.spent + ended.get("cost", 0.0)
     return response
 
-# %% ../../nbs/47_scoring.remote.ipynb #e0ca2b3a
+# %% ../../nbs/47_scoring.remote.ipynb #f488d879
 @dataclass
 class Tries:
     "How often one question has failed in this command."
@@ -529,7 +534,7 @@ class Tries:
         longest = min(self.config.longest_wait, self.config.first_wait * 2.0 ** min(tries - 1, 60))
         return random.uniform(longest / 2 if failure.limited else 0.0, longest)
 
-
+# %% ../../nbs/47_scoring.remote.ipynb #b4cc4a8d
 async def ask(session: Session, question: Question) -> dict[str, Any]:
     "The response to one question, after as many attempts as the recipe allows. Raises `Failed` with the last reason."
     from tenacity import AsyncRetrying, retry_if_exception
@@ -564,7 +569,7 @@ async def ask(session: Session, question: Question) -> dict[str, Any]:
     session.counts["answered"] += 1
     return response
 
-# %% ../../nbs/47_scoring.remote.ipynb #21a8e4f3
+# %% ../../nbs/47_scoring.remote.ipynb #c5215d47
 async def ask_all(
     session: Session,
     questions: Iterable[Question],  # keys differ
@@ -596,7 +601,7 @@ async def ask_all(
         raise broken[0]
     return reasons
 
-
+# %% ../../nbs/47_scoring.remote.ipynb #f61911ca
 def run_to_end(work: Callable[[], Coroutine], session: Session) -> Any:
     "Run a coroutine to its end, also from a notebook, whose event loop is running already."
     try:

@@ -242,7 +242,7 @@ def guessed_outcome(
         return Judged(None, "cannot_infer", f"guessed from its words: {shown}")
     return None
 
-# %% ../../nbs/46_scoring.responses.ipynb #ce1571b9
+# %% ../../nbs/46_scoring.responses.ipynb #796ef8ae
 @dataclass(frozen=True)
 class Answer:
     "What a stored response says."
@@ -257,7 +257,7 @@ def storable(text: str) -> str:
     "The text with a question mark for every half of a character (a lone surrogate, which JSON can spell and no file can hold)."
     return text.encode("utf-8", "replace").decode("utf-8")
 
-
+# %% ../../nbs/46_scoring.responses.ipynb #9588ab58
 def written_text(message: dict[str, Any]) -> str:
     "The text of a message, also where a service sends it in parts, or a part's text as an object with a `value`."
     content = message.get("content")
@@ -276,7 +276,7 @@ def structured_text(text: str) -> str:
     label = content.get("label") if isinstance(content, dict) else None
     return label if isinstance(label, str) else text
 
-
+# %% ../../nbs/46_scoring.responses.ipynb #2e41ee0a
 def read_answer(
     response: dict[str, Any],  # from the store
 ) -> Answer:

@@ -219,7 +219,7 @@ def batch_tokens(
     values = 4 * text.num_hidden_layers * width + 3 * text.intermediate_size + 10 * text.hidden_size  # cache twice, a layer's activations
     return int(min(BATCH_TOKENS, max(1024, free_bytes(inner.device) / 3 / (values * max(2, inner.dtype.itemsize)))))
 
-# %% ../../nbs/43_scoring.suite.ipynb #0326ffd1
+# %% ../../nbs/43_scoring.suite.ipynb #65fe8b49
 def stated(
     labels: list[str],
     probabilities: np.ndarray,  # float64 [labels]
@@ -244,7 +244,7 @@ def closed_rows(
         })  # fmt: skip
     return rows
 
-
+# %% ../../nbs/43_scoring.suite.ipynb #7610690b
 def cut_reason(
     encoder: Encoder,
     tokens: list[int],  # what the model wrote
@@ -511,7 +511,7 @@ def start_predictions(
     candidate.run.note_decided(*where, decided_by(candidate, data, rule, scorer), data.split, deciding_parts(candidate, data, rule, scorer))
     drop_leftovers(candidate, data, rule)
 
-# %% ../../nbs/43_scoring.suite.ipynb #09993ac8
+# %% ../../nbs/43_scoring.suite.ipynb #bf2a5031
 BFLOAT16_MARGIN = 0.05  # probability; closer pairs of labels may swap with the batch
 SELF_TEST = 3  # samples
 SELF_TEST_TOKENS = 8  # of free answers
@@ -527,7 +527,7 @@ def near_ties(
 
 Differing = tuple[int, str, str, float]  # sample, what it is answered with alone and in the batch, by how much the choice was ahead
 
-
+# %% ../../nbs/43_scoring.suite.ipynb #09ecb79e
 def self_test(
     model: nn.Module,
     scorer: Scorer,
@@ -546,7 +546,7 @@ def self_test(
             )
     return largest
 
-
+# %% ../../nbs/43_scoring.suite.ipynb #755307f5
 def labels_apart(model: nn.Module, scorer: Scorer, task: Task, samples: list[Sample]) -> tuple[float, list[Differing]]:
     "The closed rule alone and in a batch."
     tree, largest, found = label_tree(scorer.encoder, task.wordings), 0.0, []
