@@ -6,7 +6,8 @@
 __all__ = ['HEARTBEAT_SECONDS', 'DEAD_AFTER_SECONDS', 'Run', 'RULES', 'Status', 'RunDir', 'load', 'read_status', 'write_status',
            'running', 'refuse_if_held', 'write_config', 'log', 'metrics', 'validations', 'best', 'checkpoints',
            'predictions_folder', 'prediction_parts', 'next_part', 'write_predictions', 'rules', 'predictions',
-           'Predictions', 'run_html', 'predicted', 'decided_path', 'decided_parts', 'decided', 'note_decided']
+           'Predictions', 'run_html', 'predicted', 'decided_path', 'decided_parts', 'decided', 'is_about',
+           'note_decided']
 
 # %% ../nbs/03_rundir.ipynb #237661ed
 import itertools
@@ -459,7 +460,7 @@ RunDir.predictions = predictions
 RunDir._repr_html_ = run_html
 RunDir.predicted = predicted
 
-# %% ../nbs/03_rundir.ipynb #8df0106c
+# %% ../nbs/03_rundir.ipynb #68e9e50b
 def decided_path(run: RunDir, checkpoint: str, task: str, rule: str, split: str = "test") -> Path:
     "The file that says what the predictions of one rule on one split follow from."
     return predictions_folder(run, checkpoint, task) / f"decided_by-{split}-{rule}.json"
@@ -477,6 +478,11 @@ def decided_parts(run: RunDir, checkpoint: str, task: str, rule: str, split: str
 def decided(run: RunDir, checkpoint: str, task: str, rule: str, split: str = "test") -> str | None:
     "The fingerprint noted by `note_decided`; None if there is none."
     return decided_parts(run, checkpoint, task, rule, split).get("decided")
+
+
+def is_about(run: RunDir, checkpoint: str, task: str, rule: str, fingerprint: str, split: str = "test") -> bool:
+    "Whether predictions are answers to a task as it is now (its `Task.fingerprint`: question, labels, wordings); True where nothing was noted."
+    return decided_parts(run, checkpoint, task, rule, split).get("task", fingerprint) == fingerprint
 
 
 def note_decided(
@@ -498,4 +504,5 @@ def note_decided(
 RunDir.decided_path = decided_path
 RunDir.decided_parts = decided_parts
 RunDir.decided = decided
+RunDir.is_about = is_about
 RunDir.note_decided = note_decided

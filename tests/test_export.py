@@ -16,6 +16,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from statsmodels.stats.proportion import proportion_confint
 from transformers import Qwen2VLForConditionalGeneration
 
 from qwen2vl_sft.cli import main
@@ -137,6 +138,22 @@ def test_calibration_goes_along_and_the_labeler_finds_it(trained, tmp_path):
     decision = decision_for(Checkpoint(out), task)
     assert (decision.temperature, decision.threshold) == (stored["temperature"], stored["operating_point"]["threshold"])
     assert f"| colour | {decision.temperature:.3f} | recall 0.5 | {decision.threshold:.3f} |" in (out / "README.md").read_text()
+
+
+def test_scores_of_another_question_are_left_out_of_the_card(trained, tmp_path, capsys):
+    suite = trained.path.parents[2] / "toy" / "toy.yaml"
+    text = suite.read_text()
+    try:
+        suite.write_text(text.replace("Which colour is it?", "Which colour do you see?"))
+        card = (export_run(trained, 40, out=tmp_path / "other") / "README.md").read_text()
+    finally:
+        suite.write_text(text)
+    assert "| colour | Which colour do you see? |" in card and "| colour | test" not in card and "| word | test | free | 9 |" in card
+    assert "task 'colour' on test was scored with another question or other labels; `qwen2vl-sft score toy --split test` first" in capsys.readouterr().out
+    card = (export_run(trained, 40, out=tmp_path / "same") / "README.md").read_text()
+    rows = trained.predictions("step-40", "colour", "closed")
+    low, high = proportion_confint((rows["outcome"] == "correct").sum(), 9, method="wilson")
+    assert f"| colour | test | closed | 9 | {(rows['outcome'] == 'correct').mean():.1%} ({low:.1%} to {high:.1%}) |" in card
 
 
 def test_an_export_replaces_an_earlier_one_and_nothing_else(trained, tmp_path, monkeypatch, capsys):
