@@ -44,6 +44,21 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_data_audit.py::test_large_buckets_take_bounded_time_and_memory_and_lose_nothing',),
     ),
     Mutation(
+        '4.2', "near pictures are lost where a bucket is divided again", 'qwen2vl_sft/data/audit.py',
+        'component = near_components(hashes[again], most)', 'component = np.arange(len(again))',
+        ('tests/test_data_audit.py::test_unlike_hashes_that_share_bands_are_divided_again_and_nothing_is_lost',),
+    ),
+    Mutation(
+        '4.2', "a label whose tokens begin another's isn't seen", 'qwen2vl_sft/data/audit.py',
+        'for end in range(1, len(token_ids[label])))', 'for end in range(2, len(token_ids[label])))',
+        ('tests/test_data_prepare.py::test_labels_whose_tokens_begin_anothers_are_remarked',),
+    ),
+    Mutation(
+        '4.5', "changes to the last page of records are lost", 'qwen2vl_sft/data/audit.py',
+        '        yield int(number), page[number - records.ends[at]]\n    if page:', '        yield int(number), page[number - records.ends[at]]\n    if not page:',
+        ('tests/test_data_prepare.py::test_workers_give_the_same_files',),
+    ),
+    Mutation(
         '4.3', "a row that was away gets a new split", 'qwen2vl_sft/data/prepare.py',
         'for name in ("former-splits", "splits")', 'for name in ("splits",)',
         ('tests/test_data_prepare.py::test_a_row_that_leaves_and_returns_keeps_its_place',),

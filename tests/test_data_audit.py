@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+import qwen2vl_sft.data.audit as audit_module
 from qwen2vl_sft.data.audit import (
     NOTES,
     REASONS,
@@ -253,7 +254,7 @@ def test_components_equal_those_of_comparing_all(seed, most, count):
     centres = rng.integers(0, 2, (4, 256), dtype=np.uint8)
     bits = centres[rng.integers(0, 4, count)] ^ (rng.random((count, 256)) < rng.random() * 0.12)
     brute = {(i, j) for i in range(count) for j in range(i + 1, count) if (bits[i] != bits[j]).sum() <= most}
-    expected, found = connected(count, np.array(sorted(brute))), near_components(bits.astype(np.uint8), most)
+    expected, found = connected(count, np.array(sorted(brute))), near_components(np.packbits(bits.astype(np.uint8), axis=1), most)
     assert ((found[:, None] == found) == (expected[:, None] == expected)).all()
     assert all(expected[i] == expected[j] for i, j in brute)
 
@@ -269,10 +270,39 @@ def test_large_buckets_take_bounded_time_and_memory_and_lose_nothing():
     loose = np.concatenate([np.ones((400, 20), np.uint8), rng.integers(0, 2, (400, 236), dtype=np.uint8)], 1)  # one band equal, far apart
     tracemalloc.start()
     start = time.perf_counter()
-    component = near_components(np.concatenate([dense, loose, chain])[:-20], 16)  # the chain's end would meet `dense`
+    component = near_components(np.packbits(np.concatenate([dense, loose, chain])[:-20], axis=1), 16)  # the chain's end would meet `dense`
     assert time.perf_counter() - start < 15 and tracemalloc.get_traced_memory()[1] < 40e6
     tracemalloc.stop()
     assert len(set(component[:4000])) == 1 and len(set(component[4400:])) == 1 and len(set(component)) == 402
+
+
+@pytest.mark.parametrize(("most", "vary", "limits"), [(16, 240, (32, 1_000_000)), (16, 240, (1, 1)), (16, 60, (1, 1)), (5, 60, (2, 200)), (1, 60, (1, 1))])
+def test_unlike_hashes_that_share_bands_are_divided_again_and_nothing_is_lost(monkeypatch, most, vary, limits):
+    "Against comparing all: some bits are equal, pairs and chains of near ones among them, and the search gives up early."
+    monkeypatch.setattr(audit_module, "ROUNDS", limits[0])
+    monkeypatch.setattr(audit_module, "COMPARISONS", limits[1])
+    rng = np.random.default_rng(most)
+    bits = np.zeros((300, 256), np.uint8)
+    bits[:, -vary:] = rng.integers(0, 2, (300, vary))
+    bits[200:250] = bits[150:200] ^ (rng.random((50, 256)) < most / 512)
+    bits[250:, -50:] = bits[250, -50:] ^ np.tri(50, dtype=np.uint8)  # a chain
+    bits[250:, :-50] = bits[250, :-50]
+    brute = [(i, j) for i in range(300) for j in range(i) if (bits[i] != bits[j]).sum() <= most]
+    expected, found = connected(300, np.array(brute)), near_components(np.packbits(bits, axis=1), most)
+    assert ((found[:, None] == found) == (expected[:, None] == expected)).all() and 1 < len(set(expected)) < 300
+
+
+def test_a_bucket_of_many_unlike_hashes_takes_seconds():
+    import time
+
+    hashes = np.random.default_rng(0).integers(0, 256, (20_000, 32), dtype=np.uint8)
+    hashes[:, :4] = 255  # one band and more of another are equal for all
+    hashes[10_000] = hashes[5]
+    hashes[10_000, 31] ^= 7
+    start = time.perf_counter()
+    component = near_components(hashes, 16)
+    assert time.perf_counter() - start < 5  # comparing all pairs took half a minute
+    assert len(set(component)) == 19_999 and component[10_000] == component[5]
 
 
 def test_twenty_thousand_hashes_take_seconds():
@@ -280,7 +310,7 @@ def test_twenty_thousand_hashes_take_seconds():
 
     bits = np.random.default_rng(0).integers(0, 2, (20_000, 256), dtype=np.uint8)
     start = time.perf_counter()
-    assert len(set(near_components(bits, 16))) == 20_000
+    assert len(set(near_components(np.packbits(bits, axis=1), 16))) == 20_000
     assert time.perf_counter() - start < 20
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -23,11 +24,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import AutoTokenizer
 
-from qwen2vl_sft.core import InputError, RunFailure, sha256_of, sole_use
+from qwen2vl_sft.core import ASSETS, InputError, RunFailure, sha256_of, sole_use
 from qwen2vl_sft.data import audit
 from qwen2vl_sft.data import prepare as module
-from qwen2vl_sft.data.audit import Checked, Limits
+from qwen2vl_sft.data.audit import Audit, Checked, Limits, Records
 from qwen2vl_sft.data.prepare import FRACTIONS, SCHEMA, Prepared, Rows, divide, draw_folds, load_split, parts_to_draw, prepare
 from qwen2vl_sft.tasks import SPLITS, Suite, Task, load_suite
 
@@ -311,6 +313,52 @@ def test_only_the_row_that_joins_is_quarantined_and_the_groups_fall_apart():
     assert {id: split for id, (split, reason) in found.items() if not reason} == dict.fromkeys("acde", "train") | dict.fromkeys("bg", "test") | {"h": "validation"}
     assert records[0].group != records[1].group and not any("near_duplicate" in record.notes for record in records)
     assert [records[i].detail for i in (5, 8)] == ["nearly equals pictures of test and train", "nearly equals pictures of test and validation"]
+
+
+def test_bookkeeping_takes_a_few_hundred_bytes_a_row(tmp_path):
+    "Checks, splits, the finished task and the tables of rows of which some are copies, beyond what a tenth of the rows take."
+    task = Task(name="t", question="?", labels=["a", "b"], sources={"all": {"format": "csv", "path": "all.csv"}})
+    suite = Suite(name="s", folder=tmp_path, tasks=[task])
+
+    def peak(rows: int) -> int:
+        shas = np.random.default_rng(0).integers(0, 256, (rows, 64), dtype=np.uint8)
+        shas[::10] = shas[1::10]
+        found = (Checked("t", "all", f"row-{i}", f"all.csv, row {i}", "ab"[i % 2], name=f"{i:06}.png", format="PNG", width=24, height=16,
+                         sha256=sha.tobytes()[:32].hex(), phash=sha.tobytes()[32:].hex(), asked="?") for i, sha in enumerate(shas))
+        progress = module.Progress(tmp_path / str(rows))
+        progress.begin("key")
+        tracemalloc.start() if rows > 60 else None
+        audit = Audit("s", Records(found), settings={"limits": {}, "fractions": FRACTIONS})
+        audit.remarks["t"] = module.settle_splits(task, audit.records, Limits(), FRACTIONS, {})
+        progress.finish_task(0, audit)
+        report = module.write_tables(progress.next, audit, suite, {}, {})
+        assert report["rows_read"] == rows and report["notes"]["two_labels"] == 2 * len(shas[::10])
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(60)  # imports and tokenizers
+    few, many = peak(300), peak(3000)
+    assert (many - few) / 2700 < 500
+
+
+def test_labels_whose_tokens_begin_anothers_are_remarked(tmp_path, capsys):
+    "Which labels those are, transformers says, with the small model's tokenizer."
+    labels = ["phone", "phone number", "fax"]
+    ids = AutoTokenizer.from_pretrained(ASSETS / "small")
+    tokens = {label: ids(label, add_special_tokens=False)["input_ids"] for label in labels}
+    begins = [(a, b) for a in labels for b in labels if a != b and tokens[b][: len(tokens[a])] == tokens[a]]
+    assert begins == [("phone", "phone number")]
+    write_table(tmp_path, "all.csv", [(labels[i % 3], i) for i in range(30)])
+    for declared, said in ((labels, True), (["phone number", "fax", "mobile"], False)):
+        if not said:
+            write_table(tmp_path, "all.csv", [(declared[i % 3], i) for i in range(30)])
+        suite = Suite(name="s", folder=tmp_path, tasks=[Task(name="t", question="?", labels=declared, sources={"all": {"format": "csv", "path": "all.csv"}})])
+        prepared = prepare(suite, tmp_path / "out", workers=0)
+        remarks = [remark for remark in prepared.audit["tasks"]["t"]["remarks"] if "beginning of another" in remark]
+        assert [("'phone' of 'phone number'" in remark) for remark in remarks] == [True] * said
+        assert ("'phone' of 'phone number'" in capsys.readouterr().out) == said
+        assert ("beginning of another" in (prepared.folder / "audit.html").read_text()) == said
 
 
 @pytest.mark.parametrize("folds", [0, 3])

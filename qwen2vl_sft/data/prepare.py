@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'FEATURES', 'SCHEMA', 'GROUP_ROWS', 'GROUP_BYTES', 'SHARD_BYTES', 'LEAVES', 'STORAGE', 'CHUNK_ROWS',
-           'CHUNK_BYTES', 'CHUNK', 'ROWS_BEFORE_WORKERS', 'FRACTIONS', 'FORMAT', 'FORMER', 'stored_row', 'ShardWriter',
-           'close_shard', 'chunks_of', 'write_chunk', 'records_of', 'images_of', 'end_with_parent', 'Workers', 'start',
-           'stop', 'read_split', 'read_task', 'check_fractions', 'parts_to_draw', 'units_of', 'unit_key',
-           'joining_rows', 'quarantine_joining', 'keep_place', 'divide', 'draw_folds', 'settle_splits', 'write_task',
-           'Progress', 'finish_task', 'finished_task', 'prepare_task', 'content_of', 'is_current', 'folds_of',
-           'previous_places', 'assignment', 'former_places', 'write_tables', 'join_audits', 'prepare', 'write_suite',
-           'Rows', 'select', 'read_group', 'image', 'without_images', 'Prepared', 'counts', 'quarantine',
-           'set_forecast', 'fold', 'is_drawn', 'holding_out', 'stream', 'prepared_html', 'pictures_html', 'load_split']
+           'CHUNK_BYTES', 'CHUNK', 'ROWS_BEFORE_WORKERS', 'FRACTIONS', 'PAGE', 'FORMAT', 'TABLE_ROWS', 'ASSIGNED',
+           'FORMER', 'stored_row', 'ShardWriter', 'close_shard', 'chunks_of', 'write_chunk', 'records_of', 'images_of',
+           'end_with_parent', 'Workers', 'start', 'stop', 'read_split', 'read_task', 'check_fractions', 'parts_to_draw',
+           'units_of', 'Units', 'divided', 'joining_rows', 'quarantine_joining', 'Some', 'divide', 'keep_place',
+           'draw_folds', 'settle_splits', 'rows_of_split', 'write_task', 'Progress', 'finish_task', 'finished_task',
+           'prepare_task', 'content_of', 'is_current', 'folds_of', 'Places', 'previous_places', 'table_of',
+           'assignment', 'former_places', 'write_tables', 'join_audits', 'prepare', 'write_suite', 'Rows', 'select',
+           'read_group', 'image', 'without_images', 'Prepared', 'counts', 'quarantine', 'set_forecast', 'fold',
+           'is_drawn', 'holding_out', 'stream', 'prepared_html', 'pictures_html', 'load_split']
 
-# %% ../../nbs/23_data.prepare.ipynb #e914664c
+# %% ../../nbs/23_data.prepare.ipynb #c01d16bc
 import errno
 import json
 import multiprocessing
@@ -23,24 +24,26 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from html import escape
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 from tqdm import tqdm
 
 from ..core import InputError, RunFailure, fingerprint, project_root, say, sha256_of, sole_use, write_atomically
-from .audit import (FORECAST, Audit, Checked, Limits, assign_groups, connected, differing_bits, forecast_html, hash_bits, hash_words, inspect_row, note_duplicates,
-                                    note_two_labels, number_duplicate_ids, quarantine_leaks, shared_between_tasks,
+from .audit import (FORECAST, Audit, Checked, Limits, Records, assign_groups, columns_of, connected, counts_of, differing_bits, edited, forecast_html, hash_bytes, hash_words,
+                                    inspect_row, is_kept, note_duplicates, note_two_labels, number_duplicate_ids, quarantine_leaks, shared_between_tasks, summary,
                                     task_remarks, thumbnail)
 from .sources import Row, read_rows, source_contents, source_remarks
 from ..tasks import SPLITS, Suite, Task, load_suite
@@ -231,20 +234,20 @@ def read_split(task: Task, split: str, rows: Iterable[Row], limits: Limits, stor
         raise RunFailure(f"task {task.name}, {split}: a worker process died, probably for lack of memory; "
                          "prepare again with fewer workers, it continues where it was") from None
 
-# %% ../../nbs/23_data.prepare.ipynb #9ef2e5a1
-def read_task(task: Task, folder: Path, limits: Limits, store: Path, workers: Workers) -> tuple[list[Checked], list[Path]]:
+# %% ../../nbs/23_data.prepare.ipynb #99ef7734
+def read_task(task: Task, folder: Path, limits: Limits, store: Path, workers: Workers) -> tuple[Records, list[Path]]:
     "Audit each row of a task by itself: its record, and the chunks that hold the images."
     if not task.sources:
         raise InputError(f"task {task.name} has no sources; add train, validation and test, or all, to the suite")
     store.mkdir(parents=True, exist_ok=True)
-    records: list[Checked] = []
+    records = Records()
     chunks: list[Path] = []
     with tqdm(desc=task.name, unit=" rows", mininterval=0.5) as bar:
         for split, source in task.sources.items():
             before = len(records)
             try:
                 for path, found in read_split(task, split, read_rows(source, folder), limits, store, workers):
-                    records += found
+                    records.extend(found)
                     chunks.append(path)
                     bar.update(len(found))
             except InputError as error:
@@ -277,34 +280,57 @@ def parts_to_draw(task: Task, fractions: dict[str, float]) -> tuple[str | None, 
         return pool, {"train": 1.0}
     return pool, {split: share / total for split, share in parts.items() if share}
 
-# %% ../../nbs/23_data.prepare.ipynb #7573f7bb
-def units_of(records: list[Checked]) -> list[list[Checked]]:
-    "Records joined by equal group or equal source, directly or through others; in order of first appearance."
-    first: dict[tuple, int] = {}
+# %% ../../nbs/23_data.prepare.ipynb #a6ba3c0d
+def units_of(records: Sequence[Checked]) -> np.ndarray:
+    "The number of each record's unit: joined by equal group or equal source, directly or through others; in order of first appearance."
+    columns = columns_of(records, group=lambda record: record.group, source=lambda record: record.source)
     pairs = []
-    for number, record in enumerate(records):
-        for key in (("group", record.group), ("source", record.source)):
-            if key[1] is not None:
-                pairs.append((number, first.setdefault(key, number)))
-    units: dict[int, list[Checked]] = defaultdict(list)
-    for number, record in zip(connected(len(records), pairs), records, strict=True):
-        units[int(number)].append(record)
-    return list(units.values())
+    for name in columns.dtype.names:
+        rows = np.flatnonzero(columns[name] != hash(None))
+        _, first, code = np.unique(columns[name][rows], return_index=True, return_inverse=True)
+        pairs.append(np.stack([rows, rows[first[code]]], 1))
+    _, first, unit = np.unique(connected(len(records), np.concatenate(pairs)), return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[unit]
 
-# %% ../../nbs/23_data.prepare.ipynb #6746cfa2
-def unit_key(unit: list[Checked]) -> str:
-    "A hash that orders units the same way on every machine."
-    return sha256_of(min(record.sha256 for record in unit).encode())
+# %% ../../nbs/23_data.prepare.ipynb #f1df685b
+@dataclass
+class Units:
+    "Rows of a task in units: arrays over the rows, sorted by unit, and over the units."
+    rows: np.ndarray  # numbers of the rows, those of a unit next to each other
+    start: np.ndarray  # of each unit in `rows`, and their end
+    place: np.ndarray  # of each of `rows`: number in `places` of where it was before, or -1
+    places: list  # splits or folds
+    label: np.ndarray  # of each unit: a number, equal for equal labels
+    key: np.ndarray  # of each unit: a hash, as bytes
+
+    def members(self, unit: int) -> slice:
+        return slice(self.start[unit], self.start[unit + 1])
 
 
-def joining_rows(unit: list[Checked], place: list[str | None], most: int) -> list[tuple[Checked, list[str]]]:
-    """Rows without a place that would connect rows of different places, and these places.
+def divided(records: Sequence[Checked], previous: Mapping[str, object], stratified: bool) -> Units:
+    "Records with group and label as `Units`; `previous`: sha256 -> split or fold of the last preparation."
+    unit, places = units_of(records), sorted(set(previous.values()))
+    code = {place: number for number, place in enumerate(places)}
+    kind = [("sha256", "S64"), ("label", np.int64), ("place", np.int16)]
+    columns = np.fromiter(((r.sha256.encode(), hash(r.label) if stratified else 0, code.get(previous.get(r.sha256), -1)) for r in records), kind, len(records))
+    rows = np.argsort(unit, kind="stable")
+    start = np.append(np.unique(unit[rows], return_index=True)[1], len(rows))
+    label, key = np.empty(len(start) - 1, np.int64), np.empty(len(start) - 1, "S32")
+    for number, (low, high) in enumerate(pairwise(start)):
+        mine = columns[rows[low:high]]
+        label[number] = mine["label"][0] if high - low == 1 else Counter(mine["label"].tolist()).most_common(1)[0][0]
+        key[number] = bytes.fromhex(sha256_of(min(mine["sha256"].tolist())))
+    return Units(rows, start, columns["place"][rows], places, label, key)
+
+# %% ../../nbs/23_data.prepare.ipynb #493b0d78
+def joining_rows(unit: list[Checked], place: list[str | None], most: int) -> list[tuple[int, list[str]]]:
+    """Rows (numbers in the unit) without a place that would connect rows of different places, and these places.
 
     Rows are taken one after the other, in the order of their hash. One that is near (in at most `most` bits), or of one
     source with, what was taken already and leads to two places is left out; so of a chain between two splits one row is.
     """
     order = sorted(range(len(unit)), key=lambda number: (place[number] is None, unit[number].sha256, number))
-    words = hash_words(hash_bits([unit[number].phash for number in order]))
+    words = hash_words(hash_bytes((unit[number].phash for number in order), len(unit)))
     codes = {source: code for code, source in enumerate(dict.fromkeys(record.source for record in unit))}
     sources = np.array([codes[unit[number].source] for number in order])
     component, reached, left_out = np.full(len(unit), -1), {}, []  # -1: not taken; component -> its places
@@ -315,84 +341,116 @@ def joining_rows(unit: list[Checked], place: list[str | None], most: int) -> lis
         touched = set(component[:at][near].tolist()) - {-1}
         places = {place[number]}.union(*(reached[each] for each in touched)) - {None}
         if place[number] is None and len(places) > 1:
-            left_out.append((unit[number], sorted(places)))
+            left_out.append((number, sorted(places)))
             continue
         component[:at][np.isin(component[:at], list(touched))] = at
         component[at], reached[at] = at, places
     return left_out
 
+# %% ../../nbs/23_data.prepare.ipynb #062218a2
+def quarantine_joining(records: Sequence[Checked], rows: np.ndarray, parts: dict[str, float], previous: Mapping[str, str], limits: Limits) -> bool:
+    "Quarantine new ones among these rows that connect old ones of different splits; whether there are any."
+    some = Some(records, rows)
+    unit = units_of(some)
+    place = np.fromiter((SPLITS.index(split) if (split := previous.get(record.sha256)) in parts else -1 for record in some), np.int8, len(rows))
+    known = np.unique(np.stack([unit, place], 1)[place >= 0], axis=0)[:, 0]
+    several = np.intersect1d(known[1:][np.diff(known) == 0], unit[place < 0])
+    joining: dict[int, str] = {}
+    for number in several:
+        members = np.flatnonzero(unit == number)
+        splits = [SPLITS[at] if at >= 0 else None for at in place[members]]
+        for at, places in joining_rows([some[member] for member in members], splits, limits.near_bits):
+            joining[int(rows[members[at]])] = " and ".join(places)
+    for row, record in edited(records, sorted(joining)):
+        record.quarantine("joins_splits", f"nearly equals pictures of {joining[row]}")
+    return bool(joining)
 
-def quarantine_joining(records: list[Checked], parts: dict[str, float], previous: dict[str, str], limits: Limits) -> bool:
-    "Quarantine new rows that connect old ones of different splits; whether there are any."
-    found = False
-    for unit in units_of(records):
-        place = [split if (split := previous.get(record.sha256)) in parts else None for record in unit]
-        if len({*place} - {None}) > 1 and None in place:
-            for record, places in joining_rows(unit, place, limits.near_bits):
-                record.quarantine("joins_splits", f"nearly equals pictures of {' and '.join(places)}")
-                found = True
-    return found
 
+class Some(Sequence):
+    "Some of the records, by their numbers, ascending; to be read."
 
-def keep_place(unit: list[Checked], parts: dict[str, float], previous: dict[str, str], placed: Counter) -> bool:
-    "Put a unit where it was before; False if it is new."
-    old = {record.sha256: previous[record.sha256] for record in unit if previous.get(record.sha256) in parts}
-    splits = sorted(set(old.values()))
-    for record in unit if splits else []:
-        if len(splits) > 1 and record.sha256 not in old:
-            record.quarantine("joins_splits", f"nearly equals pictures of {' and '.join(splits)}")
-            continue
-        record.split = old.get(record.sha256, splits[0])
-        placed[record.split] += 1
-    return bool(splits)
+    def __init__(self, records: Sequence[Checked], rows: np.ndarray):
+        self.records, self.rows = records, rows
 
-# %% ../../nbs/23_data.prepare.ipynb #96b8b159
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Checked:
+        return self.records[int(self.rows[index])]
+
+# %% ../../nbs/23_data.prepare.ipynb #eb96d76b
 def divide(
-    records: list[Checked],  # with group and label; their split is set
+    records: Sequence[Checked],  # with group and label; their split is set
     parts: dict[str, float],  # split -> share
-    previous: dict[str, str],  # sha256 -> split of the last preparation
+    previous: Mapping[str, str],  # sha256 -> split of the last preparation
     stratified: bool = True,  # by label
+    rows: np.ndarray | None = None,  # numbers of the records to divide; None: all
 ) -> None:
     "Give every record a split; units stay together, and stay where they were."
-    strata: dict[str | None, list[list[Checked]]] = defaultdict(list)
-    for unit in units_of(records):
-        label = Counter(record.label for record in unit).most_common(1)[0][0] if stratified else None
-        strata[label].append(unit)
-    for units in strata.values():
-        placed = Counter()
-        new = [unit for unit in units if not keep_place(unit, parts, previous, placed)]
-        total = sum(map(len, units))
-        for unit in sorted(new, key=unit_key):
+    rows = np.arange(len(records)) if rows is None else rows
+    units = divided(Some(records, rows), previous, stratified)
+    names = list(parts)
+    given = np.full(len(rows), -1, np.int16)  # number in `names`; -1: left out
+    torn: dict[int, str] = {}  # rows that are left out -> the splits they join
+    for label in np.unique(units.label):
+        placed, new, total = Counter(), [], 0
+        for unit in np.flatnonzero(units.label == label):
+            members = units.members(unit)
+            total += members.stop - members.start
+            if not keep_place(units, members, parts, placed, given, names, torn):
+                new.append(unit)
+        for unit in sorted(new, key=lambda unit: units.key[unit]):
             split = max(parts, key=lambda split: (parts[split] * total - placed[split], SPLITS.index(split)))
-            placed[split] += len(unit)
-            for record in unit:
-                record.split = split
+            members = units.members(unit)
+            placed[split] += members.stop - members.start
+            given[units.rows[members]] = names.index(split)
+    for at, (_, record) in enumerate(edited(records, rows)):
+        if at in torn:
+            record.quarantine("joins_splits", f"nearly equals pictures of {torn[at]}")
+        else:
+            record.split = names[given[at]]
 
-# %% ../../nbs/23_data.prepare.ipynb #f3e24a1e
-def draw_folds(records: list[Checked], folds: int, previous: dict[str, int], stratified: bool = True) -> list[int | None]:
+
+def keep_place(units: Units, members: slice, parts: dict[str, float], placed: Counter, given: np.ndarray, names: list[str], torn: dict[int, str]) -> bool:
+    "Put a unit where it was before; False if it is new."
+    old = [units.places[place] if place >= 0 and units.places[place] in parts else None for place in units.place[members]]
+    splits = sorted({*old} - {None})
+    for row, split in zip(units.rows[members].tolist() if splits else [], old, strict=False):
+        if len(splits) > 1 and split is None:
+            torn[row] = " and ".join(splits)
+            continue
+        given[row] = names.index(split or splits[0])
+        placed[split or splits[0]] += 1
+    return bool(splits)
+
+# %% ../../nbs/23_data.prepare.ipynb #a2b174cc
+def draw_folds(records: Sequence[Checked], folds: int, previous: Mapping[str, int], stratified: bool = True) -> list[int | None]:
     "The fold, from 0, of each record; `previous`: sha256 -> fold of the last preparation."
-    fold_of: dict[int, int | None] = {}
-    sizes: dict[str | None, Counter] = defaultdict(Counter)  # None: of all labels
+    units = divided(records, previous, stratified)
+    given: list[int | None] = [None] * len(records)
+    sizes: dict[int | None, Counter] = {label: Counter() for label in (*np.unique(units.label).tolist(), None)}  # None: of all labels
 
-    def place(unit: list[Checked], label: str | None, fold: int | None) -> None:
-        fold_of.update({id(record): previous.get(record.sha256, fold) for record in unit})
-        for size in (sizes[label], sizes[None]):
-            size.update(fold_of[id(record)] for record in unit)
+    def place(unit: int, fold: int | None) -> None:
+        members = units.members(unit)
+        for row, old in zip(units.rows[members].tolist(), units.place[members].tolist(), strict=True):
+            given[row] = units.places[old] if old >= 0 else fold
+            for size in (sizes[int(units.label[unit])], sizes[None]):
+                size[given[row]] += 1
 
     new = []
-    for unit in units_of(records):
-        label = Counter(record.label for record in unit).most_common(1)[0][0] if stratified else None
-        if old := {previous[record.sha256] for record in unit if record.sha256 in previous}:
-            place(unit, label, old.pop() if len(old) == 1 else None)
+    for unit in range(len(units.key)):
+        members = units.members(unit)
+        if old := {units.places[place] for place in units.place[members].tolist() if place >= 0}:
+            place(unit, old.pop() if len(old) == 1 else None)
         else:
-            new.append((-len(unit), unit_key(unit), label, unit))
-    for *_, label, unit in sorted(new, key=lambda each: each[:2]):
-        place(unit, label, min(range(folds), key=lambda fold: (sizes[label][fold], sizes[None][fold])))
-    return [fold_of[id(record)] for record in records]
+            new.append((members.start - members.stop, units.key[unit], unit))
+    for *_, unit in sorted(new):
+        place(unit, min(range(folds), key=lambda fold: (sizes[int(units.label[unit])][fold], sizes[None][fold])))
+    return given
 
-# %% ../../nbs/23_data.prepare.ipynb #9430d9ce
+# %% ../../nbs/23_data.prepare.ipynb #b9fbfab1
 def settle_splits(
-    task: Task, records: list[Checked], limits: Limits, fractions: dict[str, float], previous: dict[str, str]
+    task: Task, records: Sequence[Checked], limits: Limits, fractions: dict[str, float], previous: Mapping[str, str]
 ) -> list[str]:
     "Checks across a task's rows, and the split of each; returns remarks for the audit."
     number_duplicate_ids(records)
@@ -400,13 +458,13 @@ def settle_splits(
     quarantine_leaks(records)
     assign_groups(records, limits)
     pool, parts = parts_to_draw(task, fractions)
-    drawn = [record for record in records if record.split == pool and not record.reason]
-    if quarantine_joining(drawn, parts, previous, limits):
+    drawn = rows_of_split(records, pool)
+    if quarantine_joining(records, drawn, parts, previous, limits):
         assign_groups(records, limits)  # groups that these rows had joined
-        drawn = [record for record in drawn if not record.reason]
-    divide(drawn, parts, previous, stratified=task.is_closed)
+        drawn = rows_of_split(records, pool)
+    divide(records, parts, previous, task.is_closed, drawn)
     note_duplicates(records)
-    for record in records:
+    for _, record in edited(records, range(len(records))):
         record.source = record.source or record.group
     remarks = []
     if parts:
@@ -414,8 +472,13 @@ def settle_splits(
         remarks.append(f"drawn from `{pool}`: {shares}")
     return remarks + task_remarks(task, records)
 
-# %% ../../nbs/23_data.prepare.ipynb #3f50f1bc
-def write_task(folder: Path, records: list[Checked], images: Iterable[bytes | None], pictured: set[int]) -> dict[int, str]:
+
+def rows_of_split(records: Sequence[Checked], split: str | None) -> np.ndarray:
+    "Numbers of the kept rows of a split."
+    return np.flatnonzero(columns_of(records, drawn=lambda record: is_kept(record) and record.split == split)["drawn"])
+
+# %% ../../nbs/23_data.prepare.ipynb #cb48f46d
+def write_task(folder: Path, records: Iterable[Checked], images: Iterable[bytes | None], pictured: set[int]) -> dict[int, str]:
     "Write a task's splits; returns thumbnails of the records numbered in `pictured`."
     writers = {split: ShardWriter(folder, split) for split in SPLITS}
     thumbnails = {}
@@ -457,32 +520,44 @@ class Progress:
         self.next.rename(self.folder)
         self.clear()
 
-# %% ../../nbs/23_data.prepare.ipynb #bd055865
+# %% ../../nbs/23_data.prepare.ipynb #1ef8b703
+PAGE = pa.schema([("rows", pa.int32()), ("size", pa.int32()), ("page", pa.binary())])
+
+
 def finish_task(progress: Progress, number: int, audit: Audit) -> None:
-    "Note that the task of this number is written, and remove its chunks."
-    content = {"records": [asdict(record) for record in audit.records], "remarks": audit.remarks,
-               "open_tasks": sorted(audit.open_tasks), "thumbnails": audit.thumbnails}
-    write_atomically(progress.state / f"{number:04}.json", json.dumps(content))
+    "Note that the task of this number is written, and remove its chunks. Records go from memory to disk page by page."
+    content = {"remarks": audit.remarks, "open_tasks": sorted(audit.open_tasks), "thumbnails": audit.thumbnails}
+    path, schema = progress.state / f"{number:04}.arrow", PAGE.with_metadata({"audit": json.dumps(content)})
+    unfinished = path.with_suffix(".part")
+    with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        for rows, (size, page) in zip(np.diff(audit.records.ends), audit.records.pages, strict=True):
+            writer.write_batch(pa.record_batch([[rows], [size], [page]], schema=schema))
+    os.replace(unfinished, path)
     shutil.rmtree(progress.state / f"{number:04}", ignore_errors=True)
 
 
 def finished_task(progress: Progress, number: int, suite: Suite) -> Audit | None:
     "The audit of a task that is written already, and whose files are whole."
+    records = Records()
     try:
-        content = json.loads((progress.state / f"{number:04}.json").read_text())
+        with pa.memory_map(str(progress.state / f"{number:04}.arrow")) as file:
+            reader = pa.ipc.open_file(file)
+            content = json.loads(reader.schema.metadata[b"audit"])
+            for at in range(reader.num_record_batches):
+                rows, size, page = (column[0].as_py() for column in reader.get_batch(at))
+                records.add_page(rows, (size, page))
         files = (progress.next / suite.tasks[number].name).glob("*.parquet")
-        rows = sum(pq.read_metadata(file).num_rows for file in files)
-    except (OSError, ValueError):
+        written = sum(pq.read_metadata(file).num_rows for file in files)
+    except (OSError, ValueError, pa.ArrowException):
         return None
-    records = [Checked(**record) for record in content["records"]]
     thumbnails = {int(index): picture for index, picture in content["thumbnails"].items()}
     audit = Audit(suite.name, records, set(content["open_tasks"]), content["remarks"], thumbnails=thumbnails)
-    return audit if rows == sum(not record.reason for record in records) else None
+    return audit if written == sum(not record.reason for record in records) else None
 
 
 Progress.finish_task, Progress.finished_task = finish_task, finished_task
 
-# %% ../../nbs/23_data.prepare.ipynb #06a7bc82
+# %% ../../nbs/23_data.prepare.ipynb #37485ca7
 def prepare_task(number: int, suite: Suite, progress: Progress, settings: dict, previous: dict, workers: Workers) -> Audit:
     "Read, audit, split and write one task, unless that is done; InputError where no row is usable."
     task, limits = suite.tasks[number], Limits(**settings["limits"])
@@ -492,9 +567,9 @@ def prepare_task(number: int, suite: Suite, progress: Progress, settings: dict, 
     remarks = settle_splits(task, records, limits, settings["fractions"], previous.get(task.name, {}))
     remarks += [f"{split}: {remark}" for split, source in task.sources.items() for remark in source_remarks(source, suite.folder)]
     audit = Audit(suite.name, records, remarks={task.name: remarks}, open_tasks=set() if task.is_closed else {task.name})
-    if all(record.reason for record in records):
-        reasons = Counter(record.reason for record in records).most_common()
-        raise InputError(f"task {task.name}: none of its {len(records)} rows can be used ({dict(reasons)}); "
+    counts = counts_of(records)
+    if counts["quarantined"] == len(records):
+        raise InputError(f"task {task.name}: none of its {len(records)} rows can be used ({counts['reasons']}); "
                          f"the first: {records[0].where}: {records[0].reason}: {records[0].detail}")
     pictured = {index for indices in audit.examples().values() for index in indices}
     shutil.rmtree(progress.next / task.name, ignore_errors=True)
@@ -528,7 +603,7 @@ def is_current(folder: Path, wanted: str, suite: Suite) -> bool:
         return False
     return report["fingerprint"] == wanted and all(file.exists() for file in files)
 
-# %% ../../nbs/23_data.prepare.ipynb #0d41f786
+# %% ../../nbs/23_data.prepare.ipynb #fafab2eb
 def folds_of(folder: Path) -> int:
     "Into how many folds prepared data are divided; 0 without folds or data."
     try:
@@ -536,79 +611,135 @@ def folds_of(folder: Path) -> int:
     except (OSError, ValueError, KeyError):
         return 0
 
+# %% ../../nbs/23_data.prepare.ipynb #ce3990e9
+class Places(Mapping):
+    "sha256 -> the split or fold of rows that were drawn before, in 66 bytes a row."
 
-def previous_places(folder: Path, column: str, setting: str, value: object) -> dict[str, dict]:
+    def __init__(self, sha256: np.ndarray, places: Sequence):
+        self.names = sorted(set(places))
+        code = {name: number for number, name in enumerate(self.names)}
+        codes = np.fromiter((code[place] for place in places), np.int16, len(places))
+        self.sha256, last = np.unique(sha256[::-1], return_index=True)  # of rows with one picture the last counts
+        self.codes = codes[::-1][last]
+
+    def __getitem__(self, sha256: str) -> object:
+        at = np.searchsorted(self.sha256, key := sha256.encode())
+        if at == len(self.sha256) or self.sha256[at] != key:
+            raise KeyError(sha256)
+        return self.names[self.codes[at]]
+
+    def __len__(self) -> int:
+        return len(self.sha256)
+
+    def __iter__(self) -> Iterator[str]:
+        return (sha256.decode() for sha256 in self.sha256)
+
+    def values(self) -> list:
+        "The splits or folds that occur, each once."
+        return self.names
+
+    @property
+    def fingerprint(self) -> list[str]:
+        return [*map(str, self.names), sha256_of(self.sha256.tobytes() + self.codes.tobytes())]
+
+# %% ../../nbs/23_data.prepare.ipynb #051a48f3
+def previous_places(folder: Path, column: str, setting: str, value: object) -> dict[str, Places]:
     "Task -> sha256 -> split or fold of rows that were drawn before with the same setting; empty where there is nothing."
     try:
         report = json.loads((folder / "audit.json").read_text())
         files = [file for name in ("former-splits", "splits") if (file := folder / f"{name}.parquet").exists()]
-        table = pa.concat_tables(map(pq.read_table, files), promote_options="default").to_pandas()
+        names = ["task", "sha256", "drawn", column]
+        table = pa.concat_tables((pq.read_table(file, columns=names) for file in files), promote_options="default")
     except (OSError, ValueError, pa.ArrowException):
         return {}
-    if column not in table or report.get("settings", {}).get(setting) != value:
+    if column not in table.column_names or report.get("settings", {}).get(setting) != value:
         return {}
-    drawn = table[table["drawn"] & table[column].notna()]
-    if column == "fold":
-        drawn = drawn.astype({"fold": int})
-    return {task: dict(zip(rows["sha256"], rows[column].tolist(), strict=True)) for task, rows in drawn.groupby("task")}
+    table = table.filter(pc.and_(table["drawn"], pc.is_valid(table[column])))
+    found = {}
+    for task in table["task"].unique().to_pylist():
+        mine = table.filter(pc.equal(table["task"], task))
+        sha256 = np.fromiter((cell.as_py().encode() for chunk in mine["sha256"].chunks for cell in chunk), "S64", mine.num_rows)
+        found[task] = Places(sha256, mine[column].to_pylist())
+    return found
 
-# %% ../../nbs/23_data.prepare.ipynb #4a29cda6
-def assignment(suite: Suite, audit: Audit, previous: dict[str, dict[str, int]]) -> list[dict]:
+# %% ../../nbs/23_data.prepare.ipynb #74c6fc19
+TABLE_ROWS = 1024  # that are Python objects at a time
+
+
+def table_of(records: Iterable[Checked], row_of: Callable[[Checked], dict], schema: pa.Schema) -> pa.Table:
+    "A table of what `row_of` gives for the records, in memory as Arrow columns only."
+    rest, parts = iter(records), []
+    while part := list(islice(rest, TABLE_ROWS)):
+        parts.append(pa.Table.from_pylist([row_of(record) for record in part], schema))
+    return pa.concat_tables(parts or [schema.empty_table()])
+
+
+ASSIGNED = pa.schema([*((name, pa.string()) for name in ("task", "split", "id", "sha256", "group", "source")), ("drawn", pa.bool_())])
+
+
+def assignment(suite: Suite, audit: Audit, previous: dict[str, Mapping[str, int]]) -> pa.Table:
     "The rows of splits.parquet; adds remarks on folds to the audit."
-    settings, rows = audit.settings, []
-    kept: dict[str, list[Checked]] = {task.name: [] for task in suite.tasks}
-    for record in audit.records:
-        if not record.reason:
-            kept[record.task].append(record)
+    settings, pools = audit.settings, {task.name: parts_to_draw(task, audit.settings["fractions"])[0] for task in suite.tasks}
+    given = {task.name: set(task.sources) - {pools[task.name]} for task in suite.tasks}
+    is_drawn = lambda record: bool(pools[record.task]) and record.split not in given[record.task]
+    row_of = lambda record: {name: getattr(record, name) for name in ASSIGNED.names[:-1]} | {"drawn": is_drawn(record)}
+    table = table_of(filter(is_kept, audit.records), row_of, ASSIGNED)
+    if not settings.get("folds"):
+        return table
+    folds: list[int | None] = [None] * table.num_rows
+    of = columns_of(audit.records, task=lambda record: record.task, kept=is_kept, drawn=lambda record: is_kept(record) and is_drawn(record))
+    place = np.cumsum(of["kept"]) - 1  # of each record in the table
     for task in suite.tasks:
-        pool, _ = parts_to_draw(task, settings["fractions"])
-        given = set(task.sources) - {pool}
-        drawn = [bool(pool) and record.split not in given for record in kept[task.name]]
-        rows += [{"task": r.task, "split": r.split, "id": r.id, "sha256": r.sha256, "group": r.group, "source": r.source,
-                  "drawn": is_drawn} for r, is_drawn in zip(kept[task.name], drawn, strict=True)]
-        if folds := settings.get("folds"):
-            mine = [row for row in rows[len(rows) - len(drawn) :] if row.setdefault("fold") is None and row["drawn"]]
-            records = [record for record, is_drawn in zip(kept[task.name], drawn, strict=True) if is_drawn]
-            for row, fold in zip(mine, draw_folds(records, folds, previous.get(task.name, {}), task.is_closed), strict=True):
-                row["fold"] = fold
-            if left_out := sum(row["fold"] is None for row in mine):
-                audit.remarks[task.name].append(f"{left_out} rows join pictures of different folds and are in none")
-    return rows
+        rows = np.flatnonzero((of["drawn"] == 1) & (of["task"] == hash(task.name)))
+        mine = draw_folds(Some(audit.records, rows), settings["folds"], previous.get(task.name, {}), task.is_closed)
+        for row, fold in zip(place[rows].tolist(), mine, strict=True):
+            folds[row] = fold
+        if left_out := mine.count(None):
+            audit.remarks[task.name].append(f"{left_out} rows join pictures of different folds and are in none")
+    return table.append_column("fold", pa.array(folds))
 
-# %% ../../nbs/23_data.prepare.ipynb #3646f46a
+# %% ../../nbs/23_data.prepare.ipynb #4d9a516c
 FORMER = pa.schema([("task", pa.string()), ("sha256", pa.string()), ("drawn", pa.bool_()), ("split", pa.string()), ("fold", pa.int64())])
 
 
-def former_places(rows: list[dict], splits: dict[str, dict[str, str]], folds: dict[str, dict[str, int]]) -> list[dict]:
+def former_places(table: pa.Table, splits: dict[str, Places], folds: dict[str, Places]) -> list[dict]:
     "Places (task -> sha256 -> split, fold) that none of the rows of splits.parquet has now."
-    now = {(row["task"], row["sha256"]) for row in rows if row["drawn"]}
-    gone = sorted({(task, sha256) for places in (splits, folds) for task in places for sha256 in places[task]} - now)
-    return [{"task": task, "sha256": sha256, "drawn": True, "split": splits.get(task, {}).get(sha256),
-             "fold": folds.get(task, {}).get(sha256)} for task, sha256 in gone]
+    found = []
+    for task in sorted({*splits, *folds}):
+        mine = table.filter(pc.and_(table["drawn"], pc.equal(table["task"], task)))["sha256"]
+        now = np.fromiter((cell.as_py().encode() for chunk in mine.chunks for cell in chunk), "S64", len(mine))
+        before = [places[task].sha256 for places in (splits, folds) if task in places]
+        gone = np.setdiff1d(np.concatenate(before), now)
+        found += [{"task": task, "sha256": sha256, "drawn": True, "split": splits.get(task, {}).get(sha256),
+                   "fold": folds.get(task, {}).get(sha256)} for sha256 in map(bytes.decode, gone)]
+    return found
 
 
-def write_tables(staging: Path, audit: Audit, suite: Suite, splits: dict[str, dict[str, str]], folds: dict[str, dict[str, int]]) -> None:
-    "splits.parquet, quarantine.parquet, audit.json, audit.html and suite.yaml; `splits` and `folds` are those before."
-    rows = assignment(suite, audit, folds)
-    pq.write_table(pa.Table.from_pylist(rows), staging / "splits.parquet", compression="zstd")
-    if former := former_places(rows, splits, folds):
+def write_tables(staging: Path, audit: Audit, suite: Suite, splits: dict[str, Places], folds: dict[str, Places]) -> dict:
+    "splits.parquet, quarantine.parquet, audit.json, audit.html and suite.yaml; `splits` and `folds` are those before. Returns the report."
+    table = assignment(suite, audit, folds)
+    pq.write_table(table, staging / "splits.parquet", compression="zstd")
+    if former := former_places(table, splits, folds):
         pq.write_table(pa.Table.from_pylist(former, FORMER), staging / "former-splits.parquet", compression="zstd")
     names = ("task", "split", "id", "where", "reason", "detail", "label", "name", "sha256")
     schema = pa.schema([(name, pa.string()) for name in names])
-    left_out = [{name: getattr(record, name) for name in names} for record in audit.records if record.reason]
-    pq.write_table(pa.Table.from_pylist(left_out, schema), staging / "quarantine.parquet", compression="zstd")
-    write_atomically(staging / "audit.json", json.dumps(audit.to_json(), indent=1, ensure_ascii=False))
-    write_atomically(staging / "audit.html", audit.page())
+    left_out = table_of((record for record in audit.records if record.reason), lambda record: {name: getattr(record, name) for name in names}, schema)
+    pq.write_table(left_out, staging / "quarantine.parquet", compression="zstd")
+    report = audit.to_json()
+    write_atomically(staging / "audit.json", json.dumps(report, indent=1, ensure_ascii=False))
+    write_atomically(staging / "audit.html", audit.page(report))
     settings = suite.model_dump(mode="json", exclude_defaults=True)
     write_atomically(staging / "suite.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    return report
 
-# %% ../../nbs/23_data.prepare.ipynb #7c5ff734
+# %% ../../nbs/23_data.prepare.ipynb #7fd8cdee
 def join_audits(suite: Suite, audits: list[Audit]) -> Audit:
     "One audit of all tasks."
-    joined = Audit(suite.name, [])
+    joined = Audit(suite.name, Records())
     for audit in audits:
         offset = len(joined.records)
-        joined.records += audit.records
+        for rows, page in zip(np.diff(audit.records.ends).tolist(), audit.records.pages, strict=True):
+            joined.records.add_page(rows, page)
         joined.open_tasks |= audit.open_tasks
         joined.remarks |= audit.remarks
         joined.thumbnails |= {offset + number: picture for number, picture in audit.thumbnails.items()}
@@ -650,7 +781,7 @@ def prepare(
         raise InputError(f"{left_out} row{'s are' if left_out != 1 else ' is'} quarantined; see {prepared.folder / 'audit.html'}")
     return prepared
 
-# %% ../../nbs/23_data.prepare.ipynb #07ae788b
+# %% ../../nbs/23_data.prepare.ipynb #498dc047
 def write_suite(suite: Suite, progress: Progress, settings: dict, wanted: str, anew: bool, workers: int | None) -> None:
     "Prepare all tasks; the folder appears or changes at the end. Takes up what was done, unless `anew`."
     folder = progress.folder
@@ -658,14 +789,14 @@ def write_suite(suite: Suite, progress: Progress, settings: dict, wanted: str, a
     folds = previous_places(folder, "fold", "folds", settings.get("folds"))
     if anew:
         progress.clear()
-    progress.begin(fingerprint([wanted, splits, folds]))
+    progress.begin(fingerprint([wanted, *({task: places.fingerprint for task, places in each.items()} for each in (splits, folds))]))
     say(f"preparing {suite.name}: {len(suite.tasks)} task{'s' * (len(suite.tasks) != 1)}")
     try:
         with Workers(workers) as pool:
             audits = [prepare_task(number, suite, progress, settings, splits, pool) for number in range(len(suite.tasks))]
         audit = join_audits(suite, audits)
         audit.settings, audit.fingerprint = settings, wanted
-        write_tables(progress.next, audit, suite, splits, folds)
+        report = write_tables(progress.next, audit, suite, splits, folds)
         progress.publish()
     except InputError:
         progress.clear()
@@ -676,7 +807,7 @@ def write_suite(suite: Suite, progress: Progress, settings: dict, wanted: str, a
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise RunFailure(f"{folder} can't be written ({error.strerror}); make room or prepare elsewhere") from error
         raise
-    say(audit.summary())
+    say(summary(report))
     say(f"the audit's page: {folder / 'audit.html'}")
 
 # %% ../../nbs/23_data.prepare.ipynb #e893b639

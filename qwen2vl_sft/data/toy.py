@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..core import write_atomically
 
-# %% ../../nbs/26_data.toy.ipynb #84dfd5b9
+# %% ../../nbs/26_data.toy.ipynb #3db6d11a
 COLOURS = {"red": (200, 40, 40), "green": (40, 170, 60), "blue": (50, 70, 210)}
 SUITE = """name: toy
 description: coloured squares, made on the spot
@@ -30,7 +30,7 @@ tasks:
 """
 WORDS = {"red": "fire", "green": "a leaf", "blue": "the sea"}
 
-
+# %% ../../nbs/26_data.toy.ipynb #71472da4
 def toy_picture(
     colour: str,  # a key of COLOURS
     rng: np.random.Generator,
@@ -40,7 +40,7 @@ def toy_picture(
     noise = rng.normal(0, 25, (height, width, 3))
     return Image.fromarray(np.clip(COLOURS[colour] + noise, 0, 255).astype(np.uint8))
 
-
+# %% ../../nbs/26_data.toy.ipynb #fd842709
 def write_toy_suite(
     folder: Path,
     rows: int = 24,  # a split and task

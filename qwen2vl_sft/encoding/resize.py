@@ -152,7 +152,7 @@ def kernels() -> Kernels | None:
 
     return Kernels(cache(compiled(weights)), compiled(along_rows), compiled(along_columns), compiled(in_squares))
 
-# %% ../../nbs/09_encoding.resize.ipynb #e91c75ce
+# %% ../../nbs/09_encoding.resize.ipynb #7261b2bb
 LARGE = 250_000  # pixels
 WORTH = 200  # large pictures in one process, before anything is compiled: that takes 4 s once, and 0.4 s from then on
 
@@ -169,7 +169,7 @@ def stored_pixels(
     except (ValueError, MemoryError):  # Pillow keeps a picture of more than 16 MB in several pieces
         return np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32)
 
-
+# %% ../../nbs/09_encoding.resize.ipynb #2f374ae8
 def squares_of(
     pixels: np.ndarray,  # uint8 [height, width, 3]
     patch: int,
@@ -180,7 +180,7 @@ def squares_of(
     parts = pixels.reshape(rows, merge, patch, columns, merge, patch, 3)
     return np.ascontiguousarray(parts.transpose(0, 3, 1, 4, 6, 2, 5))
 
-
+# %% ../../nbs/09_encoding.resize.ipynb #af1e425b
 def fast_squares(
     image: Image.Image,  # mode RGB
     width: int,
