@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from .config import OPTIMIZERS, PROJECTIONS, SCHEDULERS, TOWER_LINEARS, RunConfig, read_yaml, validated
-from .core import InputError
+from .core import InputError, first_line
 
 # %% ../nbs/06_import_config.ipynb #7948933d
 RENAMED = {  # their name -> (ours, their default where it differs from ours or is worth stating)
@@ -278,7 +278,7 @@ def imported(
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"a value has the wrong type: {str(error).splitlines()[0]}") from error
+        raise InputError(f"a value has the wrong type: {first_line(error)}") from error
     known = {*RENAMED, *WITHOUT_EFFECT, *READ_APART}
     found.not_mapped += [f"{name}: no counterpart here" for name in map(str, theirs) if name not in known]
     found.differs += ALWAYS_DIFFERS

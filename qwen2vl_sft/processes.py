@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from .core import InputError, RunFailure, pick_device, process_count, process_rank
+from .core import InputError, RunFailure, first_line, pick_device, process_count, process_rank
 from .rundir import RunDir, Status, running
 
 # %% ../nbs/04_processes.ipynb #6db86977
@@ -36,7 +36,7 @@ def join_processes(
         PartialState(cpu=pick_device(device).type == "cpu", timeout=LONGEST_STEP)
         _waiting_room = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     except (RuntimeError, ValueError) as error:
-        raise RunFailure(f"process {process_rank()} of {process_count()} can't reach the others: {str(error).splitlines()[0]}") from error
+        raise RunFailure(f"process {process_rank()} of {process_count()} can't reach the others: {first_line(error)}") from error
 
 # %% ../nbs/04_processes.ipynb #256b3521
 SIGNS_OF_LOSS = ("closed by peer", "Connection reset", "Broken pipe", "NCCL", "Timed out", "timed out", "Gloo", "gloo", "collective")
@@ -50,7 +50,7 @@ def noticing_loss() -> Iterator[None]:
     except RuntimeError as error:
         if process_count() > 1 and not isinstance(error, RunFailure) and any(sign in str(error) for sign in SIGNS_OF_LOSS):
             raise RunFailure(
-                f"process {process_rank()} of {process_count()} lost another one ({str(error).splitlines()[0][:160]}); "
+                f"process {process_rank()} of {process_count()} lost another one ({first_line(error)[:160]}); "
                 "that one was killed or failed, see what it wrote last. The same command continues"
             ) from error
         raise

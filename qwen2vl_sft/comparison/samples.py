@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from .statistics import repeated_scores, wilson
-from ..core import ASSETS, InputError, did_you_mean
+from ..core import ASSETS, InputError, did_you_mean, first_line
 from ..rundir import RunDir
 from ..scoring.metrics import ANSWERED, OUTCOMES, collapse
 
@@ -247,7 +247,7 @@ def read_config(
     except FileNotFoundError:
         return {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{run.config_path}: not readable as YAML: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{run.config_path}: not readable as YAML: {first_line(error)}") from error
     return config if isinstance(config, dict) else {}
 
 
@@ -448,7 +448,7 @@ def read_long(path: Path) -> pd.DataFrame:  # LONG, note, n, rule, reported_mean
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise InputError(f"{path}: not a CSV file in UTF-8 ({str(error).splitlines()[0]})") from error
+        raise InputError(f"{path}: not a CSV file in UTF-8 ({first_line(error)})") from error
     if not {"model", "step"} <= set(table):
         raise InputError(f"{path}: needs the columns model and step, found {', '.join(map(str, table.columns[:6]))}")
     if "accuracy" not in table or "dataset" not in table:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from ..config import PreprocessingConfig
-from ..core import InputError
+from ..core import InputError, first_line
 from .resize import resized_squares, squares_of
 
 # %% ../../nbs/10_encoding.images.ipynb #cc66b4b9
@@ -116,7 +116,7 @@ def load_image_processor(
     try:
         processor = AutoImageProcessor.from_pretrained(base, revision=revision, backend="pil")
     except (OSError, ValueError) as error:
-        raise InputError(f"model '{base}': its image processor can't be loaded: {str(error).splitlines()[0]}") from error
+        raise InputError(f"model '{base}': its image processor can't be loaded: {first_line(error)}") from error
     settings = settings or PreprocessingConfig()
     size = dict(processor.size)
     size["shortest_edge"] = settings.min_pixels or min(size["shortest_edge"], settings.max_pixels or size["shortest_edge"])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..config import PreprocessingConfig
-from ..core import InputError, fingerprint
+from ..core import InputError, fingerprint, first_line
 from .images import ImageEncoder, image_encoder, load_image_processor
 
 # %% ../../nbs/11_encoding.prompt.ipynb #51461bad
@@ -32,7 +32,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
     except (OSError, ValueError) as error:
-        raise InputError(f"model '{base}': its tokenizer can't be loaded: {str(error).splitlines()[0]}") from error
+        raise InputError(f"model '{base}': its tokenizer can't be loaded: {first_line(error)}") from error
     if not tokenizer.chat_template:
         raise InputError(f"model '{base}': its tokenizer has no chat template; use an Instruct model")
     return tokenizer

@@ -29,7 +29,7 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from ..config import RunConfig, Settings, check_same_base, read_yaml, same_test_set, setting_path, setting_value, validated
-from ..core import InputError, project_root, say
+from ..core import InputError, first_line, project_root, say
 from ..rundir import RunDir
 from .demo import UNTRAINED, is_trained
 from .notebook import check_names, run_notebook, scoring_config, training_config, workbench_file
@@ -460,7 +460,7 @@ def run_on_ray(
         options = {"include_dashboard": False} if wanted.address == "local" else {}
         ray.init(address=wanted.address, log_to_driver=False, logging_level="warning", **options)
     except (OSError, ValueError) as error:  # ConnectionError is an OSError
-        raise InputError(f"ray: no cluster at '{wanted.address}': {str(error).splitlines()[0]}") from error
+        raise InputError(f"ray: no cluster at '{wanted.address}': {first_line(error)}") from error
     needs = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus, "resources": wanted.resources, "max_retries": 0}
     needs["runtime_env"] = {"env_vars": {"QWEN2VL_SFT_ROOT": root}}
 
