@@ -255,6 +255,30 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_scoring_suite.py::test_a_row_that_left_the_test_set_leaves_the_predictions',),
     ),
     Mutation(
+        '8', 'predictions follow from where the weights lie', 'qwen2vl_sft/scoring/suite.py',
+        '_hash_of_file(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files',
+        'str(file) for file in files',
+        ('tests/test_export.py::test_what_exported_weights_gave_belongs_to_their_bytes_and_not_to_their_place',),
+    ),
+    Mutation(
+        '8', 'the longest answer that label was told is lost', 'qwen2vl_sft/cli.py',
+        'threshold, batch, device, max_new_tokens)',
+        'threshold, batch, device)',
+        ('tests/test_export.py::test_what_exported_weights_gave_belongs_to_their_bytes_and_not_to_their_place',),
+    ),
+    Mutation(
+        '8', 'the longest answer that score was told is lost', 'qwen2vl_sft/cli.py',
+        '"limit": limit, "max_new_tokens": max_new_tokens}',
+        '"limit": limit, "max_new_tokens": None}',
+        ('tests/test_scoring_suite.py::test_the_commands_longest_answer_arrives',),
+    ),
+    Mutation(
+        '8', 'a second preparation fails instead of waiting', 'qwen2vl_sft/data/prepare.py',
+        '.lock", busy, wait=True):',
+        '.lock", busy):',
+        ('tests/test_data_prepare.py::test_a_second_process_waits_and_says_so',),
+    ),
+    Mutation(
         '8', 'a row with another number is scored again', 'qwen2vl_sft/scoring/suite.py',
         'found.append(name if same else free[key].pop(0) if free.get(key) else None)',
         'found.append(name if same else None)',
