@@ -211,7 +211,7 @@ def verdict_text(line: Mapping) -> str:
     "A verdict in words; one between two rules says so."
     return line["verdict"] + ("" if line["same_rule"] else " (different rules)")
 
-# %% ../../nbs/62_comparison.board.ipynb #4ebda73f
+# %% ../../nbs/62_comparison.board.ipynb #7f39c4d4
 def right_shares(
     samples: pd.DataFrame,  # of one task; columns row, id, outcome, cluster
     rows: str | Sequence[str],  # a row, or a recipe's runs that differ in the seed alone
@@ -219,7 +219,10 @@ def right_shares(
     "How often a sample was right."
     rows = [rows] if isinstance(rows, str) else list(rows)
     own = samples[samples["row"].isin(rows)]
-    table = own.assign(right=own["outcome"].eq("correct").astype(float)).groupby("id", sort=False).agg(right=("right", "mean"), cluster=("cluster", "first"), rows=("row", "size"))
+    own = own[["id", "cluster"]].assign(right=own["outcome"].eq("correct").astype(float))
+    if len(rows) == 1:
+        return own.set_index("id")
+    table = own.groupby("id", sort=False).agg(right=("right", "mean"), cluster=("cluster", "first"), rows=("right", "size"))
     return table[table["rows"] == len(rows)]
 
 
@@ -230,6 +233,8 @@ def paired_values(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # task -> differences (-1 to 1) of the samples both were asked, their clusters
     "What the paired bootstrap draws from."
     found = {}
+    wanted = {name for one in (row, other) for name in ([one] if isinstance(one, str) else one)}
+    samples = samples[samples["row"].isin(wanted)] if len(samples) else samples
     for task, part in (samples.groupby("task", sort=False) if len(samples) else ()):
         first, second = (right_shares(part, names) for names in (row, other))
         ids = first.index.intersection(second.index)

@@ -11,10 +11,10 @@ __all__ = ['REQUIRED', 'RECALL', 'DETAILS', 'OPEN_COLUMNS', 'BADGES', 'COUNTED',
            'imported_kind', 'imported_cells', 'flag_repeated', 'Choice', 'validation_choice',
            'validation_from_predictions']
 
-# %% ../../nbs/61_comparison.samples.ipynb #b409ca78
+# %% ../../nbs/61_comparison.samples.ipynb #f19c9ae6
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -280,23 +280,24 @@ def split_columns(
     tables = [pd.read_parquet(part, columns=[c for c in columns if c in pq.read_schema(part).names]) for part in parts]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(columns))
 
-# %% ../../nbs/61_comparison.samples.ipynb #9b55a58e
+# %% ../../nbs/61_comparison.samples.ipynb #d5063085
 FACTS = ("group", "leaked", "elsewhere")
 
 
 def test_facts(
     prepared: Path,
     task: str,
-    trained: Mapping[str, pd.DataFrame] | None = None,  # task -> its training split's group and sha256; None: this task's are read
+    trained: Mapping[str, Mapping[str, Collection[str]]] | None = None,  # task -> its training split's group and sha256; None: this task's are read
 ) -> pd.DataFrame:  # index id; group (near-duplicates), leaked (in this task's training split), elsewhere (the task that trains on it, or "")
     "What the prepared data knows about the test samples; empty when it is not there."
     test = split_columns(prepared, task, "test", ["id", "group", "sha256"])
     trained = trained or {task: training_pictures(prepared, task)}
+    values = {column: test[column].tolist() for column in ("group", "sha256") if column in test}
     leaked, elsewhere = np.zeros(len(test), dtype=bool), np.full(len(test), "", dtype=object)
     for other, train in trained.items():
         seen = np.zeros(len(test), dtype=bool)
-        for column in {"group", "sha256"} & set(test) & set(train):
-            seen |= test[column].isin(set(train[column])).to_numpy(dtype=bool)
+        for column in values.keys() & train.keys():
+            seen |= np.array([value in train[column] for value in values[column]], dtype=bool)
         if other == task:
             leaked |= seen
         else:
@@ -307,9 +308,10 @@ def test_facts(
 test_facts.__test__ = False  # not a pytest function
 
 
-def training_pictures(prepared: Path, task: str) -> pd.DataFrame:
-    "Near-duplicate group and hash of a task's training pictures."
-    return split_columns(prepared, task, "train", ["group", "sha256"])
+def training_pictures(prepared: Path, task: str) -> dict[str, set[str]]:  # group, sha256
+    "Near-duplicate groups and hashes of a task's training pictures."
+    table = split_columns(prepared, task, "train", ["group", "sha256"])
+    return {column: set(table[column].dropna()) for column in table}
 
 # %% ../../nbs/61_comparison.samples.ipynb #84c788d0
 def read_run(
