@@ -496,9 +496,21 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         'comparison', 'a picture that was trained on under another name is no leak', 'qwen2vl_sft/comparison/samples.py',
-        'for column in {"group", "sha256"} & set(test) & set(train):',
-        'for column in {"group"} & set(test) & set(train):',
+        'for column in values.keys() & train.keys():',
+        'for column in {"group"} & values.keys() & train.keys():',
         ('tests/test_comparison_scoreboard.py::test_leaked_pictures_are_badged_with_the_accuracy_without_them',),
+    ),
+    Mutation(
+        'comparison', 'an open answer that is somewhat like the text is an exact match', 'qwen2vl_sft/comparison/samples.py',
+        'near.eq(1).mean()',
+        'near.gt(0).mean()',
+        ('tests/test_comparison_scoreboard.py::test_how_near_open_answers_came_stands_in_every_form',),
+    ),
+    Mutation(
+        'workflow', 'a sweep names an error of an earlier session', 'qwen2vl_sft/workflow/sweep.py',
+        'log.read_bytes()[since:]',
+        'log.read_bytes()',
+        ('tests/test_workflow_sweep.py::test_a_training_that_is_killed_is_not_started_over_and_over',),
     ),
     Mutation(
         'comparison', "a local model's closed figures stand against an API model's free ones", 'qwen2vl_sft/comparison/samples.py',
