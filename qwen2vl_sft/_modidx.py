@@ -813,6 +813,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                          'qwen2vl_sft/data/audit.py'),
                                         'qwen2vl_sft.data.audit.packed': ('data.audit.html#packed', 'qwen2vl_sft/data/audit.py'),
                                         'qwen2vl_sft.data.audit.page': ('data.audit.html#page', 'qwen2vl_sft/data/audit.py'),
+                                        'qwen2vl_sft.data.audit.pairs_of_small': ( 'data.audit.html#pairs_of_small',
+                                                                                   'qwen2vl_sft/data/audit.py'),
                                         'qwen2vl_sft.data.audit.perceptual_hash': ( 'data.audit.html#perceptual_hash',
                                                                                     'qwen2vl_sft/data/audit.py'),
                                         'qwen2vl_sft.data.audit.prefix_labels': ( 'data.audit.html#prefix_labels',

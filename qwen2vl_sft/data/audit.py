@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'REPAIRS', 'NOTES', 'CONTROL_TOKEN', 'HASH_SIDE', 'PAGE_ROWS', 'CODEC', 'PRECEDENCE', 'ROUNDS',
-           'COMPARISONS', 'IMBALANCE', 'MISSED', 'EXAMPLES', 'STYLE', 'FORECAST', 'Limits', 'Unusable', 'read_bytes',
-           'check_header', 'broken', 'decode', 'wordings_of', 'visible', 'confusable_characters', 'look_alike_key',
-           'look_alike', 'unlike', 'check_label', 'Checked', 'refuse_control_tokens', 'perceptual_hash', 'inspect_row',
-           'Records', 'packed', 'unpacked', 'edited', 'columns_of', 'codes_of', 'is_kept', 'looked_up',
-           'number_duplicate_ids', 'quarantine_leaks', 'note_two_labels', 'hash_bytes', 'hash_words', 'differing_bits',
-           'connected', 'spanning_pairs', 'band_keys', 'varying_bits', 'divides', 'near_components', 'assign_groups',
-           'note_duplicates', 'near_copies', 'splits_of_key', 'detection_power', 'smallest_difference',
-           'look_alike_labels', 'prefix_labels', 'label_remarks', 'imbalance', 'task_remarks', 'shared_between_tasks',
-           'Audit', 'samples_of', 'Tally', 'counts_of', 'task_report', 'examples', 'meaning', 'difference_text',
-           'summary', 'thumbnail', 'cards_html', 'splits_html', 'labels_html', 'forecast_html', 'problem_html', 'page',
-           'audit_fragment']
+           'COMPARISONS', 'FEW', 'IMBALANCE', 'MISSED', 'EXAMPLES', 'STYLE', 'FORECAST', 'Limits', 'Unusable',
+           'read_bytes', 'check_header', 'broken', 'decode', 'wordings_of', 'visible', 'confusable_characters',
+           'look_alike_key', 'look_alike', 'unlike', 'check_label', 'Checked', 'refuse_control_tokens',
+           'perceptual_hash', 'inspect_row', 'Records', 'packed', 'unpacked', 'edited', 'columns_of', 'codes_of',
+           'is_kept', 'looked_up', 'number_duplicate_ids', 'quarantine_leaks', 'note_two_labels', 'hash_bytes',
+           'hash_words', 'differing_bits', 'connected', 'spanning_pairs', 'band_keys', 'varying_bits', 'divides',
+           'pairs_of_small', 'near_components', 'assign_groups', 'note_duplicates', 'near_copies', 'splits_of_key',
+           'detection_power', 'smallest_difference', 'look_alike_labels', 'prefix_labels', 'label_remarks', 'imbalance',
+           'task_remarks', 'shared_between_tasks', 'Audit', 'samples_of', 'Tally', 'counts_of', 'task_report',
+           'examples', 'meaning', 'difference_text', 'summary', 'thumbnail', 'cards_html', 'splits_html', 'labels_html',
+           'forecast_html', 'problem_html', 'page', 'audit_fragment']
 
 # %% ../../nbs/22_data.audit.ipynb #4ef2bc68
 import base64
@@ -534,7 +534,7 @@ def spanning_pairs(hashes: np.ndarray, words: np.ndarray, members: np.ndarray, m
             rest, left = rest[~close], left[:, ~close]
     return found
 
-# %% ../../nbs/22_data.audit.ipynb #31d6ba08
+# %% ../../nbs/22_data.audit.ipynb #52a380c2
 def band_keys(hashes: np.ndarray, band: np.ndarray) -> np.ndarray:
     "Numbers [n] that are equal where these bits of the hashes, uint8 [n, bytes], are."
     needed, place = np.unique(band // 8, return_inverse=True)
@@ -553,6 +553,21 @@ def divides(hashes: np.ndarray, most: int) -> bool:
     return all(map(len, bands)) and sum((np.bincount(band_keys(hashes, band)) ** 2).sum() for band in bands) <= len(hashes) ** 2 / 4
 
 
+FEW = 16  # members of a bucket whose pairs are compared together with those of other buckets
+
+
+def pairs_of_small(words: np.ndarray, order: np.ndarray, ends: np.ndarray, most: int) -> list[np.ndarray]:
+    "Pairs [p, 2] of at most `most` bits within buckets of at most FEW members; bucket i is `order[ends[i] : ends[i + 1]]`."
+    sizes, found = np.diff(ends), []
+    after = np.repeat(np.where(sizes <= FEW, ends[1:], 0), sizes) - np.arange(len(order))  # members from each place to its bucket's end
+    for offset in range(1, FEW):
+        places = np.flatnonzero(after > offset)
+        one, other = order[places], order[places + offset]
+        close = np.bitwise_count(words[:, one] ^ words[:, other]).sum(0, dtype=np.int64) <= most
+        found.append(np.stack([one[close], other[close]], 1))
+    return found
+
+
 def near_components(hashes: np.ndarray, most: int) -> np.ndarray:
     "Component number of each of the hashes, uint8 [n, bytes], where those that differ in at most `most` bits are connected."
     words, rows = hash_words(hashes), np.arange(len(hashes))
@@ -564,12 +579,12 @@ def near_components(hashes: np.ndarray, most: int) -> np.ndarray:
         key = band_keys(hashes, band)
         order = np.argsort(key, kind="stable")
         ends = np.flatnonzero(np.diff(key[order], prepend=-1, append=-1))
-        found = []
-        for bucket in np.flatnonzero(np.diff(ends) > 1):
+        found = pairs_of_small(words, order, ends, most)
+        for bucket in np.flatnonzero(np.diff(ends) > FEW):
             members = order[ends[bucket] : ends[bucket + 1]]
             if (component[members] != component[members[0]]).any():
                 found += spanning_pairs(hashes, words, members, most)
-        if found:
+        if any(map(len, found)):
             _, first = np.unique(component, return_index=True)
             component = connected(len(rows), np.concatenate([np.stack([rows, first[component]], 1), *found]))
     return component
