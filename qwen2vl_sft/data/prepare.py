@@ -662,7 +662,7 @@ def previous_places(folder: Path, column: str, setting: str, value: object) -> d
         found[task] = Places(sha256, mine[column].to_pylist())
     return found
 
-# %% ../../nbs/23_data.prepare.ipynb #74c6fc19
+# %% ../../nbs/23_data.prepare.ipynb #f438b012
 TABLE_ROWS = 1024  # that are Python objects at a time
 
 
@@ -671,7 +671,7 @@ def table_of(records: Iterable[Checked], row_of: Callable[[Checked], dict], sche
     rest, parts = iter(records), []
     while part := list(islice(rest, TABLE_ROWS)):
         parts.append(pa.Table.from_pylist([row_of(record) for record in part], schema))
-    return pa.concat_tables(parts or [schema.empty_table()])
+    return pa.concat_tables(parts or [schema.empty_table()]).combine_chunks()
 
 
 ASSIGNED = pa.schema([*((name, pa.string()) for name in ("task", "split", "id", "sha256", "group", "source")), ("drawn", pa.bool_())])
