@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from qwen2vl_sft.cli import main
@@ -24,6 +26,7 @@ from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.data import pixels
 from qwen2vl_sft.data.prepare import prepare
 from qwen2vl_sft.data.toy import toy_picture, write_toy_suite
+from qwen2vl_sft.encoding.batch import image_inputs
 from qwen2vl_sft.encoding.prompt import load_encoder
 from qwen2vl_sft.model.load import base_location, load_base, trainable
 from qwen2vl_sft.rundir import RunDir, Status
@@ -499,3 +502,20 @@ def test_the_pixel_cache_is_for_a_further_pass_whose_pictures_the_vision_cache_d
         scorer = suite.Scorer(encoder, SETTINGS)
         experiment.open_caches(scorer, held, cache_gb, repeats, [colour], all_frozen)
         assert (scorer.pixel_cache is not None) == needed
+
+
+# --- on a GPU, looked at without one -----------------------------------------------------------------------
+
+def test_outputs_from_the_cache_and_fresh_ones_meet_on_the_models_device(prepared, encoder, monkeypatch):
+    "Fake tensors know their device: a batch that the cache has in part, as after a kill, can be put together on a GPU."
+    colour = test_set(prepared, prepared.suite.task("colour"), SETTINGS)
+    samples, width = suite.Scorer(encoder, SETTINGS).samples(colour, [0, 1, 2]), 64
+    with FakeTensorMode():
+        outputs = [torch.empty(sample.encoded.grid[1] * sample.encoded.grid[2] // 4, width) for sample in samples]
+        samples[1].features, samples[1].pixels = outputs[1], None  # from the cache: on the CPU
+        monkeypatch.setattr(suite, "unwrapped", lambda model: SimpleNamespace(device=torch.device("cuda:0")))
+        monkeypatch.setattr(suite, "tower_features", lambda model, patches, grid: [torch.empty(np.prod(one) // 4, width, device="cuda:0") for one in grid])
+        monkeypatch.setattr(type(encoder.images), "patches", lambda self, pixels, device: (None, [sample.encoded.grid for sample in samples if sample.features is None]))
+        suite.add_features(suite.Scorer(encoder, SETTINGS), None, colour, [0, 1, 2], samples)
+        together = image_inputs(samples, encoder.images)["image_features"]
+    assert together.device.type == "cuda" and len(together) == sum(map(len, outputs)) and all(sample.pixels is None for sample in samples)

@@ -24,14 +24,13 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-# %% ../../nbs/45_scoring.experiment.ipynb #90ebdd91
+# %% ../../nbs/45_scoring.experiment.ipynb #369e4526
 from ..config import ModelConfig, PreprocessingConfig, RunConfig, ScoringConfig, check_same_base, read_yaml, same_test_set, validated
 from ..core import InputError, RunFailure, pick_device, process_count, process_rank, project_root, say, write_atomically
 from ..data.pixels import PixelCache
 from ..data.prepare import Prepared, prepare
 from ..encoding.prompt import Encoder, check_contract, load_encoder
-from ..model.fused import fuse_lora, fuse_tower
-from ..model.load import base_location, changes_outputs, check_token_ids, checkpoint_kind, load_adapter, load_base, stored_contract, unwrapped
+from ..model.load import base_location, changes_outputs, checkpoint_kind, load_adapter, load_base, stored_contract, unwrapped
 from ..model.memory import AtOnce, empty_device_cache, in_halves
 from ..model.vision_cache import VisionCache, tower_key
 from ..processes import first_then_others, from_first, gathered, join_processes, running_together, wait_for_all
@@ -49,6 +48,7 @@ from qwen2vl_sft.scoring.suite import (
     batch_tokens,
     batches,
     drop_leftovers,
+    for_scoring,
     free_bytes,
     missing_places,
     near_ties,
@@ -120,7 +120,7 @@ class Loaded:
     def bytes(self) -> int:
         return sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
 
-# %% ../../nbs/45_scoring.experiment.ipynb #e8ab6d76
+# %% ../../nbs/45_scoring.experiment.ipynb #13433c70
 def load_group(
     group: Group,
     encoder: Encoder,
@@ -143,9 +143,7 @@ def load_group(
 
 
 def _checked(loaded: Loaded, encoder: Encoder) -> Loaded:
-    check_token_ids(loaded.model, encoder)
-    fuse_tower(loaded.model)
-    fuse_lora(loaded.model)
+    for_scoring(loaded.model, encoder)
     loaded.tower = tower_key(loaded.model, encoder.images) if loaded.group.tower_is_frozen else None
     return loaded
 

@@ -9,7 +9,7 @@ __all__ = ['UNDECIDED', 'EMPTY', 'TABLE_ROWS', 'FLUSH_SECONDS', 'FLUSH_ROWS', 'C
            'label', 'table_records', 'images_of', 'image_columns', 'label_to_file', 'label_into', 'stamps_of',
            'held_parts', 'write_part', 'read_parts', 'finished', 'assembled']
 
-# %% ../../nbs/49_scoring.labeler.ipynb #f7a8f85c
+# %% ../../nbs/49_scoring.labeler.ipynb #52ec8679
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -33,7 +33,7 @@ from ..data.guess import IMAGE_SUFFIXES, by_name, share_of_images
 from ..data.sources import Row, files_below, locate_text, row_of_record
 from ..encoding.batch import Sample
 from ..encoding.prompt import Encoder, check_contract, load_encoder, preprocessing_contract
-from ..model.load import base_location, check_token_ids, checkpoint_kind, load_base, load_checkpoint, stored_contract, unwrapped
+from ..model.load import base_location, checkpoint_kind, load_base, load_checkpoint, stored_contract, unwrapped
 from ..model.memory import AtOnce, in_halves
 from ..model.prefill import prefill
 from ..model.vision_cache import tower_features
@@ -41,7 +41,7 @@ from ..rundir import RunDir
 from .calibration import calibration_for, scaled_probabilities
 from .experiment import candidate_at
 from .labels import LabelTree, label_tree, score_labels
-from .suite import BATCH_TOKENS, Candidate, batch_tokens, cut_reason, scoring_model, stated, tower_passes, weights_hash
+from .suite import BATCH_TOKENS, Candidate, batch_tokens, cut_reason, for_scoring, scoring_model, stated, tower_passes, weights_hash
 from .text import answer_ends, answer_text, greedy_tokens
 from ..tasks import Suite, Task, load_suite
 
@@ -142,7 +142,7 @@ def decision_for(
     limit = threshold if threshold is not None or point is None else point["threshold"] if point["reached"] else np.inf
     return Decision(stored["temperature"], limit, True)
 
-# %% ../../nbs/49_scoring.labeler.ipynb #35f6a73f
+# %% ../../nbs/49_scoring.labeler.ipynb #4a37ecae
 @dataclass
 class Picture:
     "An image that was read, or the reason why it can't be."
@@ -169,7 +169,7 @@ class Labeler:
     tokens: int = BATCH_TOKENS  # in one forward pass, padded
 
     def __post_init__(self):
-        check_token_ids(self.model, self.encoder)
+        for_scoring(self.model, self.encoder)
         self.trees: dict[str, LabelTree] = {task.name: label_tree(self.encoder, task.wordings) for task in self.tasks if task.is_closed}
         contract = preprocessing_contract(self.encoder)["hash"]
         made = {task.name: [self.weights, contract, task.fingerprint, task.positive, vars(self.decisions[task.name]), self.max_new_tokens] for task in self.tasks}
@@ -189,7 +189,7 @@ def read_picture(encoder: Encoder, row: Row) -> Picture:
     except InputError as problem:
         return Picture(row, reason=str(problem), stamp=stamp)
 
-# %% ../../nbs/49_scoring.labeler.ipynb #f3d1b90e
+# %% ../../nbs/49_scoring.labeler.ipynb #e9baa792
 def load_labeler(
     checkpoint: str | Path,  # see `find_checkpoint`
     tasks: list[str] | None = None,  # None: all of the suite
@@ -218,7 +218,7 @@ def load_labeler(
     decisions = {task.name: decision_for(found, task, threshold, one.all_weights) if task.is_closed else Decision() for task in chosen}
     model = load_checkpoint(model_settings, method, found.folder) if method else load_base(model_settings)
     longest = max_new_tokens or (found.config.scoring.max_new_tokens if found.config else LONGEST_ANSWER)
-    return Labeler(model.eval(), encoder, chosen, decisions, found.name, fingerprint([one.all_weights, one.precision]), batch, longest, batch_tokens(model))
+    return Labeler(model, encoder, chosen, decisions, found.name, fingerprint([one.all_weights, one.precision]), batch, longest, batch_tokens(model))
 
 
 Labeler.load = staticmethod(load_labeler)

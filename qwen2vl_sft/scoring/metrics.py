@@ -191,7 +191,7 @@ def task_figures(
         **open_figures(predictions),
     }
 
-# %% ../../nbs/40_scoring.metrics.ipynb #b6e6d12c
+# %% ../../nbs/40_scoring.metrics.ipynb #929b561a
 def collapse(
     predictions: Sequence[str | None],  # one a sample; None where there was no usable answer
     targets: Sequence[str],
@@ -204,7 +204,7 @@ def collapse(
     favourite, given = Counter(p for p, _ in answered).most_common(1)[0]
     deviating = len(answered) - given
     mixed = len(answered) - Counter(t for _, t in answered).most_common(1)[0][1]
-    collapsed = deviating <= exceptions * len(answered) and mixed >= max(5, 4 * deviating)
+    collapsed = deviating <= exceptions * len(answered) and mixed >= max(3, 4 * deviating)
     return favourite if collapsed else None
 
 # %% ../../nbs/40_scoring.metrics.ipynb #0b5546ac

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['BATCH_TOKENS', 'TOWER_BYTES', 'WALKED', 'NOT_DECIDING', 'BFLOAT16_MARGIN', 'SELF_TEST', 'SELF_TEST_TOKENS',
            'Differing', 'TestSet', 'test_set', 'Scorer', 'tower_passes', 'add_features', 'stored', 'batches',
-           'free_bytes', 'batch_tokens', 'stated', 'closed_rows', 'cut_reason', 'free_row', 'free_tokens', 'answers',
-           'score_batch', 'Candidate', 'scoring_model', 'computed_in', 'weights_hash', 'deciding_parts', 'decided_by',
-           'what_changed', 'missing_places', 'predicted_samples', 'present_ids', 'drop_leftovers', 'start_predictions',
-           'near_ties', 'self_test', 'labels_apart', 'answers_apart', 'next_token']
+           'free_bytes', 'batch_tokens', 'for_scoring', 'stated', 'closed_rows', 'cut_reason', 'free_row',
+           'free_tokens', 'answers', 'score_batch', 'Candidate', 'scoring_model', 'computed_in', 'weights_hash',
+           'deciding_parts', 'decided_by', 'what_changed', 'missing_places', 'predicted_samples', 'present_ids',
+           'drop_leftovers', 'start_predictions', 'near_ties', 'self_test', 'labels_apart', 'answers_apart',
+           'next_token']
 
-# %% ../../nbs/43_scoring.suite.ipynb #a21da48e
+# %% ../../nbs/43_scoring.suite.ipynb #25c0b46a
 import json
 import time
 from collections import Counter
@@ -33,7 +34,9 @@ from ..data.prepare import Prepared, Rows
 from ..encoding.batch import Sample
 from ..encoding.images import open_image
 from ..encoding.prompt import Encoder, preprocessing_contract
-from ..model.load import compute_dtype, unwrapped
+from ..model.fused import fuse_lora, fuse_tower
+from ..model.load import check_token_ids, compute_dtype, unwrapped
+from ..model.memory import empty_device_cache
 from ..model.prefill import Prefill, prefill
 from ..model.vision_cache import VisionCache, tower_features
 from ..rundir import RunDir
@@ -147,7 +150,7 @@ def tower_passes(
         yield slice(start, start + count)
         start += count
 
-# %% ../../nbs/43_scoring.suite.ipynb #7f26afb8
+# %% ../../nbs/43_scoring.suite.ipynb #9dbf3289
 def add_features(
     scorer: Scorer,
     model: nn.Module,
@@ -156,16 +159,19 @@ def add_features(
     samples: list[Sample],  # of these places; those without the tower's output get it, in place of their pixels
     keep: bool = True,  # put them into the scorer's cache: only if that is for this tower
 ) -> None:
-    "Run the tower over the pictures that the cache didn't have, and keep its outputs while there is room."
+    "Run the tower over the pictures that the cache didn't have, and keep its outputs while there is room. All are on the model's device then, once for all adapters."
+    device = unwrapped(model).device
     fresh = [(data.rows.column("sha256")[data.chosen[place]], sample) for place, sample in zip(places, samples, strict=True) if sample.features is None]
     for places_of_pass in tower_passes([sample.pixels for _, sample in fresh]):
         part = fresh[places_of_pass]
-        values = tower_features(model, *scorer.encoder.images.patches([sample.pixels for _, sample in part], unwrapped(model).device))
+        values = tower_features(model, *scorer.encoder.images.patches([sample.pixels for _, sample in part], device))
         for (_, sample), value in zip(part, values, strict=True):
             sample.features, sample.pixels = value, None
         size = sum(value.numel() * value.element_size() for value in values)
         if keep and scorer.cache and size <= scorer.room:
             scorer.room = scorer.room - size if stored(scorer.cache, {name: sample.features for name, sample in part}) else 0.0
+    for sample in samples:
+        sample.features = sample.features.to(device)
 
 
 def stored(
@@ -182,7 +188,7 @@ def stored(
         say(f"vision cache {cache.path}: {error}; going on without storing more")
         return False
 
-# %% ../../nbs/43_scoring.suite.ipynb #d6960636
+# %% ../../nbs/43_scoring.suite.ipynb #67f72780
 def batches(
     data: TestSet,
     scorer: Scorer,
@@ -204,10 +210,13 @@ def batches(
 def free_bytes(
     device: torch.device,
 ) -> int:
-    "Memory that can be taken on a device."
+    "Memory that can be taken on a device; what PyTorch holds of a GPU and doesn't use is given back first."
     import psutil
 
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    empty_device_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def batch_tokens(
@@ -218,6 +227,17 @@ def batch_tokens(
     width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
     values = 4 * text.num_hidden_layers * width + 3 * text.intermediate_size + 10 * text.hidden_size  # cache twice, a layer's activations
     return int(min(BATCH_TOKENS, max(1024, free_bytes(inner.device) / 3 / (values * max(2, inner.dtype.itemsize)))))
+
+
+def for_scoring(
+    model: nn.Module,
+    encoder: Encoder,
+) -> nn.Module:  # the same
+    "A model that was just loaded, ready to score: in evaluation mode, its passes fused. Raises `InputError` if encoder and model are not of one family."
+    check_token_ids(model, encoder)
+    fuse_tower(model)
+    fuse_lora(model)
+    return model.eval()
 
 # %% ../../nbs/43_scoring.suite.ipynb #65fe8b49
 def stated(

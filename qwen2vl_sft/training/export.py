@@ -7,7 +7,7 @@ __all__ = ['USE', 'probes', 'answers', 'comparable', 'score_lines', 'score_line'
            'write_calibrations', 'calibration_lines', 'task_lines', 'usage', 'model_card', 'free_place',
            'checkpoint_named', 'export_adapter', 'export_run']
 
-# %% ../../nbs/59_training.export.ipynb #09172da3
+# %% ../../nbs/59_training.export.ipynb #06e78dde
 import json
 import shutil
 from collections.abc import Callable
@@ -20,22 +20,23 @@ import yaml
 from torch import nn
 
 from ..config import RunConfig, ScoringConfig, validated
-from ..core import InputError, did_you_mean, project_root, published_folder, say, write_atomically
+from ..core import InputError, RunFailure, did_you_mean, project_root, published_folder, say, write_atomically
 from ..data.prepare import Prepared
 from ..encoding.images import load_image_processor
 from ..encoding.prompt import Encoder, check_contract, load_encoder, preprocessing_contract
 from ..model.export import export_merged
 from ..model.load import base_location, checkpoint_kind, stored_contract
+from ..model.memory import AtOnce, in_halves
 from ..rundir import RunDir
 from ..scoring.calibration import calibration_for
 from ..scoring.experiment import candidate_at, read_config, scoring_model
 from ..scoring.labels import label_tree, score_labels
 from ..scoring.metrics import task_figures
-from ..scoring.suite import Candidate, Scorer, TestSet, test_set, weights_hash
+from ..scoring.suite import Candidate, Scorer, TestSet, batch_tokens, batches, for_scoring, test_set, weights_hash
 from ..scoring.text import write_answers
 from .trainer import prepared_suite
 
-# %% ../../nbs/59_training.export.ipynb #340820f2
+# %% ../../nbs/59_training.export.ipynb #388d53cf
 def probes(
     prepared: Prepared,
     samples: int,  # of each task
@@ -53,17 +54,25 @@ def answers(
     scorer: Scorer,
     data: TestSet,
 ) -> np.ndarray | list[str]:  # probabilities [samples, labels], or texts
-    "What the model says on every sample of the test set."
-    found: list[Any] = []
-    for start in range(0, len(data), scorer.settings.batch):
-        samples = scorer.samples(data, list(range(start, min(start + scorer.settings.batch, len(data)))))
-        if data.rule == "closed":
-            found.append(score_labels(model, scorer.encoder, samples, label_tree(scorer.encoder, data.task.wordings)).probabilities)
-        else:
-            found += write_answers(model, scorer.encoder, samples, scorer.settings.max_new_tokens)[0]
-    return np.concatenate(found) if data.rule == "closed" else found
+    "What the model says on every sample of the test set, as many of them at once as memory has room for. Raises `RunFailure` if one sample has none."
+    tree = label_tree(scorer.encoder, data.task.wordings) if data.rule == "closed" else None
+    found: dict[int, Any] = {}
 
-# %% ../../nbs/59_training.export.ipynb #342a1069
+    def said(places: list[int]) -> Any:
+        samples = scorer.samples(data, places)
+        return score_labels(model, scorer.encoder, samples, tree).probabilities if tree else write_answers(model, scorer.encoder, samples, scorer.settings.max_new_tokens)[0]
+
+    def too_large(place: int, error: BaseException) -> Any:
+        raise RunFailure(f"{data.task.name}, row {data.column('id')[place]}: one sample doesn't fit in memory beside the model; export on a device with more memory") from error
+
+    at_once = AtOnce(scorer.settings.batch, f"export, {data.task.name}")
+    for places in batches(data, scorer, set(range(len(data)))):
+        values = [value for part in in_halves(places, said, at_once, too_large) for value in part]
+        found |= dict(zip(places, values, strict=True))
+    in_order = [found[place] for place in range(len(data))]
+    return np.stack(in_order) if tree else in_order
+
+# %% ../../nbs/59_training.export.ipynb #2284495c
 def comparable(
     scorer: Scorer,
     tests: list[TestSet],
@@ -74,9 +83,10 @@ def comparable(
 
     def table(model: nn.Module) -> np.ndarray:
         "The answers to all probes [samples of all tasks, answers]; texts are compared with those of the first model asked."
-        rows = []
+        rows, model = [], for_scoring(model, scorer.encoder)
+        scorer.tokens = batch_tokens(model)
         for data in tests:
-            said = answers(model.eval(), scorer, data)
+            said = answers(model, scorer, data)
             if data.rule != "closed":
                 reference = first.setdefault(data.task.name, said)
                 said = np.array([[1.0, 0.0] if one == other else [0.0, 1.0] for one, other in zip(reference, said, strict=True)])
