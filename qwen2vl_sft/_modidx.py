@@ -2350,6 +2350,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                          'qwen2vl_sft/scoring/suite.py'),
                                            'qwen2vl_sft.scoring.suite.drop_leftovers': ( 'scoring.suite.html#drop_leftovers',
                                                                                          'qwen2vl_sft/scoring/suite.py'),
+                                           'qwen2vl_sft.scoring.suite.for_scoring': ( 'scoring.suite.html#for_scoring',
+                                                                                      'qwen2vl_sft/scoring/suite.py'),
                                            'qwen2vl_sft.scoring.suite.free_bytes': ( 'scoring.suite.html#free_bytes',
                                                                                      'qwen2vl_sft/scoring/suite.py'),
                                            'qwen2vl_sft.scoring.suite.free_row': ( 'scoring.suite.html#free_row',
