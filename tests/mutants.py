@@ -34,6 +34,21 @@ class Mutation:
 
 MUTATIONS: list[Mutation] = [
     Mutation(
+        '5.12', "a merge's rotary frequencies are rounded with its weights", 'qwen2vl_sft/model/load.py',
+        'weight.data = weight.data.to(dtype)', 'module.to(dtype)',
+        ('tests/test_export.py::test_the_gate_judges_what_a_reader_will_load',),
+    ),
+    Mutation(
+        '5.4', "under autocast packed attention computes in float32", 'qwen2vl_sft/model/attention.py',
+        'if torch.is_autocast_enabled(query.device.type):', 'if False:',
+        ('tests/test_correctness.py::test_5_4_under_autocast_packed_attention_is_in_half_precision',),
+    ),
+    Mutation(
+        '6', "the plan forgets that FSDP divides the weights", 'qwen2vl_sft/training/plan.py',
+        'if weights_are_sharded():', 'if False:',
+        ('tests/test_training_plan.py::test_full_7b_fits_eight_gpus_that_divide_its_weights',),
+    ),
+    Mutation(
         '4.1', "a quote that is never closed swallows the rest of a table", 'qwen2vl_sft/data/sources.py',
         'delimiter=delimiter, strict=True)', 'delimiter=delimiter)',
         ('tests/test_data_sources.py::test_a_stray_quote_swallows_no_row',),

@@ -23,6 +23,7 @@ from qwen2vl_sft.data.toy import write_toy_suite
 from qwen2vl_sft.encoding.batch import Sample, pack, pad, with_pixel_values
 from qwen2vl_sft.encoding.images import header_size, open_image
 from qwen2vl_sft.encoding.prompt import IGNORED, Encoder, load_encoder
+from qwen2vl_sft.model import attention
 from qwen2vl_sft.model.attention import PACKED, use_packed_attention
 from qwen2vl_sft.model.export import export_merged, merged
 from qwen2vl_sft.model.load import (
@@ -217,6 +218,30 @@ def test_5_4_packed_attention_without_lengths_is_the_stock_one(encoder, stock):
             assert torch.equal(one, other)
         written = [model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=3, do_sample=False) for model in (ours, stock)]
     assert torch.equal(*written)
+
+
+def attention_under_autocast(monkeypatch, device: str) -> list[torch.dtype]:
+    "The precisions that packed attention computes in, of a model with float32 weights under bfloat16 autocast."
+    seen = []
+    for name in ("varlen", "one_by_one"):
+        real = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda query, key, value, *rest, real=real, name=name: seen.append((name, query.dtype, key.dtype, value.dtype)) or real(query, key, value, *rest))
+    model = Qwen2VLForConditionalGeneration.from_pretrained(LOCATION, dtype=torch.float32).to(device)
+    use_packed_attention(model)
+    encoder = load_encoder(LOCATION)
+    with torch.autocast(device, torch.bfloat16):
+        token_losses(model, pack(three_samples(encoder), encoder.images)).sum().backward()
+    return seen
+
+
+def test_5_4_under_autocast_packed_attention_is_in_half_precision(monkeypatch):
+    "With float32 weights the rotary embedding's cosines are float32, and so would be queries and keys."
+    assert set(attention_under_autocast(monkeypatch, "cpu")) == {("one_by_one", *[torch.bfloat16] * 3)}
+
+
+@pytest.mark.gpu
+def test_5_4_under_autocast_a_gpu_takes_varlen(monkeypatch):
+    assert set(attention_under_autocast(monkeypatch, "cuda")) == {("varlen", *[torch.bfloat16] * 3)}
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -26,6 +27,7 @@ from qwen2vl_sft.data.prepare import prepare
 from qwen2vl_sft.data.toy import write_toy_suite
 from qwen2vl_sft.encoding.images import load_image_processor
 from qwen2vl_sft.encoding.prompt import load_encoder
+from qwen2vl_sft.model.export import export_merged
 from qwen2vl_sft.model.load import add_adapters, load_adapter, load_base
 from qwen2vl_sft.rundir import RunDir
 from qwen2vl_sft.scoring.calibration import Wanted, calibrate_run, calibration_path
@@ -138,6 +140,21 @@ def test_calibration_goes_along_and_the_labeler_finds_it(trained, tmp_path):
     decision = decision_for(Checkpoint(out), task)
     assert (decision.temperature, decision.threshold) == (stored["temperature"], stored["operating_point"]["threshold"])
     assert f"| colour | {decision.temperature:.3f} | recall 0.5 | {decision.threshold:.3f} |" in (out / "README.md").read_text()
+
+
+def test_the_gate_judges_what_a_reader_will_load(trained, tmp_path):
+    "Rotary frequencies are in no file and stay float32 there; in a model that was moved to bfloat16 as a whole they would be rounded."
+    out, judged = tmp_path / "out", []
+
+    def probabilities(model: torch.nn.Module) -> np.ndarray:
+        with torch.no_grad():
+            judged.append(model(input_ids=torch.arange(200)[None]).logits)
+        return np.ones((1, 1))
+
+    export_merged(CPU, MethodConfig(name="qlora"), trained.checkpoints()[40], out, probabilities)
+    loaded = Qwen2VLForConditionalGeneration.from_pretrained(out, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(judged[-1], loaded(input_ids=torch.arange(200)[None]).logits)
 
 
 def test_scores_of_another_question_are_left_out_of_the_card(trained, tmp_path, capsys):

@@ -222,6 +222,24 @@ def test_full_7b_does_not_fit_24_gb_and_is_refused_before_anything_loads():
         memory_plan(with_overrides(config, {"optimizer": "adamw_bnb_8bit"}), sizes)
 
 
+def test_full_7b_fits_eight_gpus_that_divide_its_weights(monkeypatch):
+    "As `recipes/accelerate/fsdp2.yaml` starts it; eight whole copies (DDP) don't fit."
+    sizes = np.array([[870, 3, 2916, number] for number in range(32)])
+    config = RunConfig(suite="x.yaml", model={"base": "Qwen/Qwen2-VL-7B-Instruct", "device": "cuda", "dtype": "bfloat16"}, method={"name": "full"},
+                       schedule={"micro_batch": 2, "accumulation": 2, "optimizer": "adamw_torch", "activation_checkpointing": True}, plan={"memory_gb": 80})  # fmt: skip
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(InputError, match="full training of .*7B-Instruct needs about"):
+        memory_plan(config, sizes)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    shared = memory_plan(config, sizes)
+    assert shared.fits and (shared.micro_batch, shared.accumulation) == (2, 2)
+    trained = 7_615_616_512  # the language model's weights
+    assert shared.estimate.optimizer == pytest.approx(8 * trained / 8, rel=1e-3)
+    assert shared.estimate.gradients == pytest.approx(4 * trained / 8 + 4 * trained, rel=1e-3)  # its part, and those that wait for the step's last micro-batch
+    at_once = memory_plan(with_overrides(config, {"micro_batch": 4, "accumulation": 1}), sizes)
+    assert at_once.estimate.gradients == pytest.approx(4 * trained / 8, rel=1e-3)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["lora", "full", "qlora"])
 def test_the_estimate_is_within_15_percent_of_cudas_peak(project, middling, method):

@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .load import unwrapped
 
-# %% ../../nbs/34_model.attention.ipynb #bfad8817
+# %% ../../nbs/34_model.attention.ipynb #32b37e48
 PACKED = "packed_sdpa"  # name of the attention in transformers' registry
 
 
@@ -25,15 +25,15 @@ def varlen(
     query: torch.Tensor,  # [1, heads, length, width], half precision on CUDA
     key: torch.Tensor,  # [1, key heads, length, width]
     value: torch.Tensor,
-    lengths: list[int],
+    borders: torch.Tensor,  # int32 [samples + 1], on the device
+    longest: int,
     scaling: float | None,
 ) -> torch.Tensor:  # [1, length, heads, width]
     "Causal attention within each sample, by Flash Attention with the samples' borders."
     from torch.nn.attention.varlen import varlen_attn
 
-    borders = F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(query.device)
-    parts = [states[0].transpose(0, 1).contiguous() for states in (query, key, value)]
-    return varlen_attn(*parts, borders, borders, max(lengths), max(lengths), scale=scaling, window_size=(-1, 0), enable_gqa=True)[None]
+    parts = [states.squeeze(0).transpose(0, 1).contiguous() for states in (query, key, value)]
+    return varlen_attn(*parts, borders, borders, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True).unsqueeze(0)
 
 
 def one_by_one(
@@ -49,7 +49,7 @@ def one_by_one(
     seen = [F.scaled_dot_product_attention(*part, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True) for part in parts]
     return torch.cat(seen, dim=2).transpose(1, 2)
 
-# %% ../../nbs/34_model.attention.ipynb #bb445def
+# %% ../../nbs/34_model.attention.ipynb #12e553f6
 def packed_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -59,20 +59,23 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sample_lengths: list[int] | None = None,  # tokens of each packed sample
+    sample_borders: torch.Tensor | None = None,  # the same as int32 [samples + 1], on the device: fetched or sent in a layer, it would stop the GPU
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     "Attention in transformers' form: within each of the packed samples, or the stock one if there are no lengths."
     if sample_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
+    if torch.is_autocast_enabled(query.device.type):  # with float32 weights the rotary embedding makes float32 of half precision
+        query, key, value = (states.to(torch.get_autocast_dtype(query.device.type)) for states in (query, key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
-        return varlen(query, key, value, sample_lengths, scaling), None
+        return varlen(query, key, value, sample_borders, max(sample_lengths), scaling), None
     return one_by_one(query, key, value, sample_lengths, dropout, scaling), None
 
 
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
 
-# %% ../../nbs/34_model.attention.ipynb #a5da8178
+# %% ../../nbs/34_model.attention.ipynb #76749d7d
 def use_packed_attention(
     model: nn.Module,
 ) -> None:
@@ -91,5 +94,5 @@ def packed_inputs(
     if positions is None or len(positions) != 4 or unwrapped(model).config.text_config._attn_implementation != PACKED:
         return inputs
     starts = (positions[0, 0] == 0).nonzero().flatten()
-    lengths = F.pad(starts, (0, 1), value=positions.shape[2]).diff().tolist()
-    return {**inputs, "sample_lengths": lengths, "attention_mask": {"full_attention": None}}
+    borders = F.pad(starts, (0, 1), value=positions.shape[2])
+    return {**inputs, "sample_lengths": borders.diff().tolist(), "sample_borders": borders.to(torch.int32), "attention_mask": {"full_attention": None}}

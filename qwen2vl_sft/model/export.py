@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUANTISED', 'merged', 'Gate', 'compared', 'export_merged']
 
-# %% ../../nbs/32_model.export.ipynb #533efd42
+# %% ../../nbs/32_model.export.ipynb #1eeb4a0a
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
 from ..config import MethodConfig, ModelConfig
-from ..core import InputError, RunFailure, published_folder
-from .load import checkpoint_kind, load_adapter, load_base, load_checkpoint
+from ..core import InputError, RunFailure, pick_device, published_folder
+from .load import cast_weights, checkpoint_kind, load_adapter, load_base, load_checkpoint
 
-# %% ../../nbs/32_model.export.ipynb #e12508ec
+# %% ../../nbs/32_model.export.ipynb #1de12bb4
 def merged(
     config: ModelConfig,
     folder: Path,  # an adapter checkpoint
@@ -28,7 +29,7 @@ def merged(
     "The original weights with the adapter added, in float32. Raises `InputError` if there is no adapter."
     if checkpoint_kind(folder) != "adapter":
         raise InputError(f"{folder}: holds full weights, there is nothing to merge")
-    config = config.model_copy(update={"dtype": "float32", "attention": "sdpa"})
+    config = config.model_copy(update={"dtype": "float32", "attention": "sdpa", "device": "cpu"})  # 4 bytes a weight may be more than a GPU has
     plain = load_base(config, MethodConfig(name="lora"))
     return load_adapter(plain, folder, "merged").merge_and_unload(safe_merge=True)
 
@@ -54,7 +55,7 @@ def compared(
     same = before.argmax(axis=1) == after.argmax(axis=1)
     return Gate(len(before), float(same.mean()), float(shift.mean()), float(shift.max()))
 
-# %% ../../nbs/32_model.export.ipynb #8bb696c6
+# %% ../../nbs/32_model.export.ipynb #6c688b74
 QUANTISED = {"nf4": "NF4 weights", "int8": "8-bit weights (LLM.int8())"}
 
 
@@ -72,7 +73,8 @@ def export_merged(
     "Merge (or take full weights as they are), round to `dtype`, check against the trained function, publish `out`. Raises `RunFailure` if labels agree less than asked or probabilities move more; nothing is written then."
     is_adapter = checkpoint_kind(folder) == "adapter"
     before = probabilities(load_checkpoint(config, method, folder))
-    model = (merged(config, folder) if is_adapter else load_base(config, location=str(folder))).to(dtype)
+    clear_device_cache(garbage_collection=True)
+    model = cast_weights(merged(config, folder) if is_adapter else load_base(config, location=str(folder)), dtype).to(pick_device(config.device))
     gate = compared(before, probabilities(model.eval()))
     if gate.agreement < least_agreement:
         raise RunFailure(f"{folder}: merged, {gate.agreement:.1%} of {gate.samples} labels stay, below the {least_agreement:.1%} asked for; serve the adapter on its {method.name} base instead")

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['OLDER_NAMES', 'base_location', 'compute_dtype', 'quantisation_config', 'load_base', 'check_token_ids', 'unwrapped',
-           'adapter_pattern', 'adapter_settings', 'add_adapters', 'trainable', 'part_of', 'parameter_groups',
-           'current_name', 'load_adapter', 'changes_outputs', 'checkpoint_kind', 'stored_contract', 'load_checkpoint']
+           'cast_weights', 'adapter_pattern', 'adapter_settings', 'add_adapters', 'trainable', 'part_of',
+           'parameter_groups', 'current_name', 'load_adapter', 'changes_outputs', 'checkpoint_kind', 'stored_contract',
+           'load_checkpoint']
 
 # %% ../../nbs/30_model.load.ipynb #0f30a910
 import json
@@ -80,7 +81,7 @@ def load_base(
         raise InputError(f"model '{location}' can't be loaded: {first_line(error)}") from error
     return model.requires_grad_(False).eval()
 
-# %% ../../nbs/30_model.load.ipynb #36b90421
+# %% ../../nbs/30_model.load.ipynb #e1ccd33b
 def check_token_ids(
     model: nn.Module,
     encoder: Encoder,
@@ -98,6 +99,16 @@ def unwrapped(model: nn.Module) -> Qwen2VLForConditionalGeneration:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def cast_weights(
+    module: nn.Module,
+    dtype: torch.dtype,
+) -> nn.Module:  # the same
+    "Round all weights to a precision. Rotary frequencies stay float32: `Module.to` would round these buffers too, which no file holds, so that a model loaded from one computes something else."
+    for weight in module.parameters():
+        weight.data = weight.data.to(dtype)
+    return module
 
 # %% ../../nbs/30_model.load.ipynb #f0c87263
 def adapter_pattern(

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['MOST_PICTURES', 'PICTURES_ON_CPU', 'BATCH_BYTES', 'tower_features', 'forward_inputs', 'tower_key', 'VisionCache',
-           'get', 'put', 'missing', 'by_size', 'pictures_at_once', 'fill']
+           'get', 'put', 'missing', 'by_size', 'pictures_at_once', 'on_cpu', 'fill']
 
-# %% ../../nbs/31_model.vision_cache.ipynb #85b8bd24
+# %% ../../nbs/31_model.vision_cache.ipynb #31bb7768
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -24,7 +25,7 @@ from ..encoding.batch import with_pixel_values
 from ..encoding.images import ImageEncoder
 from .load import unwrapped
 
-# %% ../../nbs/31_model.vision_cache.ipynb #9e3dac2e
+# %% ../../nbs/31_model.vision_cache.ipynb #2db87df7
 @torch.no_grad()
 def tower_features(
     model: nn.Module,
@@ -33,7 +34,10 @@ def tower_features(
 ) -> tuple[torch.Tensor, ...]:  # an image: [tokens, hidden]
     "The vision tower's output (after the merger), image by image."
     inner = unwrapped(model)
-    return inner.get_image_features(pixel_values.to(inner.device), grid.to(inner.device)).pooler_output
+    lengths = (grid[:, 1] * grid[:, 2]).repeat_interleave(grid[:, 0]).cpu()  # once: each layer would fetch them from the device three times
+    flash = "flash" in inner.config.vision_config._attn_implementation  # takes them on the device
+    borders = {} if flash else {"image_cu_seqlens": F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))}
+    return inner.get_image_features(pixel_values.to(inner.device), grid.to(inner.device), **borders).pooler_output
 
 
 def forward_inputs(
@@ -188,10 +192,15 @@ def by_size(
     if batch:
         yield batch
 
-# %% ../../nbs/31_model.vision_cache.ipynb #00d053ad
+# %% ../../nbs/31_model.vision_cache.ipynb #331a551a
 def pictures_at_once(model: nn.Module) -> int:
     "How many pictures go through the tower together where nothing else is said."
     return PICTURES_ON_CPU if unwrapped(model).device.type == "cpu" else MOST_PICTURES
+
+
+def on_cpu(features: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    "The same on the CPU, fetched in one go."
+    return features if features[0].device.type == "cpu" else torch.cat(list(features)).cpu().split([len(one) for one in features])
 
 
 def fill(
@@ -201,6 +210,7 @@ def fill(
     images: Iterable[str],  # sha256 of every picture that will be needed
     pictures: Callable[[list[str]], Iterable[tuple[str, np.ndarray]]],  # some of these hashes -> each with its uint8 [height, width, 3]
     batch: int | None = None,  # pictures in one pass, fewer where they are large; None: `pictures_at_once`
+    sharing: int = 1,  # processes that fill the cache at once, each with other pictures
 ) -> int:  # pictures that were computed
     "Compute and store what is missing, up to the size limit. A full disk ends the fill with a line, not the run."
     wanted, batch = list(images), batch or pictures_at_once(model)
@@ -209,13 +219,14 @@ def fill(
     if absent:
         cache.make_room()
     size, stored, began = cache.bytes, 0, time.perf_counter()
+    most = size + (cache.limit_bytes - size) / sharing
     with tqdm(total=len(absent), desc="vision cache", unit="picture", leave=False, delay=2.0) as bar:
         for some in by_size(pictures(absent), batch):
-            if size >= cache.limit_bytes:
+            if size >= most:
                 break
-            values = tower_features(model, *encoder.patches(list(some.values())))
+            values = on_cpu(tower_features(model, *encoder.patches(list(some.values()), unwrapped(model).device)))
             ends = np.cumsum([value.numel() * value.element_size() for value in values])
-            kept = {name: value for name, value, end in zip(some, values, ends, strict=True) if size + end <= cache.limit_bytes}
+            kept = {name: value for name, value, end in zip(some, values, ends, strict=True) if size + end <= most}
             try:
                 took = time.perf_counter() - began
                 cache.put(kept, took)

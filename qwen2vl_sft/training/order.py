@@ -7,7 +7,7 @@ __all__ = ['Key', 'TrainingOrder', 'encoded', 'pixels', 'sample_lengths', 'sorte
            'collator', 'streamed_pixels', 'Pictures', 'as_it_is', 'decoded_pixels', 'fill_fitting', 'filled_cache',
            'report_cache']
 
-# %% ../../nbs/52_training.order.ipynb #e58fc48e
+# %% ../../nbs/52_training.order.ipynb #2dffe73f
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..config import RunConfig
-from ..core import InputError, project_root, say
+from ..core import InputError, process_count, process_rank, project_root, say
 from ..data.mixture import sample_order
 from ..data.pixels import PixelCache
 from ..data.prepare import Prepared
@@ -26,6 +26,7 @@ from ..encoding.images import ImageEncoder, open_image
 from ..encoding.prompt import Encoded, Encoder
 from ..model.memory import AtOnce, with_fewer
 from ..model.vision_cache import VisionCache, pictures_at_once
+from ..processes import first_then_others, wait_for_all
 from ..rundir import RunDir
 
 # %% ../../nbs/52_training.order.ipynb #bdc664b5
@@ -198,7 +199,7 @@ def decoded_pixels(
     rows = Pictures(data, [(image, wanted[image]) for image in lacking])
     return DataLoader(rows, batch_size=None, num_workers=workers, collate_fn=as_it_is, generator=torch.Generator())
 
-# %% ../../nbs/52_training.order.ipynb #ee25aa52
+# %% ../../nbs/52_training.order.ipynb #75c4a96f
 def fill_fitting(
     cache: VisionCache,
     model: Any,
@@ -206,11 +207,12 @@ def fill_fitting(
     wanted: Iterable[str],  # sha256
     pictures: Callable[[list[str]], Iterable[tuple[str, np.ndarray]]],  # as for `VisionCache.fill`
     at_once: int | None = None,  # pictures in one pass; None: as many as suit the device
+    sharing: int = 1,  # processes that fill the cache at once
 ) -> None:
     "`VisionCache.fill`, with fewer pictures in a pass where memory runs out. Raises the allocator's error if one doesn't fit."
     wanted = list(wanted)
     most = AtOnce(at_once or pictures_at_once(model), "vision cache", "pictures")
-    with_fewer(lambda size: cache.fill(model, images, wanted, pictures, size), most)
+    with_fewer(lambda size: cache.fill(model, images, wanted, pictures, size, sharing), most)
 
 
 def filled_cache(
@@ -220,14 +222,16 @@ def filled_cache(
     at_once: int | None = None,  # pictures in one pass of the tower; None: as many as suit the device
     workers: int = 0,  # processes that decode pictures; a stream is decoded in this one
 ) -> VisionCache:
-    "The frozen tower's outputs for every picture of the run."
-    cache = VisionCache(project_root() / "prepared" / "vision-cache.sqlite", model, data.encoder.images, limit_gb)
+    "The frozen tower's outputs for every picture of the run. Several processes compute a share each."
+    cache = first_then_others(lambda: VisionCache(project_root() / "prepared" / "vision-cache.sqlite", model, data.encoder.images, limit_gb))
     wanted = {data.value(key, "sha256"): key for key in data.order}
     if data.streamed:  # in the order of the shards
         wanted = dict(sorted(wanted.items(), key=lambda item: item[1]))
     lacking = len(cache.missing(wanted))
+    wait_for_all()  # before somebody changes that number
     pictures = lambda absent: streamed_pixels(data, wanted, absent) if data.streamed else decoded_pixels(data, wanted, absent, workers)
-    fill_fitting(cache, model, data.encoder.images, wanted, pictures, at_once)
+    fill_fitting(cache, model, data.encoder.images, list(wanted)[process_rank() :: process_count()], pictures, at_once, process_count())
+    wait_for_all()
     beyond = len(cache.missing(wanted))
     fresh = lacking - beyond
     full = f"; the limit of {limit_gb} GB leaves {beyond} to be computed each time" if beyond else ""

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FOREACH', 'WIDE_EMBEDDINGS', 'CUDA_OVERHEAD', 'NOTHING_SMALLER', 'LiveBytes', 'model_config', 'faked', 'skeleton',
            'Shape', 'tower_pass', 'forward_pass', 'Passes', 'passes', 'activation_passes', 'tower_bytes',
-           'reading_pass', 'reading_bytes', 'Weights', 'weight_bytes', 'Estimate', 'on_cuda', 'pictures_at_once',
-           'held_by_cache', 'validation_batch', 'estimate', 'sample_sizes', 'worst_shape', 'Plan', 'usable_memory',
-           'planned', 'memory_plan', 'resolved', 'plan_lines', 'plan_record', 'halved', 'HalvingTrainer', 'end_for_all',
-           'make_smaller', 'smaller_batches', 'on_smaller']
+           'reading_pass', 'reading_bytes', 'Weights', 'weight_bytes', 'divided', 'Estimate', 'on_cuda',
+           'pictures_at_once', 'held_by_cache', 'validation_batch', 'estimate', 'sample_sizes', 'worst_shape', 'Plan',
+           'usable_memory', 'planned', 'memory_plan', 'resolved', 'plan_lines', 'plan_record', 'halved',
+           'HalvingTrainer', 'end_for_all', 'make_smaller', 'smaller_batches', 'on_smaller']
 
-# %% ../../nbs/54_training.plan.ipynb #1e5853d2
+# %% ../../nbs/54_training.plan.ipynb #ecac7bd7
 import json
 import os
 import weakref
@@ -40,6 +40,7 @@ from ..model.last_layer import Places, only_at
 from ..model.load import base_location, compute_dtype, trainable, unwrapped
 from ..model.memory import empty_device_cache, is_out_of_memory
 from ..model.vision_cache import BATCH_BYTES, MOST_PICTURES, PICTURES_ON_CPU
+from ..processes import weights_are_sharded
 from ..scoring.labels import PROJECTED
 from .order import TrainingOrder
 from .validation import Reading
@@ -344,6 +345,20 @@ def weight_bytes(
             embeddings += many if "embed_tokens" in name else 0
     return Weights(stored, gradients, int(trained), int(embeddings), dequantised)
 
+# %% ../../nbs/54_training.plan.ipynb #813704e9
+def divided(
+    weights: Weights,
+    base: str,
+    processes: int,
+    accumulates: bool,
+) -> Weights:
+    "What FSDP2 (torch's `fully_shard`) leaves on one process of full training."
+    config = model_config(base)
+    outer = weights.trained_embeddings * (1 if config.tie_word_embeddings else 2)
+    gathered = 2 * (outer + 2 * (weights.trained - outer) / config.text_config.num_hidden_layers)
+    whole, waiting = weights.stored - 4 * weights.trained, 4 * weights.trained if accumulates else 0
+    return Weights(whole + 4 * weights.trained / processes + gathered, weights.gradients / processes + waiting, weights.trained // processes, weights.trained_embeddings // processes, 0)
+
 # %% ../../nbs/54_training.plan.ipynb #0f5871ae
 FOREACH = ("adamw_torch", "rmsprop", "adagrad", "sgd")  # on CUDA their fastest form makes a temporary the size of what trains
 WIDE_EMBEDDINGS = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "ademamix_8bit", "paged_ademamix_8bit", "lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit")
@@ -409,7 +424,7 @@ def validation_batch(
             return samples, need
         samples //= 2
 
-# %% ../../nbs/54_training.plan.ipynb #6b38dea6
+# %% ../../nbs/54_training.plan.ipynb #7d1a3ec0
 def estimate(
     config: RunConfig,
     shape: Shape,
@@ -421,6 +436,9 @@ def estimate(
     "The memory of training. Raises `InputError` if the model's configuration can't be read."
     base, method, dtype, cuda = config.model.base, config.method, compute_dtype(config.model), on_cuda(config)
     weights = weight_bytes(base, method.model_dump_json(), dtype)
+    loading = weights.stored
+    if weights_are_sharded():
+        weights = divided(weights, base, process_count(), accumulates)
     states = OPTIMIZERS[config.schedule.optimizer] * weights.trained
     if config.schedule.optimizer in WIDE_EMBEDDINGS:
         states += 3 * OPTIMIZERS[config.schedule.optimizer] * weights.trained_embeddings
@@ -433,7 +451,7 @@ def estimate(
     step = weights.gradients + (weights.trained * 4 if cuda and config.schedule.optimizer in FOREACH else 0)
     passes_need = weights.gradients + activations if accumulates else max(weights.gradients, activations)
     rows, reads = validation_batch(config, reading, not (fills and not computes), memory and memory - weights.stored - states) if reading else (0, 0)
-    peak = weights.stored + max(states + passes_need, states + step, fill, states + weights.gradients + pictures, states + reads)
+    peak = max(loading, weights.stored + max(states + passes_need, states + step, fill, states + weights.gradients + pictures, states + reads))
     vocabulary = model_config(base).text_config.vocab_size
     logits = shape.supervised * vocabulary * (dtype.itemsize + 12)
     return Estimate(weights.stored, weights.gradients, states, activations, min(logits, activations), max(fill, pictures), peak, at_once, reads, rows)
