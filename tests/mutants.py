@@ -181,7 +181,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '6', 'a full vision cache goes on storing', 'qwen2vl_sft/model/vision_cache.py',
-        'if size + end <= cache.limit_bytes}',
+        'if size + end <= most}',
         'if size + end}',
         ('tests/test_model_vision_cache.py::test_the_run_reports_what_the_cache_gave',),
     ),
