@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['SPLITS', 'Task', 'Suite', 'task_row', 'load_suite']
 
-# %% ../nbs/02_tasks.ipynb #2ed57c7e
+# %% ../nbs/02_tasks.ipynb #69b15fd0
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from .config import Settings, read_yaml, validated
+from .config import NOT_TEXT, Settings, read_yaml, validated
 from .core import InputError, did_you_mean, fingerprint
 
 # %% ../nbs/02_tasks.ipynb #a1af42ae
 SPLITS = ("train", "validation", "test")
 
-# %% ../nbs/02_tasks.ipynb #71ca7d1c
+# %% ../nbs/02_tasks.ipynb #54105f5f
 class Task(Settings):
     "One labelling question about one image."
 
@@ -53,7 +53,7 @@ class Task(Settings):
     @classmethod
     def _labels_are_text(cls, labels: Any) -> Any:
         if isinstance(labels, list) and not all(isinstance(label, str) for label in labels):
-            raise ValueError(f"labels must be text; put quotes around {[x for x in labels if not isinstance(x, str)]} (YAML reads yes, no and 7 as something else)")
+            raise ValueError(f"labels must be text; put quotes around {[x for x in labels if not isinstance(x, str)]}{NOT_TEXT}")
         return labels
 
     @model_validator(mode="after")
