@@ -47,6 +47,24 @@ MUTATIONS: list[Mutation] = [
         '6', "the plan forgets that FSDP divides the weights", 'qwen2vl_sft/training/plan.py',
         'if weights_are_sharded():', 'if False:',
         ('tests/test_training_plan.py::test_full_7b_fits_eight_gpus_that_divide_its_weights',),
+        '5.14', "outputs from the vision cache stay on the CPU beside the GPU's", 'qwen2vl_sft/scoring/suite.py',
+        'sample.features = sample.features.to(device)', 'sample.features = sample.features',
+        ('tests/test_scoring_suite.py::test_outputs_from_the_cache_and_fresh_ones_meet_on_the_models_device',),
+    ),
+    Mutation(
+        '5.14', "a GPU's logits are rounded to bfloat16", 'qwen2vl_sft/model/prefill.py',
+        'if hidden.device.type == "cuda" and halves', 'if hidden.device.type == "xpu" and halves',
+        ('tests/test_scoring_suite.py::test_logits_of_half_precision_states_are_not_rounded_on_a_gpu',),
+    ),
+    Mutation(
+        '5.14', "a label that moves as far as it likes passes the self-test", 'qwen2vl_sft/scoring/suite.py',
+        'if not exact and apart.moved >', 'if exact and apart.moved >',
+        ('tests/test_scoring_suite.py::test_a_label_that_moves_further_than_rounding_can_move_it_stops_the_run',),
+    ),
+    Mutation(
+        '5.14', "pairs of labels two steps apart are no near ties", 'qwen2vl_sft/scoring/suite.py',
+        'NEAR_TIE = 2 * STEP', 'NEAR_TIE = STEP',
+        ('tests/test_scoring_suite.py::test_pairs_of_labels_one_and_two_steps_of_bfloat16_apart_are_near_ties', 'tests/test_scoring_suite.py::test_a_near_tie_stops_no_model_in_bfloat16'),
     ),
     Mutation(
         '4.1', "a quote that is never closed swallows the rest of a table", 'qwen2vl_sft/data/sources.py',

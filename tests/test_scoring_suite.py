@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,9 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from qwen2vl_sft.cli import main
@@ -29,6 +32,7 @@ from qwen2vl_sft.data.toy import toy_picture, write_toy_suite
 from qwen2vl_sft.encoding.batch import image_inputs
 from qwen2vl_sft.encoding.prompt import load_encoder
 from qwen2vl_sft.model.load import base_location, load_base, trainable
+from qwen2vl_sft.model.prefill import logits_of
 from qwen2vl_sft.rundir import RunDir, Status
 from qwen2vl_sft.scoring import experiment, suite
 from qwen2vl_sft.scoring.experiment import score_experiment, score_run
@@ -519,3 +523,85 @@ def test_outputs_from_the_cache_and_fresh_ones_meet_on_the_models_device(prepare
         suite.add_features(suite.Scorer(encoder, SETTINGS), None, colour, [0, 1, 2], samples)
         together = image_inputs(samples, encoder.images)["image_features"]
     assert together.device.type == "cuda" and len(together) == sum(map(len, outputs)) and all(sample.pixels is None for sample in samples)
+
+
+class Called(TorchDispatchMode):
+    "Notes which operators run."
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.append(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("device", "dtype", "operator"), [("cuda", torch.bfloat16, "aten.mm.dtype"), ("cuda", torch.float32, "aten.mm.default"), ("cpu", torch.bfloat16, "aten.mm.default")])
+def test_logits_of_half_precision_states_are_not_rounded_on_a_gpu(device, dtype, operator):
+    with FakeTensorMode(), Called() as called:
+        head = nn.Linear(8, 16, bias=False, device="meta")
+        head.weight = nn.Parameter(torch.empty(16, 8, dtype=dtype, device=device), requires_grad=False)
+        logits = logits_of(SimpleNamespace(lm_head=head), torch.empty(3, 5, 8, dtype=dtype, device=device))
+    assert logits.shape == (3, 5, 16) and logits.dtype is torch.float32 and logits.device.type == device and operator in called.names
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_on_a_cpu_are_those_of_lm_head(dtype):
+    model = load_base(ModelConfig(device="cpu", dtype=dtype))
+    hidden = torch.randn(2, 3, model.lm_head.in_features, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+    assert torch.equal(suite.logits_of(model, hidden), model.lm_head(hidden).float()) and suite.logits_of(model, hidden[:, -1]).shape == (2, model.lm_head.out_features)
+
+
+# --- what rounding to bfloat16 explains --------------------------------------------------------------------
+
+def in_company(monkeypatch, model, tokens: list[int], leak: float) -> None:
+    "Where a prompt is alone, the first token is ahead by `leak`; in a batch the second."
+    head = model.lm_head.forward
+
+    def leaking(hidden):
+        logits = head(hidden)
+        if hidden.ndim == 2:
+            logits[:, tokens] = logits.max(dim=1, keepdim=True).values + torch.tensor([0.0, leak] if len(hidden) > 1 else [leak, 0.0]).to(logits)
+        return logits
+
+    monkeypatch.setattr(model.lm_head, "forward", leaking)
+
+
+@pytest.mark.parametrize(("dtype", "leak", "passes"), [("bfloat16", 0.125, True), ("bfloat16", 0.25, True), ("bfloat16", 1.0, False), ("float32", 0.125, False)])
+def test_a_near_tie_stops_no_model_in_bfloat16(prepared, encoder, monkeypatch, dtype, leak, passes):
+    model, word = load_base(ModelConfig(device="cpu", dtype=dtype)), test_set(prepared, prepared.suite.task("word"), SETTINGS)
+    in_company(monkeypatch, model, encoder.text_ids("red")[:1] + encoder.text_ids("blue")[:1], leak)
+    with nullcontext() if passes else pytest.raises(RunFailure, match="alone and '.*' in a batch"):
+        suite.self_test(model, suite.Scorer(encoder, SETTINGS), word, "free")
+
+
+@pytest.mark.parametrize(("nats", "passes"), [(0.9, True), (1.1, False)])
+def test_a_label_that_moves_further_than_rounding_can_move_it_stops_the_run(prepared, encoder, monkeypatch, nats, passes):
+    "The prediction stays the same, so only the log-probabilities show it."
+    model, colour = load_base(ModelConfig(device="cpu", dtype="bfloat16")), test_set(prepared, prepared.suite.task("colour"), SETTINGS)
+    found = suite.Apart(moved=nats * 0.125 * (2 * model.config.text_config.num_hidden_layers * 3) ** 0.5, tokens=3)
+    monkeypatch.setattr(suite, "labels_apart", lambda *_: found)
+    with nullcontext() if passes else pytest.raises(RunFailure, match="nats higher or lower in a batch"):
+        suite.self_test(model, suite.Scorer(encoder, SETTINGS), colour)
+
+
+def test_a_labels_movement_is_found(prepared, encoder, monkeypatch):
+    model, colour = load_base(CPU), test_set(prepared, prepared.suite.task("colour"), SETTINGS)
+    scorer, samples = suite.Scorer(encoder, SETTINGS), suite.Scorer(encoder, SETTINGS).samples(colour, [0, 1, 2])
+    still = suite.labels_apart(model, scorer, colour.task, samples)
+    head, token = model.lm_head.forward, encoder.text_ids(colour.task.labels[0])[0]
+
+    def leaking(hidden):
+        logits = head(hidden)
+        if hidden.ndim == 2 and len(hidden) > 1:
+            logits[:, token] -= 3
+        return logits
+
+    monkeypatch.setattr(model.lm_head, "forward", leaking)
+    assert still.moved < 1e-3 and still.tokens >= 2 and suite.labels_apart(model, scorer, colour.task, samples).moved == pytest.approx(3, abs=0.7)
+
+
+def test_pairs_of_labels_one_and_two_steps_of_bfloat16_apart_are_near_ties():
+    rows = [dict(zip("abc", np.exp([0, -gap, -5]) / np.exp([0, -gap, -5]).sum(), strict=True)) for gap in (0.0, 0.125, 0.25, 0.375, 4.0)]
+    assert [suite.near_ties(pd.DataFrame({"probabilities": [json.dumps(row)]})) for row in rows] == [1, 1, 1, 0, 0]

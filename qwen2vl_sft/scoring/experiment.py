@@ -24,7 +24,7 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-# %% ../../nbs/45_scoring.experiment.ipynb #369e4526
+# %% ../../nbs/45_scoring.experiment.ipynb #64111b80
 from ..config import ModelConfig, PreprocessingConfig, RunConfig, ScoringConfig, check_same_base, read_yaml, same_test_set, validated
 from ..core import InputError, RunFailure, pick_device, process_count, process_rank, project_root, say, write_atomically
 from ..data.pixels import PixelCache
@@ -39,7 +39,7 @@ from .baselines import score_baselines
 from .labels import label_tree
 from .metrics import disagreement
 from qwen2vl_sft.scoring.suite import (
-    BFLOAT16_MARGIN,
+    NEAR_TIE,
     SELF_TEST,
     Candidate,
     Scorer,
@@ -453,7 +453,7 @@ def open_caches(
     if repeats and not holds_all and not scorer.pixel_cache:
         scorer.pixel_cache = PixelCache(folder / "pixel-cache", scorer.encoder.images, cache_gb or 20.0)
 
-# %% ../../nbs/45_scoring.experiment.ipynb #16f7f503
+# %% ../../nbs/45_scoring.experiment.ipynb #1b8aa325
 def score_candidates(
     candidates: list[Candidate],
     scorer: Scorer,
@@ -482,7 +482,7 @@ def score_candidates(
     shares = gathered(work.ties)
     for name in sorted({name for share in shares for name in share}):
         ties, labels = (sum(counts) for counts in zip(*(share[name] for share in shares if name in share), strict=True))
-        say(f"{name}: {ties} of {labels} labels are near ties (two best labels less than {BFLOAT16_MARGIN} apart): in bfloat16 they may change with the batch")
+        say(f"{name}: {ties} of {labels} labels are near ties (two best labels at most {NEAR_TIE} nats apart, two steps of bfloat16): they may change with the batch")
     report(work.answers, work.answers)
     say(f"{sum(gathered(work.done))} answers in {time.monotonic() - started:.0f} s")
 

@@ -6,7 +6,7 @@
 __all__ = ['NODES', 'PROJECTED', 'LabelTree', 'label_tree', 'tree_parts', 'sight', 'TreeReading', 'read_tree', 'path_sums',
            'label_log_probabilities', 'walks', 'LabelScores', 'score_labels']
 
-# %% ../../nbs/41_scoring.labels.ipynb #2eecae25
+# %% ../../nbs/41_scoring.labels.ipynb #4530e797
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ from ..core import InputError
 from ..encoding.batch import Sample
 from ..encoding.prompt import Encoder
 from ..model.load import unwrapped
-from ..model.prefill import Prefill, prefill
+from ..model.prefill import Prefill, logits_of, prefill
 
 # %% ../../nbs/41_scoring.labels.ipynb #b16c3f53
 @dataclass
@@ -129,7 +129,7 @@ def _fill_in(
     above = [rows[tree.parents[child]] for child in born]
     reading.arrivals[:, born] = logits[:, above, [tree.tokens[child] for child in born]] - total[:, above]
 
-# %% ../../nbs/41_scoring.labels.ipynb #db38217b
+# %% ../../nbs/41_scoring.labels.ipynb #a95eca90
 @torch.no_grad()
 def read_tree(
     model: nn.Module,
@@ -142,13 +142,13 @@ def read_tree(
     device, step = inner.device, max(1, PROJECTED // batch)
     empty = torch.zeros(batch, len(tree), device=device)
     reading = TreeReading(empty, empty.clone(), torch.zeros(batch, 1 + len(tree), dtype=torch.long, device=device))
-    _fill_in(reading, inner.lm_head(prompts.last)[:, None].float(), [-1], tree, encoder.end_id)
+    _fill_in(reading, logits_of(model, prompts.last)[:, None], [-1], tree, encoder.end_id)
     for part in tree_parts(tree, max(1, min(NODES, 32 * NODES // batch))):
         tokens, offsets = (torch.tensor([column[node] for node in part], device=device) for column in (tree.tokens, tree.depths))
         hidden = prompts.read_on(model, tokens.expand(batch, -1), offsets, torch.from_numpy(sight(tree, part)).to(device))
         prompts.forget(len(part))
         for start in range(0, len(part), step):
-            _fill_in(reading, inner.lm_head(hidden[:, start : start + step]).float(), part[start : start + step], tree, encoder.end_id)
+            _fill_in(reading, logits_of(model, hidden[:, start : start + step]), part[start : start + step], tree, encoder.end_id)
     return reading
 
 # %% ../../nbs/41_scoring.labels.ipynb #8505baf4
@@ -195,7 +195,7 @@ def walks(
         found.append(written if node is not None else None)
     return found
 
-# %% ../../nbs/41_scoring.labels.ipynb #242681b8
+# %% ../../nbs/41_scoring.labels.ipynb #1aad059e
 @dataclass
 class LabelScores:
     "The closed rule's answer for a batch."
@@ -216,6 +216,11 @@ class LabelScores:
         best = np.sort(self.probabilities, axis=1)
         return best[:, -1] - best[:, -2]
 
+    @property
+    def log_probabilities(self) -> np.ndarray:  # float64 [batch, labels], nats
+        "log P(label, <|im_end|>), down to -690."
+        return np.log(np.maximum(self.probabilities * self.in_set_mass[:, None], 1e-300))
+
 
 def score_labels(
     model: nn.Module,
@@ -226,7 +231,7 @@ def score_labels(
 ) -> LabelScores:
     """Probabilities of every label for every sample.
 
-    In float32 the log-probabilities are within 1e-4 of one stock forward pass a label. In bfloat16 a probability was at most 0.0055 away from float32's, and no label changed (48 pictures, 10 labels, on a CPU, `benchmarks/scoring.py`); labels whose best two are less than `BFLOAT16_MARGIN` apart are counted as near ties.
+    In float32 the log-probabilities are within 1e-4 of one stock forward pass a label. In bfloat16 a probability was at most 0.0055 away from float32's, and no label changed (48 pictures, 10 labels, on a CPU, `benchmarks/scoring.py`); labels whose best two are within `NEAR_TIE` of each other are counted as near ties.
     """
     reading = read_tree(model, encoder, prompts or prefill(model, encoder, samples), tree)
     scores = path_sums(reading, tree).double().cpu()

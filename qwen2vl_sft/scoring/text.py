@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['greedy_tokens', 'answer_ends', 'answer_text', 'write_answers']
 
-# %% ../../nbs/42_scoring.text.ipynb #f3e9e502
+# %% ../../nbs/42_scoring.text.ipynb #16b9cf06
 import torch
 from torch import nn
 
@@ -13,9 +13,9 @@ from ..config import LONGEST_ANSWER
 from ..encoding.batch import Sample
 from ..encoding.prompt import Encoder
 from ..model.load import unwrapped
-from ..model.prefill import Prefill, prefill
+from ..model.prefill import Prefill, logits_of, prefill
 
-# %% ../../nbs/42_scoring.text.ipynb #d4bdaf6b
+# %% ../../nbs/42_scoring.text.ipynb #3910daa2
 @torch.no_grad()
 def greedy_tokens(
     model: nn.Module,
@@ -25,7 +25,7 @@ def greedy_tokens(
 ) -> list[list[int]]:
     "Each prompt's continuation, up to and including an end."
     inner, written, rows = unwrapped(model), [[] for _ in range(len(prompts))], list(range(len(prompts)))
-    token = inner.lm_head(prompts.last).argmax(dim=-1)
+    token = logits_of(model, prompts.last).argmax(dim=-1)
     alone = torch.ones(1, 1, dtype=torch.bool, device=inner.device)
     for step in range(most):
         for row, value in zip(rows, token.tolist(), strict=True):
@@ -36,7 +36,7 @@ def greedy_tokens(
         if len(going) < len(rows):
             prompts, token, rows = prompts.only(going), token[going], [rows[place] for place in going]
         hidden = prompts.read_on(model, token[:, None], torch.tensor([step], device=inner.device), alone)
-        token = inner.lm_head(hidden[:, -1]).argmax(dim=-1)
+        token = logits_of(model, hidden[:, -1]).argmax(dim=-1)
     return written
 
 # %% ../../nbs/42_scoring.text.ipynb #1082136a
