@@ -47,6 +47,8 @@ MUTATIONS: list[Mutation] = [
         '6', "the plan forgets that FSDP divides the weights", 'qwen2vl_sft/training/plan.py',
         'if weights_are_sharded():', 'if False:',
         ('tests/test_training_plan.py::test_full_7b_fits_eight_gpus_that_divide_its_weights',),
+    ),
+    Mutation(
         '5.14', "outputs from the vision cache stay on the CPU beside the GPU's", 'qwen2vl_sft/scoring/suite.py',
         'sample.features = sample.features.to(device)', 'sample.features = sample.features',
         ('tests/test_scoring_suite.py::test_outputs_from_the_cache_and_fresh_ones_meet_on_the_models_device',),
