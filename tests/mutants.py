@@ -333,8 +333,8 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '5.14', 'the self-test writes the whole batch again', 'qwen2vl_sft/scoring/suite.py',
-        'prompts = prefill(model, scorer.encoder, [sample])\n        largest',
-        'prompts = prefill(model, scorer.encoder, samples[i:] + samples[:i])\n        largest',
+        'prompts = prefill(model, scorer.encoder, [sample])\n        found.largest',
+        'prompts = prefill(model, scorer.encoder, samples[i:] + samples[:i])\n        found.largest',
         ('tests/test_correctness.py::test_5_14_the_self_test_stops_a_model_that_depends_on_the_batch',),
     ),
     Mutation(
