@@ -160,23 +160,25 @@ def plan(
         found = plan_run(config)
     print_json(plan_as_record(found)) if as_json else print("\n".join(plan_lines(found)))
 
-# %% ../nbs/90_cli.ipynb #c87b6009
+# %% ../nbs/90_cli.ipynb #d00ebd3f
 @_command("import-config")
 def import_their_config(
     path: Annotated[Path, typer.Argument(help="A LLaMA-Factory training file (YAML).", autocompletion=completion.files("."))],
-    suite: Annotated[str | None, typer.Option(help="The suite file to train on.", show_default="suites/<dataset>.yaml")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Rows of the training data, to turn epochs into steps.", show_default=False)] = None,
+    suite: Annotated[str | None, typer.Option(help="The suite file to train on.", show_default="suite.yaml in their data's folder", autocompletion=completion.files("suites"))] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of the training data, to turn epochs into steps.", show_default="the prepared suite's")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print a LLaMA-Factory training file as a recipe; comments say what mapped, what did not and what will differ.
 
     Example: qwen2vl-sft import-config their.yaml --rows 12000 > recipes/mine.yaml
+
+    Example: qwen2vl-sft import-config their.yaml --suite data/suite.yaml > recipes/mine.yaml
     """
     from qwen2vl_sft.import_config import import_config, import_text
 
     _, found = import_config(path, suite, rows)
     print_json(vars(found)) if as_json else print(import_text(found), end="")
-    print(f"{len(found.mapped)} settings mapped, {len(found.not_mapped)} not, {len(found.differs)} will differ: see the comments", file=sys.stderr)
+    print(f"{len(found.mapped)} settings mapped, {len(found.no_effect)} need no setting, {len(found.not_mapped)} are not mapped, {len(found.differs)} things will differ: see the comments; `suite:` is {found.settings['suite']}", file=sys.stderr)
 
 # %% ../nbs/90_cli.ipynb #aeba17ca
 @_command()

@@ -1,12 +1,19 @@
 """LLaMA-Factory's training files become recipes; nothing is dropped silently, and hostile files get one line."""
 
+import json
+import re
+import shutil
+
 import pytest
 import yaml
+from PIL import Image
 from transformers import TrainingArguments
 
 from qwen2vl_sft.cli import main
 from qwen2vl_sft.config import validated
 from qwen2vl_sft.core import InputError
+from qwen2vl_sft.data.mixture import expected_shares
+from qwen2vl_sft.data.prepare import Prepared
 from qwen2vl_sft.import_config import READ_APART, RENAMED, WITHOUT_EFFECT, import_config, import_text
 
 BASE = {"model_name_or_path": "Qwen/Qwen2-VL-2B-Instruct", "stage": "sft", "dataset": "pets", "template": "qwen2_vl"}
@@ -62,6 +69,9 @@ def test_every_key_leaves_a_trace(tmp_path):
     assert all(name in lost for name in ("use_galore", "loraplus_lr_ratio", "cutof_len", "template", "galore_adamw"))
     assert any("newline" in note for note in found.differs) and any("cutoff_len" in note for note in found.differs)
     assert config.schedule.packing and config.model.dtype == "bfloat16"
+    for name in ("template", "dataset_dir", "media_dir", "gradient_checkpointing", "lora_target", "eval_steps", "optim", "do_train", "quantization_method"):
+        _, found = read(tmp_path, **{"finetuning_type": "full", name: {"template": "qwen2_vl", "quantization_method": "bnb", "eval_steps": 50, "lora_target": "all"}.get(name, "x")})
+        assert any(re.search(rf"\b{name}\b", note) for note in found.notes), name
     assert not set(RENAMED) & set(WITHOUT_EFFECT) and not set(READ_APART) & set(RENAMED)
 
 
@@ -90,3 +100,60 @@ def test_hostile_files_get_one_line(tmp_path, capsys, text, message):
         import_config(file)
     assert str(file) in str(caught.value)
     assert main(["import-config", str(file)]) == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_tower_that_trains_is_not_called_frozen(tmp_path):
+    for theirs, frozen in (({}, True), ({"freeze_vision_tower": False}, False), ({"finetuning_type": "full", "freeze_multi_modal_projector": False}, False)):
+        config, found = read(tmp_path, **theirs)
+        assert config.method.tower_is_frozen == frozen == any("frozen" in note for note in found.differs)
+
+
+def test_without_rows_the_number_of_steps_is_said(tmp_path):
+    config, found = read(tmp_path)
+    assert any(f"the default, {config.schedule.steps}" in note for note in found.not_mapped)
+
+
+@pytest.fixture
+def theirs(project, tmp_path_factory):
+    "A folder as LLaMA-Factory's `data`, of two data sets, one with two questions; and a training file that names them."
+    folder = tmp_path_factory.mktemp("theirs") / "data"
+    folder.mkdir()
+    asked = {"shapes_train": [("Is it red?", ("yes", "no")), ("Is it large?", ("yes", "no"))], "phones": [("Which phone?", ("old", "new"))]}
+    info = {}
+    for number, (name, questions) in enumerate(asked.items()):
+        rows = []
+        for i in range(40):
+            file = folder / f"{name}-{i}.png"
+            Image.effect_noise((32, 32), 50 + i).save(file)
+            question, labels = questions[i % 4 == 1 and len(questions) > 1]
+            rows.append({"conversations": [{"from": "human", "value": f"<image>{question}"}, {"from": "gpt", "value": labels[i // 2 % 2]}], "images": [file.name]})
+        (folder / f"file-{number}.json").write_text(json.dumps(rows))
+        info[name] = {"file_name": f"file-{number}.json", "formatting": "sharegpt", "columns": {"messages": "conversations", "images": "images"}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    file = folder.parent / "their.yaml"
+    file.write_text(yaml.safe_dump({**BASE, "dataset": "shapes_train,phones", "dataset_dir": str(folder), "mix_strategy": "interleave_under", "interleave_probs": "0.7,0.3", "num_train_epochs": 2, "save_steps": 10}))
+    return file
+
+
+def test_weights_name_the_tasks_of_the_suite_that_prepare_wrote(theirs, project, capsys):
+    "import-config and prepare --from meet: the suite's file, its training rows and its tasks' weights are in the recipe."
+    data = theirs.parent / "data"
+    config, found = import_config(theirs)
+    assert config.mixture.weights == {} and config.mixture.name == "concatenate"
+    assert any("TASK_OF_shapes_train: 0.7" in note for note in found.not_mapped) and any("prepare --from" in note for note in found.differs)
+    assert main(["prepare", "--from", str(data), "--workers", "0"]) == 0
+    for suite in (None, str(data / "suite.yaml")):
+        config, found = import_config(theirs, suite)
+        prepared = Prepared(project / "prepared" / "data")
+        sizes = prepared.counts()["train"].to_dict()
+        shares = expected_shares(sizes, config.mixture)
+        (phones,) = [task.name for task in prepared.suite.tasks if any(source["dataset"] == "phones" for source in task.sources.values())]
+        assert shares[phones] == pytest.approx(0.3) and shares["is_it_red"] == pytest.approx(0.7 * sizes["is_it_red"] / (sum(sizes.values()) - sizes[phones]), abs=1e-5)
+        assert config.suite_path == data / "suite.yaml"
+        assert config.schedule.steps == 2 * -(-sum(sizes.values()) // 8), "epochs of the rows that train here"
+    shutil.rmtree(project / "prepared")
+    config, found = import_config(theirs, str(data / "suite.yaml"))
+    assert config.mixture.weights == {} and any("interleave_probs" in note for note in found.not_mapped), "two tasks share one data set in unknown parts"
+    capsys.readouterr()
+    assert main(["import-config", str(theirs), "--suite", str(data / "nosuch.yaml")]) == 0
+    assert "nosuch.yaml" in capsys.readouterr().err
