@@ -10,7 +10,7 @@ __all__ = ['NOT_TEXT', 'WANTED', 'PROJECTIONS', 'TOWER_LINEARS', 'MERGER_LINEARS
            'setting_path', 'setting_value', 'check_same_base', 'same_test_set', 'parse_overrides', 'validated',
            'flattened', 'with_overrides', 'read_yaml', 'load_recipe']
 
-# %% ../nbs/01_config.ipynb #498d5aaf
+# %% ../nbs/01_config.ipynb #f6d04cd7
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, field_validator, model_validator
 
-from .core import InputError, did_you_mean, fingerprint, first_line, process_count, project_root
+from .core import InputError, did_you_mean, fingerprint, first_line, near_file, process_count, project_root
 
 # %% ../nbs/01_config.ipynb #5a694d3c
 class Settings(BaseModel):
@@ -579,7 +579,7 @@ def with_overrides(
         place[last] = value
     return validated(content, "overrides")
 
-# %% ../nbs/01_config.ipynb #990947a5
+# %% ../nbs/01_config.ipynb #08dde71f
 def read_yaml(
     path: Path,
     shape: str,  # what the file should be, for the error: "a recipe is a mapping of settings"
@@ -588,7 +588,9 @@ def read_yaml(
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error.strerror}; {shape}") from error
+        missing = isinstance(error, FileNotFoundError)
+        hint = near_file(path) if missing else ""
+        raise InputError(f"{path}: {'no such file' if missing else error.strerror}; {shape}{hint and '.' + hint}") from error
     except NOT_YAML as error:
         raise InputError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

@@ -60,6 +60,8 @@ def test_every_command_is_listed(capsys):
         (["train"], "Missing argument 'recipe'"),
         (["train", "recipes/nowhere.yaml"], "recipes/nowhere.yaml: no such file"),
         (["train", "recipes/demo-mxi.yaml"], "Did you mean 'recipes/demo-mix.yaml'?"),
+        (["train", "recipe.yml"], "Did you mean 'recipe.yaml'?"),
+        (["prepare", "suit.yaml"], "Did you mean 'suite.yaml'?"),
         (["score", "demo", "--limt", "3"], "No such option: --limt (Possible options: --limit, --split)"),
         (["score", "demo", "--rule", "fre"], "Input should be 'auto', 'closed', 'free' or 'both'"),
         (["train", "recipe.yaml", "setps=3"], "unknown setting 'setps'. Did you mean 'steps'?"),
@@ -105,6 +107,20 @@ def test_exit_codes(monkeypatch, capsys, error, code, message):
     monkeypatch.setattr("qwen2vl_sft.workflow.runs.runs", fail)
     assert cli.main(["runs"]) == code
     assert capsys.readouterr().err == message
+
+
+def test_a_misspelt_file_or_folder_is_suggested(tmp_path, project, capsys, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "work").mkdir()
+    for name in ("mine.yaml", "mine.csv", "pets.csv"):
+        (tmp_path / "data" / name).write_text("")
+    monkeypatch.chdir(tmp_path / "work")
+    for arguments, meant in {
+        ("train", "../data/mine.yml"): "../data/mine.yaml", ("prepare", "../dta/mine.yaml"): "../data", ("prepare", "--from", "../dta"): f"{tmp_path}/data",
+        ("prepare", "--from", "../data/pet.csv"): f"{tmp_path}/data/pets.csv", ("import-config", "../data/mime.yaml"): "../data/mine.yaml",
+    }.items():  # fmt: skip
+        assert cli.main(list(arguments)) == 2
+        assert f"Did you mean '{meant}'?" in capsys.readouterr().err, arguments
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -284,3 +285,24 @@ def test_validation_fills_the_cache_as_many_pictures_at_a_time_as_training(proje
     monkeypatch.setattr(plan_module, "PICTURES_ON_CPU", 2)
     train(toy(project, "filled", steps=1, validate_every=1))
     assert max(passes) == 2 and len(passes) > 12
+
+
+def test_planning_a_published_model_asks_no_network(project, capsys, monkeypatch):
+    "Its tokenizer isn't on this machine: the small one stands in, and a line says so."
+    import socket
+
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *of, **named: asked.append(of) or (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(project / "hub"))
+    encoder = trainer.encoder_at_hand(RunConfig(suite="x.yaml", model={"base": "Qwen/Qwen2-VL-2B-Instruct"}, preprocessing={"max_pixels": 571_536}))
+    assert not asked and encoder.images.patch == 14 and encoder.images.max_pixels == 571_536
+    assert "counted with the small model's tokenizer" in capsys.readouterr().out
+
+
+def test_planning_an_unknown_hub_model_without_a_network_fails_at_once(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(InputError, match="model 'someone/else' is not on this machine, and http://127.0.0.1:9 can't be reached"):
+        trainer.encoder_at_hand(RunConfig(suite="x.yaml", model={"base": "someone/else"}))
+    assert time.monotonic() - started < 5

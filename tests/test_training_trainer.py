@@ -52,6 +52,14 @@ def test_the_remedy_of_an_early_error_is_accepted(project):
     assert list(train(config(project, "tight", max_tokens=400)).checkpoints()) == [2, 4]
 
 
+def test_a_mixture_that_the_suite_does_not_fit_leaves_no_run(project):
+    wrong = config(project, "wrong")
+    wrong.mixture.name, wrong.mixture.weights = "weights", {"shapes_train": 1.0}
+    with pytest.raises(InputError, match="mixture.weights names 'shapes_train'"):
+        train(wrong)
+    assert not (project / "runs").exists()
+
+
 def test_other_settings_or_data_are_refused_once_there_is_a_checkpoint(project):
     run = train(config(project, "fixed"))
     train(config(project, "fixed", workers=1))  # doesn't decide what is trained

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'PUBLISHED_TOWER', 'METHODS', 'STAND_IN', 'PART', 'ModelShape', 'shape_of', 'memory_gigabytes', 'Sample',
-           'Plan', 'small_plan', 'plan_of_folder', 'published_plan', 'own_tokenizer', 'usual_plans', 'plan_of_recipe',
-           'sequence_lengths', 'histogram', 'forecast_plan', 'forecast', 'gigabytes_text', 'forecast_lines',
-           'forecast_table', 'histogram_svg']
+           'Plan', 'small_plan', 'plan_of_folder', 'published_plan', 'own_tokenizer', 'encoder_files', 'check_hub',
+           'usual_plans', 'plan_of_recipe', 'sequence_lengths', 'histogram', 'forecast_plan', 'forecast',
+           'gigabytes_text', 'forecast_lines', 'forecast_table', 'histogram_svg']
 
-# %% ../../nbs/19_data.forecast.ipynb #707c8309
+# %% ../../nbs/19_data.forecast.ipynb #1b4880a0
 import json
 import math
+import os
+import urllib.error
+import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -110,7 +113,7 @@ def plan_of_folder(name: str, folder: Path, settings: PreprocessingConfig) -> Pl
     text = config.get("text_config") or config
     return Plan(name, load_encoder(str(folder), settings), shape_of(text, config["vision_config"]))
 
-# %% ../../nbs/19_data.forecast.ipynb #3c55c893
+# %% ../../nbs/19_data.forecast.ipynb #7a66b983
 def published_plan(base: str, settings: PreprocessingConfig) -> Plan | None:
     "The plan for a published model, by its written shape and the small model's tokenizer."
     small = small_plan()
@@ -135,6 +138,28 @@ def own_tokenizer(base: str) -> Any:
         return load_tokenizer(str(Path(file).parent))
     except (InputError, OSError, ValueError):
         return None
+
+
+def encoder_files(base: str, revision: str | None = None) -> Path | None:
+    "The folder of a hub model's tokenizer and image processor where both are on this machine already; else None. Asks no network."
+    from transformers.utils import cached_file
+
+    try:
+        files = [cached_file(base, name, revision=revision, local_files_only=True) for name in ("tokenizer_config.json", "preprocessor_config.json")]
+    except OSError:
+        return None
+    return Path(files[0]).parent if all(files) else None
+
+
+def check_hub(base: str, seconds: float = 5) -> None:
+    "InputError, at once, where a hub model is asked for and the hub can't be reached; transformers would try for minutes."
+    address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=seconds).close()
+    except urllib.error.HTTPError:  # it answers
+        return
+    except (OSError, ValueError) as error:
+        raise InputError(f"model '{base}' is not on this machine, and {address} can't be reached ({getattr(error, 'reason', error)}); give its folder, or download it first") from None
 
 
 def usual_plans() -> list[Plan]:

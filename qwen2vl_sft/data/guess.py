@@ -12,7 +12,7 @@ __all__ = ['SPLIT_WORDS', 'COLUMN_WORDS', 'LOOKED_AT', 'SUFFIXES', 'MOST_LABELS'
            'task_of', 'questions_asked', 'tasks_of', 'Guess', 'guess', 'free_name', 'origin_lines', 'task_lines',
            'suite_text', 'one_line_each', 'write_guess', 'make_folder', 'guess_suite', 'forecast_prepared']
 
-# %% ../../nbs/28_data.guess.ipynb #feac9f7d
+# %% ../../nbs/28_data.guess.ipynb #a7b03e5a
 import codecs
 import os
 import re
@@ -24,7 +24,7 @@ from pathlib import Path
 import yaml
 
 from ..config import RunConfig
-from ..core import InputError, write_atomically
+from ..core import InputError, near_file, write_atomically
 from .audit import look_alike
 from .forecast import Sample, forecast, forecast_lines, plan_of_recipe
 from .prepare import Prepared, set_forecast
@@ -268,7 +268,7 @@ def guess_short_studio(records: list[dict], file: Path) -> list[dict]:
         raise InputError(f"{file}: no column holds an image; it has: {', '.join(columns)[:300]}")
     return studio_sources(image, [column for column in columns if column != image])
 
-# %% ../../nbs/28_data.guess.ipynb #74ee4b19
+# %% ../../nbs/28_data.guess.ipynb #add10e98
 @dataclass
 class Origin:
     "One set of data: split (or `all`) -> source."
@@ -295,7 +295,7 @@ def origins_of(named: list[tuple[str, dict]], fallback: str) -> list[Origin]:
 def find_origins(path: Path, home: Path) -> list[Origin]:
     "All origins at a path; InputError where nothing is understood."
     if not os.path.exists(path):
-        raise InputError(f"{path} doesn't exist")
+        raise InputError(f"{path} doesn't exist.{near_file(path)}")
     if not os.access(path, os.R_OK):
         raise InputError(f"{path} may not be read; change its permissions")
     if path.is_file() and path.name != "dataset_info.json":

@@ -18,7 +18,7 @@ __all__ = ['READERS', 'LAZY_READERS', 'COLUMNS', 'FILE_OPTIONS', 'IMAGE_SUFFIXES
            'read_labelstudio', 'huggingface_dataset', 'undecoded', 'huggingface_contents', 'read_huggingface',
            'code_hash', 'source_contents', 'source_remarks']
 
-# %% ../../nbs/20_data.sources.ipynb #e88180a6
+# %% ../../nbs/20_data.sources.ipynb #58152002
 import base64
 import binascii
 import codecs
@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import InputError, did_you_mean, sha256_of
+from ..core import InputError, did_you_mean, near_file, sha256_of
 
 # %% ../../nbs/20_data.sources.ipynb #47a33be3
 @dataclass
@@ -188,7 +188,7 @@ def read_rows(source: dict, folder: Path) -> Iterator[Row]:
     rows = map(whole_text, reader_of(source).read(source, Path(folder)))
     return rows_that_ask(rows, source) if "only" in source or "without" in source else rows
 
-# %% ../../nbs/20_data.sources.ipynb #1200341f
+# %% ../../nbs/20_data.sources.ipynb #817f9626
 COLUMNS = ("image", "label", "question", "id", "source")
 FILE_OPTIONS = ("path", "root", *COLUMNS, "only", "without")
 
@@ -200,7 +200,7 @@ def source_files(source: dict, folder: Path, folders: bool = False) -> list[Path
     pattern = Path(folder) / str(source["path"])
     found = [pattern] if os.path.exists(pattern) else [Path(name) for name in sorted(glob.glob(str(pattern)))]
     if not found:
-        raise InputError(f"{pattern} doesn't exist; correct the source's path")
+        raise InputError(f"{pattern} doesn't exist; correct the source's path.{near_file(pattern)}")
     for path in found:
         if path.is_dir() != folders:
             kind = "a folder; it has to be a file" if path.is_dir() else "a file; it has to be a folder"

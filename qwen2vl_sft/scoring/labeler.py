@@ -9,7 +9,7 @@ __all__ = ['UNDECIDED', 'EMPTY', 'TABLE_ROWS', 'FLUSH_SECONDS', 'FLUSH_ROWS', 'C
            'label', 'table_records', 'images_of', 'image_columns', 'label_to_file', 'label_into', 'stamps_of',
            'held_parts', 'write_part', 'read_parts', 'finished', 'assembled']
 
-# %% ../../nbs/49_scoring.labeler.ipynb #52ec8679
+# %% ../../nbs/49_scoring.labeler.ipynb #103f5322
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..config import LONGEST_ANSWER, ModelConfig, PreprocessingConfig, RunConfig, validated
-from ..core import InputError, RunFailure, did_you_mean, fingerprint, project_root, sha256_of, sole_use, write_atomically
+from ..core import InputError, RunFailure, did_you_mean, fingerprint, near_file, project_root, sha256_of, sole_use, write_atomically
 from ..data.audit import Limits, Unusable, check_header, decode, read_bytes
 from ..data.guess import IMAGE_SUFFIXES, by_name, share_of_images
 from ..data.sources import Row, files_below, locate_text, row_of_record
@@ -354,7 +354,7 @@ def table_records(file: Path) -> Iterator[dict[str, Any]]:
     except (ValueError, OSError) as error:
         raise InputError(f"{file}: not readable as {suffix[1:]}: {' '.join(str(error).split())[:200]}") from error
 
-# %% ../../nbs/49_scoring.labeler.ipynb #b8bc22dc
+# %% ../../nbs/49_scoring.labeler.ipynb #5042bfc2
 def images_of(
     source: Path | str,  # a folder, an image, or a table
     column: str | None = None,  # of the table; None: the one that holds images
@@ -367,7 +367,7 @@ def images_of(
             raise InputError(f"{source}: no images (files ending in {', '.join(IMAGE_SUFFIXES)})")
         yield from (Row(str(file.relative_to(source)), **locate_text(str(file.relative_to(source)), source.resolve())) for file in found)
     elif not source.is_file():
-        raise InputError(f"{source}: no such file or folder")
+        raise InputError(f"{source}: no such file or folder.{near_file(source)}")
     elif source.suffix.lower() in IMAGE_SUFFIXES:
         yield Row(source.name, path=str(source.resolve()))
     elif source.suffix.lower() in (".csv", ".tsv", ".jsonl", ".parquet"):

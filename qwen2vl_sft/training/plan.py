@@ -73,7 +73,7 @@ class LiveBytes(TorchDispatchMode):
     def _gone(self, key: int) -> None:
         self.now -= self._sizes.pop(key, 0)
 
-# %% ../../nbs/54_training.plan.ipynb #0b4aad15
+# %% ../../nbs/54_training.plan.ipynb #782c484d
 def model_config(
     base: str,  # `small`, a folder, or a hub name
     revision: str | None = None,
@@ -83,8 +83,12 @@ def model_config(
         text = {**PUBLISHED[base], "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
         tower = {**PUBLISHED_TOWER, "hidden_size": text["hidden_size"], "num_heads": 16}
         return Qwen2VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=text["tie_word_embeddings"])
+    location = base_location(base)
     try:
-        return Qwen2VLConfig.from_pretrained(base_location(base), revision=revision)
+        try:
+            return Qwen2VLConfig.from_pretrained(location, revision=revision, local_files_only=True)
+        except OSError:
+            return Qwen2VLConfig.from_pretrained(location, revision=revision)
     except (OSError, ValueError) as error:
         raise InputError(f"model '{base}': its configuration can't be read: {first_line(error)}") from error
 

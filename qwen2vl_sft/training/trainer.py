@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Setting', 'in_several_processes', 'LabelTrainer', 'joined_shards', 'write_checkpoint', 'Between',
            'training_arguments', 'check_optimizer', 'check_batch', 'check_devices', 'prepared_suite',
-           'recompute_activations', 'out_of_memory', 'note_out_of_memory', 'with_plan', 'plan_run', 'build_trainer',
-           'last_step', 'memory_named', 'train', 'train_steps', 'report_end']
+           'recompute_activations', 'out_of_memory', 'note_out_of_memory', 'with_plan', 'encoder_at_hand', 'plan_run',
+           'build_trainer', 'last_step', 'memory_named', 'train', 'train_steps', 'report_end']
 
 # %% ../../nbs/56_training.trainer.ipynb #e7574dd5
 from ..core import InputError, Interrupted, RunFailure, fingerprint, first_line, pick_device, process_count, process_rank, project_root, say, seed_everything, write_atomically  # first: it quietens what follows
 
-# %% ../../nbs/56_training.trainer.ipynb #131f4269
+# %% ../../nbs/56_training.trainer.ipynb #6f6bd2f6
 import json
 import os
 import time
@@ -27,7 +27,8 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..config import RunConfig
-from ..data.forecast import plan_of_recipe
+from ..data.forecast import PUBLISHED, check_hub, encoder_files, plan_of_recipe
+from ..data.mixture import expected_shares
 from ..data.prepare import Prepared, prepare
 from ..encoding.images import load_image_processor
 from ..encoding.prompt import Encoder, load_encoder
@@ -337,17 +338,30 @@ def with_plan(
     say(f"{config.run}: {plan_lines(plan)[0]}; about {plan.estimate.peak / 1e9:.2f} GB{may}{smaller}")
     return config, plan
 
-# %% ../../nbs/56_training.trainer.ipynb #3354d9df
+# %% ../../nbs/56_training.trainer.ipynb #5c13ed6f
+def encoder_at_hand(
+    config: RunConfig,
+) -> Encoder:
+    "A run's encoder from files of this machine; for a published size that isn't here the small model's tokenizer, said in a line. Another model is asked of the hub."
+    base, revision = config.model.base, config.model.revision
+    folder = base_location(base) if Path(base_location(base)).is_dir() else encoder_files(base, revision)
+    if folder is None and base in PUBLISHED:
+        plan = plan_of_recipe(config)
+        texts = "texts are counted with the small model's tokenizer, which makes more tokens of them" if plan.stand_in else "texts are counted with its own tokenizer"
+        say(f"{base}: not on this machine; its shape and picture sizes are as published, {texts}")
+        return plan.encoder
+    if folder is None:
+        check_hub(base)
+    return load_encoder(str(folder or base), config.preprocessing, config.schedule.supervise_newline, None if folder else revision)
+
+
 def plan_run(
     config: RunConfig,
 ) -> Plan:
-    "What a run would plan, without one. Where the model's tokenizer isn't at hand, the small model's stands in for a published size."
+    "What a run would plan, without one. Raises `InputError`."
     check_batch(config)
     prepared = prepared_suite(config.suite_path, config.fold)
-    try:
-        encoder = load_encoder(base_location(config.model.base), config.preprocessing, config.schedule.supervise_newline, config.model.revision)
-    except (OSError, ValueError):
-        encoder = plan_of_recipe(config).encoder
+    encoder = encoder_at_hand(config)
     validation = validation_of(prepared, config, encoder)
     return memory_plan(config, sample_sizes(TrainingOrder(prepared, encoder, config)), validation and largest_reading(validation))
 
@@ -415,7 +429,7 @@ def memory_named(
             raise
         raise RunFailure(f"out of memory ({first_line(error)}); {remedy}") from error
 
-# %% ../../nbs/56_training.trainer.ipynb #16149376
+# %% ../../nbs/56_training.trainer.ipynb #edd700fd
 def train(
     config: RunConfig,
 ) -> RunDir:
@@ -428,6 +442,7 @@ def train(
     check_optimizer(config)
     run = RunDir(config.experiment_folder / config.run)
     prepared = first_then_others(lambda: prepared_suite(config.suite_path, config.fold))
+    expected_shares(prepared.counts()["train"].to_dict(), config.mixture)  # InputError for a mixture that the suite's tasks don't fit
     inputs = Inputs(**from_first(lambda: asdict(inputs_of(config, prepared))))
     from_first(lambda: refuse_another(run, config, inputs))
     steps = from_first(lambda: last_step(run, config))

@@ -8,7 +8,7 @@ __all__ = ['SHORT_NAMES', 'SCORING_PARAMETERS', 'PLANS', 'OFFLINE_PAGE', 'workbe
            'plan_prepare', 'plan_score', 'plan_compare', 'plan_notebook', 'kernel_environment', 'kernel_manager_class',
            'execute', 'terminate_as_interrupt', 'write_html', 'mark_unfinished', 'settle_status', 'run_notebook']
 
-# %% ../../nbs/70_workflow.notebook.ipynb #6c2ae797
+# %% ../../nbs/70_workflow.notebook.ipynb #81092bc9
 import ast
 import json
 import os
@@ -39,23 +39,22 @@ from qwen2vl_sft.config import (
     setting_path,
     validated,
 )
-from ..core import InputError, RunFailure, did_you_mean, project_root, say, write_atomically
+from ..core import InputError, RunFailure, did_you_mean, near_file, project_root, say, write_atomically
 from ..rundir import RunDir, Status, refuse_if_held, write_status
 from ..tasks import load_suite
 
-# %% ../../nbs/70_workflow.notebook.ipynb #98c887a8
+# %% ../../nbs/70_workflow.notebook.ipynb #16370f81
 def workbench_file(
     name: str | Path,  # such as "recipes/demo-mix.yaml"; an absolute path stands for itself
 ) -> Path:
     "A recipe, suite or notebook: in the project, in the package's checkout, or installed beside the package."
     installed = Path(sys.prefix) / "share" / "qwen2vl-sft"
     checkout = Path(qwen2vl_sft.__file__).resolve().parent.parent
-    places = [folder / name for folder in (project_root(), Path.cwd(), checkout, installed)]
-    for place in places:
+    folders = (project_root(), Path.cwd(), checkout, installed)
+    for place in (folder / name for folder in folders):
         if place.is_file():
             return place.resolve()
-    beside = {f"{Path(name).parent / path.name}" for place in places if place.parent.is_dir() for path in place.parent.glob(f"*{place.suffix}")}
-    raise InputError(f"{name}: no such file in {project_root()}.{did_you_mean(str(name), beside)} It may also be given as an absolute path")
+    raise InputError(f"{name}: no such file in {project_root()}.{near_file(name, folders)} It may also be given as an absolute path")
 
 # %% ../../nbs/70_workflow.notebook.ipynb #d6d20597
 def notebook_parameters(
