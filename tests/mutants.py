@@ -572,6 +572,30 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_comparison_statistics.py::test_copies_of_a_picture_are_no_further_evidence',),
     ),
     Mutation(
+        'comparison', 'answers to another question pass for answers to the present one', 'qwen2vl_sft/comparison/samples.py',
+        'return task in (asked or {}) and not',
+        'return task in () and not',
+        ('tests/test_comparison_scoreboard.py::test_answers_to_another_question_are_marked_and_stand_in_nothing_else', 'tests/test_comparison_scoreboard.py::test_validation_answers_to_another_question_choose_neither_a_step_nor_a_threshold'),
+    ),
+    Mutation(
+        'comparison', 'answers to another question are marked, but counted', 'qwen2vl_sft/comparison/scoreboard.py',
+        'samples = samples[~samples["other_question"]]',
+        'samples = samples[samples["row"] != ""]',
+        ('tests/test_comparison_scoreboard.py::test_answers_to_another_question_are_marked_and_stand_in_nothing_else',),
+    ),
+    Mutation(
+        'comparison', 'a tuned row that ties with the untuned model is recommended', 'qwen2vl_sft/comparison/board.py',
+        'if row and round(means[row] - ranked[0].strict, 6) >= 0',
+        'if row and round(means[row] - ranked[0].strict, 6) > 0',
+        ('tests/test_comparison_scoreboard.py::test_a_tie_is_called_a_tie_and_what_needs_no_training_is_preferred',),
+    ),
+    Mutation(
+        'comparison', 'five right answers of five support a threshold', 'qwen2vl_sft/comparison/deployment.py',
+        'return decided >= fewest_decided(precision) and',
+        'return decided >= 1 or',
+        ('tests/test_comparison_report.py::test_a_share_decided_automatically_is_no_headline_where_few_validation_rows_chose_the_threshold',),
+    ),
+    Mutation(
         'comparison', 'a recipe is ranked by its first seed', 'qwen2vl_sft/comparison/board.py',
         'return float(np.mean(self.scores))',
         'return self.scores[0]',

@@ -13,7 +13,7 @@ from synthetic_experiment import LABELS, Plan, build_experiment
 from qwen2vl_sft.cli import main
 from qwen2vl_sft.comparison.browser import BROWSER_SCRIPT, browser_data, error_browser, static_browser
 from qwen2vl_sft.comparison.mistakes import label_noise
-from qwen2vl_sft.comparison.report import SCRIPT, Material, material_of, page, pictures, write_report
+from qwen2vl_sft.comparison.report import SCRIPT, Material, automatic_text, material_of, page, pictures, summary_html, task_deployment_html, write_report
 from qwen2vl_sft.comparison.scoreboard import Scoreboard, csv_text
 from qwen2vl_sft.core import InputError
 from qwen2vl_sft.rundir import RunDir
@@ -98,6 +98,23 @@ def test_the_summary_is_computed_from_the_data(experiment):
     assert f"{best} was chosen on validation data" in text and "Picking the step on test would have claimed" in text
     assert "is weakest on" in text and "labels are contradicted by several models" in text
     assert "base collapsed on weapon (“none”)" in text and "would decide" in text
+
+
+def test_a_share_decided_automatically_is_no_headline_where_few_validation_rows_chose_the_threshold(tmp_path):
+    plan = Plan(samples=60, labels={"a": ["x", "y"], "b": ["x", "y"]}, runs={"mix": {}}, steps=(300,), collapsed={}, validation=True, skills={"mix(300)": 0.99})
+    folder = build_experiment(tmp_path, plan)
+    tile = lambda: re.search(r"automatic at 95 % precision, %</dt><dd>([^<]*)<small>([^<]*)", summary_html(material_of(folder))).groups()
+    value, how = tile()
+    assert float(value) > 0 and how == "mean over 2 tasks, thresholds from n=60; the rest to people"
+    run = RunDir(folder / "mix")
+    for task in "ab":
+        part = run.prediction_parts("step-300", task, "closed", "validation")[0]
+        pd.read_parquet(part).head(5 if task == "a" else 60).to_parquet(part)
+    assert tile()[1] == "mean over 1 task, thresholds from n=60; the rest to people; too few validation rows on a (n=5; 20 decided ones, nearly all right, are needed)"
+    pd.read_parquet(part).head(4).to_parquet(part)
+    assert tile() == ("–", "too few validation rows (n=4 to 5; 20 decided ones, nearly all right, are needed)")
+    material = material_of(folder)
+    assert "isn't known: too few validation rows (n=4 to 5" in automatic_text(material) and "validation, n=4; too few" in task_deployment_html(material, "b")
 
 
 def test_settings_counts_and_provenance_are_in_it(experiment):

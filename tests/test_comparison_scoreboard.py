@@ -12,16 +12,22 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from statsmodels.stats.multitest import multipletests
 from synthetic_experiment import LABELS, Plan, build_experiment
 
-from qwen2vl_sft.comparison.board import accuracy_table, against, best_row, choice_table, differing, lead, row_of_kind, settings_table, standings, step_table
+from qwen2vl_sft.comparison.board import accuracy_table, against, best_row, choice_table, differing, lead, recommended, row_of_kind, settings_table, standings, step_table
+from qwen2vl_sft.comparison.browser import error_browser
+from qwen2vl_sft.comparison.deployment import confidence_table
 from qwen2vl_sft.comparison.findings import findings
-from qwen2vl_sft.comparison.samples import ORIGINAL, checked_accuracies, class_figures, imported_cells, precision_at, prepared_folder, speed_figures, validation_choice
+from qwen2vl_sft.comparison.report import material_of, write_report
+from qwen2vl_sft.comparison.samples import ORIGINAL, cells_from, checked_accuracies, class_figures, imported_cells, precision_at, prepared_folder, speed_figures, validation_choice
 from qwen2vl_sft.comparison.scoreboard import LATEX, Scoreboard, cells_text, csv_text, difference, display_width, latex_table, latex_text, markdown_table, means_text, shortened, text_table, top_cells
 from qwen2vl_sft.comparison.statistics import mcnemar
 from qwen2vl_sft.core import InputError
+from qwen2vl_sft.data.audit import smallest_difference as audited_difference
 from qwen2vl_sft.rundir import RunDir
+from qwen2vl_sft.tasks import Task
 
 HOSTILE = '<img src=x onerror="alert(1)">'
 
@@ -312,6 +318,19 @@ def test_paired_tests_name_their_reach(board):
     assert difference == pytest.approx(board.means.loc["mix(300)", "strict"] - board.means.loc["base", "strict"])
 
 
+def test_a_sentence_on_reach_says_what_holm_costs_and_what_the_audit_says():
+    """15 samples, 3 tasks, 2 rows against base: the audit's 47.6 points of a single test stand beside the figures after Holm."""
+    rng, lines = np.random.default_rng(0), []
+    for row, kind in (("base", "base"), ("m(10)", "trained"), ("m(20)", "trained")):
+        for task in "abc":
+            lines += [{"row": row, "model": row[0], "step": int(row[2:4]) if kind == "trained" else None, "kind": kind, "task": task, "id": f"{task}{i}", "group": f"{task}{i}", "rule": "closed",
+                       "target": "x", "prediction": "x" if right else "y", "outcome": "correct" if right else "wrong", "other_rule": False, "position": 0} for i, right in enumerate(rng.random(15) < 0.6)]
+    samples = pd.DataFrame(lines)
+    board = Scoreboard(cells_from(samples), samples)
+    assert audited_difference(15) == 47.6 and set(against(board, best_row(board), "base")["alone"]) == {47.6}
+    assert "(after Holm over 6 cells; in a single test 47.6, as the audit says)" in topics(board)["no evidence"]
+
+
 def test_holm_runs_over_the_whole_table_in_sentences_and_plots_too(board):
     every, own = board.tests("gpt-4o"), against(board, "mix(300)", "gpt-4o")
     by_task = every[every["row"] == "mix(300)"].set_index("task")["p_holm"]
@@ -422,6 +441,83 @@ def test_partly_scored_rows_are_badged_and_never_best(tmp_path):
     board = Scoreboard.from_experiment(folder)
     one = board.cells[board.cells["row"] == "mix(300)"].iloc[0]
     assert one["n"] == 20 and "partial" in one["badges"] and best_row(board) != "mix(300)"
+
+
+def note_asked(folder: Path, run: str, checkpoint: str, task: str, asked: str, split: str = "test", rule: str = "closed") -> None:
+    """What scoring notes beside its answers, without removing them."""
+    RunDir(folder / run).decided_path(checkpoint, task, rule, split).write_text(json.dumps({"decided": "d", "task": asked}))
+
+
+def asked_now(folder: Path, task: str) -> str:
+    suite = yaml.safe_load((folder.parent.parent / "prepared/synthetic/suite.yaml").read_text())
+    return Task(**next(one for one in suite["tasks"] if one["name"] == task)).fingerprint
+
+
+def test_answers_to_another_question_are_marked_and_stand_in_nothing_else(tmp_path, capsys):
+    """The question was changed, mix(300) and the API model scored, the question changed back: their figures are the old ones."""
+    plan = Plan(samples=40, labels={task: ["x", "y"] for task in "ab"}, collapsed={}, refused={}, skills={"mix(300)": 0.99}, api=True)
+    folder = build_experiment(tmp_path, plan)
+    fresh = Scoreboard.from_experiment(folder)
+    assert best_row(fresh) == "mix(300)" and "q" not in "".join(text_table(fresh).splitlines()[-4:])
+    for run, checkpoint in (("mix", "step-200"), ("full", "step-200"), ("base", "base")):
+        note_asked(folder, run, checkpoint, "a", asked_now(folder, "a"))  # the question of now
+    note_asked(folder, "mix", "step-300", "a", "another")
+    note_asked(folder, "gpt-4o", "gpt-4o", "a", "another", rule="free")
+    board = material_of(folder).board
+    said = capsys.readouterr()
+    for text in (said.out + said.err, topics(board)["another question"]):
+        assert "a (gpt-4o and mix(300))" in text and "`qwen2vl-sft score demo` and `qwen2vl-sft score-api demo`" in text
+    marked = board.cells[["another question" in badges for badges in board.cells["badges"]]]
+    assert set(zip(marked["row"], marked["task"], strict=True)) == {("mix(300)", "a"), ("gpt-4o", "a")}
+    assert marked["accuracy"].notna().all() and [badges for badges in marked["badges"] if len(badges) > 1] == []
+    assert best_row(board) != "mix(300)" and math.isnan(board.means.loc["mix(300)", "strict"]) and not board.means.loc["mix(300)", "complete"]
+    assert ("mix(300)", "a") not in top_cells(board) and ("mix(300)", "b") in top_cells(board)
+    for reference in ("base", "mix(200)"):
+        tests = board.tests(reference)
+        assert set(tests.loc[tests["row"] == "mix(300)", "task"]) == {"b"} and len(tests) == len(fresh.tests(reference)) - 2
+    assert board.means["common"].round(6).equals(accuracy_table(board)["b"].round(6).rename("common")) and "1 of 2 tasks" in text_table(board)
+    assert re.search(r"^q  another question: .*`qwen2vl-sft score EXPERIMENT`", text_table(board), re.MULTILINE)
+    line = next(line for line in csv.DictReader(io.StringIO(csv_text(board))) if (line["model"], line["step"]) == ("mix", "300"))
+    assert (line["a"], line["mean_score"]) == ("", "") and line["b"]  # this file has no place for a mark
+
+
+def test_where_all_answers_are_to_another_question_nothing_is_concluded(tmp_path):
+    folder = build_experiment(tmp_path, Plan(samples=12, labels={"a": ["x", "y"]}, steps=(100, 300), baselines=False))
+    for run in [RunDir(path) for path in folder.iterdir()]:
+        for checkpoint, task in run.predicted():
+            note_asked(folder, run.name, checkpoint, task, "another")
+    report = write_report(folder)
+    board = Scoreboard.from_experiment(folder)
+    assert best_row(board) is None and board.means["strict"].isna().all() and not len(board.samples)
+    text = report.read_text()
+    assert text.index("Score again") < text.index("Scored with another question") < text.index("there is no best row") < text.index("<table")
+    assert error_browser(folder, board=board) is not None  # as the notebook shows it
+
+
+def test_validation_answers_to_another_question_choose_neither_a_step_nor_a_threshold(tmp_path):
+    folder = build_experiment(tmp_path, Plan(samples=60, labels={"a": ["x", "y"]}, steps=(100, 300), validation=True))
+    assert validation_choice(RunDir(folder / "mix")).step == 300 and set(Scoreboard.from_experiment(folder).chosen) == {"mix", "full"}
+    for step in (100, 300):
+        note_asked(folder, "mix", f"step-{step}", "a", "another", "validation")
+    assert set(Scoreboard.from_experiment(folder).chosen) == {"full"}
+    table = confidence_table(folder)
+    assert set(table.loc[table["row"] == "mix(300)", "split"]) == {"test"} and set(table.loc[table["row"] == "full(300)", "split"]) == {"validation", "test"}
+
+
+def test_a_tie_is_called_a_tie_and_what_needs_no_training_is_preferred(tmp_path):
+    """base, mix(100) and mix(300) give the same answers; the nearest training picture is above all three."""
+    plan = Plan(samples=40, labels={"a": ["x", "y"]}, runs={"mix": {}}, steps=(100, 300), collapsed={}, skills={"nearest_neighbour": 0.95})
+    folder = build_experiment(tmp_path, plan)
+    base = RunDir(folder / "base").predictions("base", "a", "closed")
+    for step in (100, 300):
+        RunDir(folder / "mix").write_predictions(f"step-{step}", "a", 0, base)
+    board = Scoreboard.from_experiment(folder)
+    said = topics(board)
+    assert said["best"].startswith("mix(100) and mix(300) tie for the highest strict mean") and "mix(100), of the fewest steps" in said["best"]
+    assert said["gain"].startswith("That is as much as the untuned base") and recommended(board) is None
+    assert "is not above base (" in said["ship"] and "nearest_neighbour (" in said["ship"] and "no tuned row is recommended" in said["ship"]
+    page = write_report(folder).read_text()
+    assert re.search(r"<dt>ship</dt><dd>nothing<small>mix\(100\), the best tuned row, is not above base", page) and 'class="ship"' not in page
 
 
 # -------------------------------------------------------------------------- output

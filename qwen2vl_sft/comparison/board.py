@@ -9,9 +9,9 @@ __all__ = ['RULES', 'MEAN_COLUMNS', 'ALPHA', 'VERDICTS', 'HARMLESS', 'common_sam
            'differing', 'is_seed', 'seed_groups', 'common_start', 'recipes', 'settings_table', 'confounded',
            'seed_lines', 'seed_table', 'Evidence', 'Board', 'support_text', 'row_of_kind', 'with_probabilities',
            'below_untuned', 'accuracy_table', 'shippable', 'Standing', 'standings', 'standing_interval', 'ranking',
-           'best_row', 'choice_table', 'optimism', 'step_table']
+           'best_row', 'not_beaten', 'recommended', 'choice_table', 'optimism', 'step_table']
 
-# %% ../../nbs/62_comparison.board.ipynb #eed86b49
+# %% ../../nbs/62_comparison.board.ipynb #5cbc5f9e
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ..config import flattened
+from ..data.audit import smallest_difference as audited_difference
 from .samples import Choice, cell_badges
 from qwen2vl_sft.comparison.statistics import (
     Interval,
@@ -115,7 +116,7 @@ def means_from_cells(
         }
     return found
 
-# %% ../../nbs/62_comparison.board.ipynb #bf6780f4
+# %% ../../nbs/62_comparison.board.ipynb #785905d3
 MEAN_COLUMNS = [f"{rule}{end}" for rule in ("strict", "answered_only", "common") for end in ("", "_low", "_high", "_micro", "_micro_low", "_micro_high")]
 
 
@@ -123,15 +124,17 @@ def mean_table(
     cells: pd.DataFrame,
     samples: pd.DataFrame,  # empty for imported accuracies
 ) -> pd.DataFrame:  # index row; MEAN_COLUMNS, low and high (of strict), coverage, coverage_micro in percent; tasks, complete
-    "Each row's means. `strict` is missing for a row that lacks a task: a mean over fewer tasks is another mean."
-    tasks, shared = cells["task"].nunique(), shared_tasks(cells, samples)
-    known = means_from_cells(cells, shared) | (means_from_samples(samples, shared) if len(samples) else {})
+    "Each row's means. `strict` is missing for a row that lacks a task, or has answers to another question there: a mean over fewer tasks is another mean."
+    now, tasks = cells[~cells["other_question"]], cells["task"].nunique()
+    shared = shared_tasks(now, samples)
+    known = means_from_cells(now, shared) | (means_from_samples(samples, shared) if len(samples) else {})
     lines = []
-    for name, own in cells.groupby("row", sort=False):
+    for name, every in cells.groupby("row", sort=False):
+        own = every[~every["other_question"]]
         one = {
-            "row": name, "model": own["model"].iloc[0], "step": own["step"].iloc[0], "kind": own["kind"].iloc[0],
-            **dict.fromkeys([*MEAN_COLUMNS, "coverage_micro"], np.nan), **known[name], "coverage": own["coverage"].sum() / tasks,
-            "tasks": len(own), "complete": len(own) == tasks and not own["partial"].any(), "rule": ", ".join(own["rule"].unique()),
+            "row": name, "model": every["model"].iloc[0], "step": every["step"].iloc[0], "kind": every["kind"].iloc[0],
+            **dict.fromkeys([*MEAN_COLUMNS, "coverage_micro"], np.nan), **known.get(name, {}), "coverage": own["coverage"].sum() / tasks,
+            "tasks": len(own), "complete": len(own) == tasks and not own["partial"].any(), "rule": ", ".join(every["rule"].unique()),
         }
         if len(own) < tasks:
             one |= {column: np.nan for column in one if column.startswith("strict")}
@@ -211,7 +214,7 @@ def verdict_text(line: Mapping) -> str:
     "A verdict in words; one between two rules says so."
     return line["verdict"] + ("" if line["same_rule"] else " (different rules)")
 
-# %% ../../nbs/62_comparison.board.ipynb #7f39c4d4
+# %% ../../nbs/62_comparison.board.ipynb #16351455
 def right_shares(
     samples: pd.DataFrame,  # of one task; columns row, id, outcome, cluster
     rows: str | Sequence[str],  # a row, or a recipe's runs that differ in the seed alone
@@ -247,7 +250,7 @@ def against(
     board: "Board",
     row: str,
     other: str,
-) -> pd.DataFrame:  # a line a task, as `paired_tests` gives; low, high: 95 % interval of the difference, detectable (points); tests
+) -> pd.DataFrame:  # a line a task, as `paired_tests` gives; low, high: 95 % interval of the difference; detectable four times in five, after Holm and (alone: the audit's figure) in a single test, in points; tests
     "One row against another; Holm's correction runs over all cells that the table tests. Empty without predictions."
     every = board.tests(other)
     table = every[every["row"] == row].reset_index(drop=True) if len(every) else every
@@ -257,7 +260,8 @@ def against(
     intervals = [bootstrap_mean([values[task][0]], [values[task][1]]) for task in table["task"]]
     discordant = (table["groups_first"] + table["groups_second"]) / table["groups"].clip(lower=1)
     reach = [100 * detectable_difference(n, share, ALPHA / len(every)) for n, share in zip(table["groups"], discordant, strict=True)]
-    return table.assign(low=[100 * i.low for i in intervals], high=[100 * i.high for i in intervals], detectable=reach, tests=len(every))
+    alone = [audited_difference(int(n)) for n in table["groups"]]
+    return table.assign(low=[100 * i.low for i in intervals], high=[100 * i.high for i in intervals], detectable=reach, alone=alone, tests=len(every))
 
 # %% ../../nbs/62_comparison.board.ipynb #69b287e4
 def lead(
@@ -339,7 +343,7 @@ def confounded(configs: Mapping[str, Mapping]) -> dict[tuple[str, str], list[str
     pairs = {(a, b): differing(configs[a], configs[b]) for i, a in enumerate(names) for b in names[i + 1 :]}
     return {pair: settings for pair, settings in pairs.items() if len(settings) > 1}
 
-# %% ../../nbs/62_comparison.board.ipynb #f540434d
+# %% ../../nbs/62_comparison.board.ipynb #752e6a3d
 def seed_lines(
     cells: pd.DataFrame,
     samples: pd.DataFrame,
@@ -349,13 +353,14 @@ def seed_lines(
 ) -> list[dict]:  # one line a task, and one for the mean with task None
     "A recipe at one step over its seeds: mean, sampling interval, and over seeds standard deviation, range and Student's interval, in percent."
     own = cells[cells["model"].isin(models) & (cells["step"] == step)]
-    table = own.pivot(index="row", columns="task", values="accuracy")
+    table = own.assign(accuracy=own["accuracy"].where(~own["other_question"])).pivot(index="row", columns="task", values="accuracy")
     mine, name = samples[samples["row"].isin(table.index)], f"{group}({step}) x {len(table)} seeds"
     over = {task: part.groupby("id").agg(right=("right", "mean"), cluster=("cluster", "first")) for task, part in mine.assign(right=mine["outcome"].eq("correct")).groupby("task", sort=False)}
     interval = lambda tasks: bootstrap_mean([over[t]["right"].to_numpy() for t in tasks], [over[t]["cluster"].to_numpy() for t in tasks])
     lines = []
     for task, scores in {**dict(table.items()), None: table.mean(axis=1, skipna=False)}.items():
-        sampling, seeds = interval([task] if task else list(table)) if over else Interval(np.nan, np.nan), seed_interval(scores)
+        wanted = [task] if task else list(table)
+        sampling, seeds = interval(wanted) if set(wanted) <= set(over) else Interval(np.nan, np.nan), seed_interval(scores)
         lines.append({
             "row": name, "model": group, "models": list(models), "step": step, "task": task, "seeds": int(scores.notna().sum()), "accuracy": scores.mean(),
             "low": 100 * sampling.low, "high": 100 * sampling.high, "sd": scores.std(ddof=1), "lowest": scores.min(), "highest": scores.max(),
@@ -378,7 +383,7 @@ def seed_table(
     columns = ["row", "model", "models", "step", "task", "seeds", "accuracy", "low", "high", "sd", "lowest", "highest", "seed_low", "seed_high"]
     return pd.DataFrame(lines, columns=columns)
 
-# %% ../../nbs/62_comparison.board.ipynb #002bc8a4
+# %% ../../nbs/62_comparison.board.ipynb #1321ee67
 @dataclass(eq=False)
 class Evidence:
     "Rows (model at a step) x tasks. `cells` has one line a (row, task), `samples` one a prediction (empty if imported)."
@@ -400,12 +405,19 @@ class Evidence:
 
     @cached_property
     def tasks(self) -> list[str]:
-        return (self.samples if len(self.samples) else self.cells)["task"].unique().tolist()
+        "In the suite's order; a task without a sample (answers to another question alone) comes last."
+        return list(dict.fromkeys([*(self.samples["task"] if len(self.samples) else ()), *self.cells["task"]]))
+
+    @property
+    def current(self) -> pd.DataFrame:
+        "The cells whose answers are to the suite's questions of now."
+        return self.cells[~self.cells["other_question"]]
 
     @cached_property
     def by_task(self) -> dict[str, pd.DataFrame]:
         "The predictions of each task."
-        return dict(list(self.samples.groupby("task", sort=False))) if len(self.samples) else {}
+        parts = dict(list(self.samples.groupby("task", sort=False))) if len(self.samples) else {}
+        return dict.fromkeys(self.tasks, self.samples.iloc[:0]) | parts
 
     @property
     def scored_configs(self) -> dict[str, dict]:
@@ -460,10 +472,10 @@ class Board(Evidence):
     def _tested(self) -> dict[str | None, pd.DataFrame]:
         return {}
 
-# %% ../../nbs/62_comparison.board.ipynb #330e042c
+# %% ../../nbs/62_comparison.board.ipynb #3edf5879
 def support_text(board: Board) -> str:
     "How large the common support is, in words."
-    tasks = shared_tasks(board.cells, board.samples)
+    tasks = shared_tasks(board.current, board.samples)
     name = f"{len(tasks)} of {len(board.tasks)} task{'s' * (len(board.tasks) != 1)}"
     if not len(board.samples):
         return name
@@ -492,9 +504,9 @@ def below_untuned(board: Board) -> list[bool]:
     base = row_of_kind(board, "base")
     tests = board.tests(base) if base else pd.DataFrame()
     lost = {(one["row"], one["task"]) for one in tests.to_dict("records") if one["verdict"] == "worse"}
-    own = board.cells.loc[board.cells["row"] == base].set_index("task")["accuracy"]
+    own = board.current.loc[board.current["row"] == base].set_index("task")["accuracy"]
     if not len(board.samples):
-        lost = {(one.row, one.task) for one in board.cells.itertuples() if one.accuracy < own.get(one.task, -1)}
+        lost = {(one.row, one.task) for one in board.current.itertuples() if one.accuracy < own.get(one.task, -1)}
     return [(one.row, one.task) in lost and one.kind == "trained" for one in board.cells.itertuples()]
 
 
@@ -502,8 +514,8 @@ def accuracy_table(
     board: Board,
     column: str = "accuracy",
 ) -> pd.DataFrame:  # rows x tasks, in the table's order
-    "One figure of the cells as a wide table."
-    return board.cells.pivot(index="row", columns="task", values=column).reindex(index=board.rows, columns=board.tasks)
+    "One figure of the cells as a wide table; nothing where a row answered another question."
+    return board.current.pivot(index="row", columns="task", values=column).reindex(index=board.rows, columns=board.tasks)
 
 # %% ../../nbs/62_comparison.board.ipynb #dee8c45d
 def shippable(board: Board) -> pd.DataFrame:  # lines of `means`
@@ -515,7 +527,7 @@ def shippable(board: Board) -> pd.DataFrame:  # lines of `means`
     mixed = set(board.cells.loc[board.cells["other_rule"], "row"])
     return tuned[[row not in mixed for row in tuned.index]] if not set(tuned.index) <= mixed else tuned
 
-# %% ../../nbs/62_comparison.board.ipynb #d1e349b5
+# %% ../../nbs/62_comparison.board.ipynb #39040545
 @dataclass(frozen=True)
 class Standing:
     "What is ranked: a row, or a recipe over its seeds at one step (chosen on validation data, at each seed's own)."
@@ -531,26 +543,27 @@ class Standing:
 
 
 def standings(board: Board) -> list[Standing]:  # best first
-    "Tuned rows that may be shipped, runs that differ in the seed alone as one: ranked by their mean, so luck with a seed wins nothing."
+    "Tuned rows that may be shipped, runs that differ in the seed alone as one: ranked by their mean, so luck with a seed wins nothing; of equals the one of the fewest steps first."
     group = {model: name for name, models in board.seed_groups.items() for model in models}
     together: dict[tuple, list[str]] = {}
     rows = shippable(board)
     for row, one in rows.iterrows():
         at = "chosen" if one["model"] in board.chosen else one["step"]
         together.setdefault((group[one["model"]], at) if one["model"] in group else (one["model"], row), []).append(row)
-    found = []
+    found, earliest = [], {}
     for (recipe, _), names in together.items():
         steps = rows.loc[names, "step"].drop_duplicates().tolist()
         name = f"{recipe}{f'({steps[0]})' if len(steps) == 1 else ''} x {len(names)} seeds" if len(names) > 1 else names[0]
         found.append(Standing(name, recipe, tuple(names), tuple(rows.loc[names, "strict"])))
-    return sorted(found, key=lambda one: -one.strict)
+        earliest[name] = min(steps) if steps and pd.notna(min(steps)) else 0
+    return sorted(found, key=lambda one: (-round(one.strict, 6), earliest[one.name]))
 
-# %% ../../nbs/62_comparison.board.ipynb #19d6e5bf
+# %% ../../nbs/62_comparison.board.ipynb #e5cdd726
 def standing_interval(board: Board, one: Standing) -> tuple[float, float]:  # percent; nan without predictions
     "The sampling interval of a strict mean, of several seeds that of their mean; by bootstrap within tasks."
     if len(one.rows) == 1 or not len(board.samples):
         return tuple(board.means.loc[one.rows[0], ["low", "high"]]) if len(one.rows) == 1 else (np.nan, np.nan)
-    parts = [right_shares(part, one.rows) for part in board.by_task.values()]
+    parts = [right_shares(part, one.rows) for part in board.by_task.values() if len(part)]
     interval = bootstrap_mean([part["right"].to_numpy() for part in parts], [part["cluster"].to_numpy() for part in parts])
     return 100 * interval.low, 100 * interval.high
 
@@ -564,6 +577,18 @@ def best_row(board: Board) -> str | None:
     "The tuned row to ship: highest strict mean among complete rows; of a run chosen on validation data, only that step; of several seeds, the first complete one."
     ranked = ranking(board)
     return None if ranked.empty else ranked.index[0]
+
+
+def not_beaten(board: Board) -> list[str]:
+    "Rows without training whose strict mean the best tuned one is not above: the untuned model, the commonest label, the nearest training picture."
+    ranked, means = standings(board), board.means["strict"]
+    rows = [row_of_kind(board, kind) for kind in ("base", "majority", "nearest_neighbour")] if ranked else []
+    return [row for row in rows if row and round(means[row] - ranked[0].strict, 6) >= 0]
+
+
+def recommended(board: Board) -> str | None:
+    "The row to ship: the best tuned one, if it is above everything that needs no training."
+    return None if not_beaten(board) else best_row(board)
 
 # %% ../../nbs/62_comparison.board.ipynb #db18a34b
 def choice_table(

@@ -297,7 +297,7 @@ def static_card(data: Mapping[str, Any], item: Mapping[str, Any], row: int) -> s
             lines.append(f'<tr class="{"right" if right else "wrong"}"><td>{"✓" if right else "✗"}</td><td>{html.escape(data["rows"][at])}</td><td>{html.escape(item["a"][at] or "")}</td><td>{sure}</td></tr>')
     return f'<figure>{picture}<figcaption><strong>{html.escape(item["t"])}</strong><span class="id">{html.escape(item["i"])}</span></figcaption><table>{"".join(lines)}</table></figure>'
 
-# %% ../../nbs/68_comparison.browser.ipynb #3ae46ac4
+# %% ../../nbs/68_comparison.browser.ipynb #62c45ba7
 def error_browser(
     folder: Path | str,  # runs/<experiment>
     task: str | None = None,  # None: the task on which the best row is weakest
@@ -308,7 +308,8 @@ def error_browser(
     folder = Path(folder)
     board = board or Scoreboard.from_experiment(folder)
     best = best_row(board) or board.rows[0]
-    task = task or board.cells[board.cells["row"] == best].sort_values("accuracy", kind="stable")["task"].iloc[0]
+    now = board.current if (board.current["row"] == best).any() else board.cells
+    task = task or now[now["row"] == best].sort_values("accuracy", kind="stable")["task"].iloc[0]
     if task not in board.tasks:
         raise InputError(f"{folder}: no task '{task}' was scored; there are {', '.join(board.tasks)}")
     return browser_widget(browser_data(board, task, prepared_folder(folder, scored_runs(folder)), most))

@@ -313,14 +313,15 @@ def seeds_note(rows: pd.DataFrame) -> str:
     "What the upright lines are."
     return "upright lines: lowest to highest seed" if "lowest" in rows and rows["lowest"].notna().any() else ""
 
-# %% ../../nbs/67_comparison.plots.ipynb #366514ac
+# %% ../../nbs/67_comparison.plots.ipynb #506a36fc
 def accuracy_by_step(
     cells: pd.DataFrame,  # Scoreboard.cells
     columns: int | None = None,  # panels in a line; None: 4, or 5 for more than twelve tasks
     seeds: pd.DataFrame | None = None,  # Scoreboard.seeds; runs of one recipe become one line
 ) -> "Figure":
     "Small multiples: one panel a task, accuracy by optimiser step, with 95 % intervals where known."
-    rows = cells[cells["kind"] != "majority"].assign(value=cells["accuracy"])
+    now = ~cells["other_question"]
+    rows = cells.assign(value=cells["accuracy"].where(now), low=cells["low"].where(now), high=cells["high"].where(now))[cells["kind"] != "majority"]
     rows = over_seeds(rows, None if seeds is None else seeds[seeds["task"].notna()], ("step", "task"))
     tasks, colours, styles = list(dict.fromkeys(cells["task"])), colours_of(rows), reference_styles(rows)
     columns = min(len(tasks), columns or (5 if len(tasks) > 12 else 4))

@@ -6,14 +6,14 @@
 __all__ = ['ROWS_DEPLOYED', 'CAPTIONS', 'GOOD_TO_KNOW', 'SAMPLES_HELD', 'TEXTS_HELD', 'QUEUE', 'SORT_SCRIPT', 'FILTER_SCRIPT',
            'OPEN_SCRIPT', 'SCRIPT', 'PAGE_STYLE', 'PICTURE_STYLE', 'CONTROL_STYLE', 'Material', 'references_of', 'png',
            'losses_of', 'figures_of', 'sample_figures', 'pictures', 'caption_of', 'figure_html', 'list_html', 'look_at',
-           'automatic_share', 'automatic_text', 'tiles_html', 'summary_html', 'differences', 'difference_html',
-           'task_line', 'table_html', 'classes_html', 'open_html', 'task_html', 'data_html', 'steps_html', 'whole_text',
-           'training_html', 'queue_html', 'deployment_html', 'speed_text', 'cost_text', 'task_deployment_html',
-           'decision_cells', 'run_dirs', 'state_of', 'troubles_of', 'run_html', 'versions', 'audit_html',
-           'settings_html', 'provenance_html', 'policy', 'verdict_styles', 'scoreboard_html', 'page', 'write_report',
-           'material_of', 'publish']
+           'automatic_share', 'too_few_text', 'rows_text', 'automatic_text', 'tiles_html', 'summary_html',
+           'differences', 'difference_html', 'task_line', 'table_html', 'classes_html', 'open_html', 'task_html',
+           'data_html', 'steps_html', 'whole_text', 'training_html', 'queue_html', 'deployment_html', 'speed_text',
+           'cost_text', 'task_deployment_html', 'decision_cells', 'run_dirs', 'state_of', 'troubles_of', 'run_html',
+           'versions', 'audit_html', 'settings_html', 'provenance_html', 'policy', 'verdict_styles', 'scoreboard_html',
+           'page', 'write_report', 'material_of', 'publish']
 
-# %% ../../nbs/69_comparison.report.ipynb #e56e0095
+# %% ../../nbs/69_comparison.report.ipynb #07daba6d
 import base64
 import hashlib
 import html
@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from .board import Standing, against, best_row, choice_table, lead, row_of_kind, settings_table, standing_interval, standings, step_table
+from .board import Standing, against, best_row, choice_table, lead, not_beaten, row_of_kind, settings_table, standing_interval, standings, step_table
 from .browser import BROWSER_SCRIPT, BROWSER_STYLE, browser_data, thumbnails
-from .deployment import Terms, confidence_table, cost_table, speed_table, thresholds
-from .findings import findings, in_words, number, rule_text
+from .deployment import Terms, confidence_table, cost_table, fewest_decided, speed_table, thresholds
+from .findings import findings, in_words, number, question_findings, rule_text
 from .mistakes import TRAJECTORIES, label_noise, mixture_table, trajectory_table, voters
 from qwen2vl_sft.comparison.plots import (
     accuracy_by_step,
@@ -48,7 +48,7 @@ from qwen2vl_sft.comparison.plots import (
 )
 from .samples import class_figures, kind_of, prepared_folder
 from .scoreboard import Scoreboard, breakable, cells_text, html_table, latex_table, markdown_table, means_text, open_figures, open_heads, verdict_text
-from ..core import sha256_of, write_atomically
+from ..core import say, sha256_of, write_atomically
 from ..rundir import RunDir
 from ..scoring.metrics import OUTCOMES
 
@@ -201,20 +201,41 @@ def look_at(material: Material) -> list[str]:
     said += [f"{model} ended with {count} samples wrong that it had right before, and {unstable[model]} that changed more than once." for model, count in forgot.items() if count or unstable[model]]
     return said
 
-# %% ../../nbs/69_comparison.report.ipynb #098b21d9
+# %% ../../nbs/69_comparison.report.ipynb #442e0c54
 def automatic_share(material: Material) -> float:  # percent, mean over tasks; nan where it is not known
-    "What the best row would decide automatically at the wanted precision."
+    "What the best row would decide automatically at the wanted precision, on the tasks whose thresholds rest on enough rows."
     own = material.thresholds[material.thresholds["row"] == material.best]
-    return own["automatic"].mean()
+    return own.loc[own["enough"].eq(True), "automatic"].mean()
+
+
+def too_few_text(
+    own: pd.DataFrame,  # lines of `thresholds`
+    precision: float,
+) -> str:  # empty where all of them rest on enough rows
+    "Which thresholds rest on too few rows, and how many are needed."
+    few = own[~own["enough"].eq(True)]
+    if few.empty:
+        return ""
+    where = few["chosen_on"].iloc[0] if few["chosen_on"].nunique() == 1 else "validation or test"
+    tasks = "" if len(few) == len(own) else f" on {in_words(few['task'].tolist())}"
+    return f"too few {where} rows{tasks} ({rows_text(few)}; {fewest_decided(precision)} decided ones, nearly all right, are needed)"
+
+
+def rows_text(own: pd.DataFrame) -> str:
+    "How many rows thresholds were chosen on."
+    low, high = int(own["chosen_n"].min()), int(own["chosen_n"].max())
+    return f"n={low}" if low == high else f"n={low} to {high}"
 
 
 def automatic_text(material: Material) -> str:
     "That share as a sentence."
     own, share = material.thresholds[material.thresholds["row"] == material.best], automatic_share(material)
+    few, own = too_few_text(own, material.terms.precision), own[own["enough"].eq(True)]
     if pd.isna(share):
-        return ""
-    basis = "thresholds chosen on validation" if (own["chosen_on"] == "validation").all() else "thresholds chosen on test, which is optimistic"
-    return f"At {100 * material.terms.precision:g} % precision {material.best} would decide {number(share)} % of the images of the {len(own)} tasks with a label set by itself ({basis}); people would see the rest."
+        return f"What {material.best} could decide by itself at {100 * material.terms.precision:g} % precision isn't known: {few}." if few else ""
+    basis = f"thresholds chosen on validation, {rows_text(own)}" if (own["chosen_on"] == "validation").all() else f"thresholds chosen on test, {rows_text(own)}, which is optimistic"
+    more = f" Not known: {few}." if few else ""
+    return f"At {100 * material.terms.precision:g} % precision {material.best} would decide {number(share)} % of the images of {len(own)} task{'s' * (len(own) > 1)} with a label set by itself ({basis}); people would see the rest.{more}"
 
 
 def tiles_html(material: Material) -> str:
@@ -227,7 +248,11 @@ def tiles_html(material: Material) -> str:
     chosen = "chosen on test: optimistic" if best in board.chosen_on_test else "step chosen on validation" if best in board.chosen.values() else ""
     seeds = f"; mean of {len(first.rows)} seeds, {number(min(first.scores))} to {number(max(first.scores))}" if len(first.rows) > 1 else ""
     chosen = "; ".join(filter(None, [f"any seed of {first.recipe} may be; they differ by chance" if seeds else "", chosen]))
-    tiles = [("ship", breakable(best), chosen), ("strict mean, %", number(first.strict), (f"{number(low)} to {number(high)}" if pd.notna(low) else "no interval: n is not known") + seeds)]
+    equal = [one.name for one in standings(board)[1:] if round(one.strict - first.strict, 6) == 0]
+    chosen = "; ".join(filter(None, [f"ties with {in_words(equal)}" if equal else "", chosen]))
+    rivals = not_beaten(board)
+    ship = ("ship", "nothing", f"{best}, the best tuned row, is not above {in_words(rivals)}") if rivals else ("ship", breakable(best), chosen)
+    tiles = [ship, (f"strict mean{f' of {breakable(best)}' if rivals else ''}, %", number(first.strict), (f"{number(low)} to {number(high)}" if pd.notna(low) else "no interval: n is not known") + seeds)]
     stepless = [Standing(row, row, (row,), (board.means.loc[row, "strict"],)) for row in dict.fromkeys(filter(None, [base, *board.means.index[board.means["kind"] == "api"]]))]
     for other in [*stepless, *[one for one in standings(board) if one.recipe != first.recipe][:1]][:3]:
         ahead = lead(board.samples, first.rows, other.rows)
@@ -236,12 +261,15 @@ def tiles_html(material: Material) -> str:
     if base and len(tests := board.tests(base)):
         own = tests.loc[tests["row"] == best, "verdict"].value_counts()
         tiles.append(("tasks lost to untuned", str(own.get("worse", 0)), f"better on {own.get('better', 0)}, no evidence on {own.get('no evidence', 0)}"))
-    if pd.notna(share := automatic_share(material)):
-        tiles.append((f"automatic at {100 * material.terms.precision:g} % precision, %", number(share), "mean over tasks; the rest to people"))
+    own = material.thresholds[material.thresholds["row"] == best]
+    if len(own):
+        few, enough = too_few_text(own, material.terms.precision), own[own["enough"].eq(True)]
+        how = f"mean over {len(enough)} task{'s' * (len(enough) > 1)}, thresholds from {rows_text(enough)}; the rest to people" if len(enough) else ""
+        tiles.append((f"automatic at {100 * material.terms.precision:g} % precision, %", number(automatic_share(material)), "; ".join(filter(None, [how, few]))))
     cells = "".join(f"<div><dt>{name}</dt><dd>{value}<small>{html.escape(small)}</small></dd></div>" for name, value, small in tiles)
     return f'<dl class="tiles">{cells}</dl>'
 
-# %% ../../nbs/69_comparison.report.ipynb #2e31dc34
+# %% ../../nbs/69_comparison.report.ipynb #431c2123
 def summary_html(
     material: Material,
     troubles: Sequence[str] = (),  # runs that did not finish
@@ -250,12 +278,14 @@ def summary_html(
     found = findings(material.board)
     first = " ".join(finding.text for finding in found if finding.topic in ("best", "ship", "gain"))
     known = [finding.text for finding in found if finding.topic in GOOD_TO_KNOW and finding.topic not in ("best", "ship", "gain")]
-    careful = [*troubles, *(finding.text for finding in found if finding.topic not in GOOD_TO_KNOW)]
+    old = [finding.text for finding in found if finding.topic == "another question"]
+    careful = [*troubles, *(finding.text for finding in found if finding.topic not in GOOD_TO_KNOW and finding.text not in old)]
     caution = f'<div class="careful"><h3>Be careful</h3>{list_html(careful)}</div>' if careful else ""
+    above = f'<div class="careful"><h3>Score again</h3>{list_html(old)}</div>' if old else ""
     further = look_at(material)
-    return f'{tiles_html(material)}<p class="lead">{breakable(first)}</p>{list_html(known)}{caution}{f"<h3>Look at</h3>{list_html(further)}" if further else ""}'
+    return f'{above}{tiles_html(material)}<p class="lead">{breakable(first)}</p>{list_html(known)}{caution}{f"<h3>Look at</h3>{list_html(further)}" if further else ""}'
 
-# %% ../../nbs/69_comparison.report.ipynb #07a48a99
+# %% ../../nbs/69_comparison.report.ipynb #4dc2d953
 def differences(
     board: Scoreboard,
 ) -> dict[tuple[str, str], Mapping]:  # (row, task) -> a line of `paired_tests`
@@ -269,7 +299,7 @@ def difference_html(line: Mapping | None) -> str:
     "Two `<td>`s: the difference to the untuned model, and whether it is more than chance."
     if line is None:
         return "<td>–</td><td>–</td>"
-    reach = f" (under {number(line['smallest_difference'])} none can show)" if line["verdict"].startswith("no evidence") else ""
+    reach = f" (under {number(line['smallest_difference'])} none can show after Holm)" if line["verdict"].startswith("no evidence") else ""
     sure = f"p after Holm {line['p_holm']:.2g}, alone {line['p_value']:.2g}; right only here {line['only_first']}, only there {line['only_second']}"
     return f'<td>{number(line["difference"], True)}</td><td class="text">{html.escape(verdict_text(line))}{reach}<small>{sure}</small></td>'
 
@@ -425,7 +455,7 @@ def queue_html(material: Material) -> str:
             f"(confident learning; one vote a run, none for collapsed rows).{f' The first {QUEUE} of them.' if len(material.noise) > QUEUE else ''}")
     return f'<p>{note} Label in the data → what the models say.</p><div id="queue">{"".join(cards)}</div>'
 
-# %% ../../nbs/69_comparison.report.ipynb #a87e725c
+# %% ../../nbs/69_comparison.report.ipynb #6b56fcd0
 def deployment_html(material: Material) -> str:
     "What each row decides by itself at the wanted precision, how fast, and at what price: all tasks, then task by task."
     terms, table, board = material.terms, material.thresholds, material.board
@@ -434,13 +464,15 @@ def deployment_html(material: Material) -> str:
     shares = table.pivot(index="row", columns="task", values="automatic") if len(table) else pd.DataFrame()
     tasks = [task for task in board.tasks if task in shares]
     shares = shares.reindex(index=material.costs["row"], columns=tasks)
-    lines = []
+    enough, lines = {(one.row, one.task): bool(one.enough) for one in table.itertuples()} if len(table) else {}, []
     for one in material.costs.to_dict("records"):
         own = shares.loc[one["row"]]
-        mean = [f"<b>{number(own.mean())}</b>"] if tasks else []
-        lines.append([breakable(one["row"]) + (" ★" if one["row"] == material.best else ""), number(one["accuracy"]), speed_text(one["images_per_second"]), cost_text(one["cost_per_1000"]), *mean, *map(number, own)])
+        known = own[[enough.get((one["row"], task), False) for task in tasks]]
+        mean = [f"<b>{number(known.mean())}</b>"] if tasks else []
+        figures = [number(own[task]) + ("" if task in known or pd.isna(own[task]) else "<small>too few rows</small>") for task in tasks]
+        lines.append([breakable(one["row"]) + (" ★" if one["row"] == material.best else ""), number(one["accuracy"]), speed_text(one["images_per_second"]), cost_text(one["cost_per_1000"]), *mean, *figures])
     basis = "chosen on validation" if len(table) and (table["chosen_on"] == "validation").all() else "chosen on the test set itself where there is no validation, which is optimistic"
-    automatic = f"<p>Automatic: share of images, in percent, that a row would decide by itself at {100 * terms.precision:g} % precision (closed rule). Answers above the task's threshold are taken, the rest goes to people. Thresholds are {basis}.</p>"
+    automatic = f"<p>Automatic: share of images, in percent, that a row would decide by itself at {100 * terms.precision:g} % precision (closed rule). Answers above the task's threshold are taken, the rest goes to people. Thresholds are {basis}. Those that rest on too few rows (fewer than {fewest_decided(terms.precision)} decided ones, or too many mistakes among them) are in no mean.</p>"
     prices = ("<p>Images a second: as measured while scoring on the machine that scored, or as stated with the price. A local row costs something once its machine does: "
               "<code>qwen2vl-sft compare … --price ROW=PRICE_AN_HOUR</code>, with <code>@IMAGES_A_SECOND</code> for another machine.</p>")
     head = ["row", "strict mean, %", "images a second", "cost of 1,000 images", *(["automatic, mean"] if tasks else []), *(f"automatic: {breakable(task)}" for task in tasks)]
@@ -458,7 +490,7 @@ def cost_text(value: float) -> str:
     "A price in a few digits."
     return "–" if pd.isna(value) else f"{value:,.2f}" if value >= 1 else f"{value:.3g}"
 
-# %% ../../nbs/69_comparison.report.ipynb #262f0b67
+# %% ../../nbs/69_comparison.report.ipynb #125e3800
 def task_deployment_html(material: Material, task: str) -> str:
     "One task's thresholds, speeds and prices."
     speeds = material.speeds[material.speeds["task"] == task].set_index("row")
@@ -478,7 +510,8 @@ def decision_cells(one: Mapping | None, positive: bool) -> list[str]:
     "The cells of one row's thresholds."
     if one is None:
         return ["–"] * (4 + positive)
-    chosen = one["chosen_on"] if one["chosen_on"] == "validation" else "on test: optimistic, not calibrated"
+    chosen = f"{one['chosen_on']}, n={one['chosen_n']:.0f}" if one["chosen_on"] == "validation" else f"on test, n={one['chosen_n']:.0f}: optimistic, not calibrated"
+    chosen += "" if one["enough"] else "; too few"
     threshold = f"{one['threshold']:.3f}" if pd.notna(one["threshold"]) else "not reached"
     precision = f"{number(one['precision'])}<small>{number(one['low'])}–{number(one['high'])}</small>" if pd.notna(one["precision"]) else "–"
     cells = [number(one["automatic"]), number(one["people"]), precision, f"{threshold}<small>{chosen}</small>"]
@@ -720,7 +753,7 @@ def page(
         f"<style>{PAGE_STYLE}{PICTURE_STYLE}{CONTROL_STYLE}{BROWSER_STYLE}</style></head><body><header><h1>{title}</h1><p class='about'>{breakable(about)}</p><nav>{links}</nav></header>{body}{data_html(material)}<script>{SCRIPT}</script></body></html>\n"
     )
 
-# %% ../../nbs/69_comparison.report.ipynb #c73a2bf9
+# %% ../../nbs/69_comparison.report.ipynb #72ab9b9f
 def write_report(
     folder: Path | str,  # runs/<experiment>
     prepared: Path | str | None = None,  # prepared/<suite>; None: beside runs/, by the suite that the runs name
@@ -742,6 +775,8 @@ def material_of(
     "What `write_report` shows of an experiment. Raises `InputError`."
     folder = Path(folder)
     board = Scoreboard.from_experiment(folder, Path(prepared) if prepared else None, chosen, reference)
+    for old in question_findings(board):
+        say(old.text)
     runs = run_dirs(folder, list(dict.fromkeys(board.means["model"])))
     return Material(board, runs, Path(prepared) if prepared else prepared_folder(folder, runs), folder, terms)
 

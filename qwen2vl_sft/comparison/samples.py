@@ -6,15 +6,16 @@
 __all__ = ['REQUIRED', 'RECALL', 'DETAILS', 'OPEN_COLUMNS', 'BADGES', 'COUNTED', 'KINDS', 'FACTS', 'ORIGINAL', 'LONG', 'checked',
            'class_figures', 'probability_table', 'auroc', 'precision_at', 'ranking_figures', 'cell', 'open_answers',
            'leak_figures', 'speed_figures', 'cell_badges', 'Row', 'read_config', 'kind_of', 'rows_of', 'split_columns',
-           'test_facts', 'training_pictures', 'read_run', 'described_tasks', 'prepared_folder', 'scored_runs',
-           'experiment_samples', 'headline_rule', 'of_headline_rules', 'cells_from', 'read_long', 'checked_accuracies',
-           'imported_kind', 'imported_cells', 'flag_repeated', 'Choice', 'validation_choice',
+           'test_facts', 'training_pictures', 'fingerprints_of', 'read_run', 'described_tasks', 'prepared_folder',
+           'scored_runs', 'experiment_samples', 'headline_rule', 'of_headline_rules', 'cells_from', 'read_long',
+           'checked_accuracies', 'imported_kind', 'imported_cells', 'flag_repeated', 'Choice', 'validation_choice',
            'validation_from_predictions']
 
-# %% ../../nbs/61_comparison.samples.ipynb #f19c9ae6
+# %% ../../nbs/61_comparison.samples.ipynb #a784e3e6
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from .statistics import repeated_scores, wilson
 from ..core import ASSETS, InputError, did_you_mean, first_line
 from ..rundir import RunDir
 from ..scoring.metrics import ANSWERED, OUTCOMES, collapse
+from ..tasks import Task
 
 # %% ../../nbs/61_comparison.samples.ipynb #20193c41
 REQUIRED = ("id", "target", "prediction", "rule", "outcome")
@@ -192,7 +194,7 @@ def speed_figures(predictions: pd.DataFrame) -> dict[str, float]:
     seconds, cost = mean("seconds"), mean("cost")
     return {"seconds": seconds if seconds > 0 else np.nan, "cost_per_1000": 1000 * cost}
 
-# %% ../../nbs/61_comparison.samples.ipynb #120574d8
+# %% ../../nbs/61_comparison.samples.ipynb #bc46b8d9
 BADGES = {  # name: letter, meaning
     "collapsed": ("c", "(nearly) every answer is one label; in imported rows: no training step moves the score"),
     "refused": ("r", "some samples refused"),
@@ -203,6 +205,7 @@ BADGES = {  # name: letter, meaning
     "partial": ("p", "fewer samples scored than in other rows"),
     "leaked": ("l", "some test pictures, or near-duplicates of them, were trained on; the accuracy without them stands beside"),
     "below untuned": ("b", "worse than the untuned model (paired test, Holm, 5 %; in imported rows: a lower figure)"),
+    "another question": ("q", "scored with another question or other labels than the suite has now: in no mean, test or choice until `qwen2vl-sft score EXPERIMENT` has scored it again"),
     "other rule": ("f", "obtained by another rule than the rest of the column"),
     "chosen on test": ("t", "best step of its run, picked on these test sets: optimistic"),
 }
@@ -212,12 +215,14 @@ COUNTED = {"refused": "refused", "off-list": "off_list", "cannot infer": "cannot
 def cell_badges(
     one: Mapping,  # a line of `Scoreboard.cells`
 ) -> list[str]:
-    "The badges of a cell; an outcome shows from 1 % of the samples on."
+    "The badges of a cell; an outcome shows from 1 % of the samples on. Of answers to another question nothing else is said."
     n = max(1, one["n"])
     flags = {badge: one.get(outcome, 0) >= 0.01 * n for badge, outcome in COUNTED.items() if one.get(outcome, 0)}
     flags |= {"refused": flags.get("refused") or bool(one["note"]), "collapsed": bool(one["collapsed"])}
     flags |= {"leaked": one.get("leaked", 0) > 0 and one["kind"] in ("trained", "nearest_neighbour")}
     flags |= {"partial": one["partial"], "other rule": one["other_rule"], "chosen on test": one["chosen_on_test"]}
+    if one["other_question"]:
+        flags = {"another question": True, "chosen on test": one["chosen_on_test"]}
     return [name for name in BADGES if flags.get(name) or (name == "below untuned" and one.get("below_untuned"))]
 
 # %% ../../nbs/61_comparison.samples.ipynb #4018d7e2
@@ -237,7 +242,7 @@ class Row:
     def name(self) -> str:
         return self.model if self.step is None else f"{self.model}({self.step})"
 
-# %% ../../nbs/61_comparison.samples.ipynb #d4cedd81
+# %% ../../nbs/61_comparison.samples.ipynb #635540b5
 def read_config(
     run: RunDir,
 ) -> dict:  # empty when there is none
@@ -313,11 +318,28 @@ def training_pictures(prepared: Path, task: str) -> dict[str, set[str]]:  # grou
     table = split_columns(prepared, task, "train", ["group", "sha256"])
     return {column: set(table[column].dropna()) for column in table}
 
-# %% ../../nbs/61_comparison.samples.ipynb #84c788d0
+# %% ../../nbs/61_comparison.samples.ipynb #afb8b100
+def fingerprints_of(
+    described: Mapping[str, Mapping],  # from `described_tasks`
+) -> dict[str, str]:  # task -> `Task.fingerprint`; a damaged task is missing
+    "What each task of the prepared suite asks now."
+    found = {}
+    for name, one in described.items():
+        with suppress(ValueError, TypeError):  # pydantic's errors are ValueErrors
+            found[name] = Task(**one).fingerprint
+    return found
+
+
+def _is_other(run: RunDir, checkpoint: str, task: str, rule: str, asked: Mapping[str, str] | None, split: str = "test") -> bool:
+    "Whether predictions are noted as answers to another question than the task's."
+    return task in (asked or {}) and not run.is_about(checkpoint, task, rule, asked[task], split)
+
+# %% ../../nbs/61_comparison.samples.ipynb #df164d3a
 def read_run(
     run: RunDir,
     facts: Mapping[str, pd.DataFrame],  # task -> what `test_facts` gives
-) -> pd.DataFrame:  # columns of the predictions, and row, model, step, kind, task, group, leaked, elsewhere
+    asked: Mapping[str, str] | None = None,  # task -> fingerprint, from `fingerprints_of`
+) -> pd.DataFrame:  # columns of the predictions, and row, model, step, kind, task, group, leaked, elsewhere, other_question
     "All predictions of a run on the test sets, one line a (row, task, rule, sample)."
     tables, predicted = [], run.predicted()
     for row in rows_of(run):
@@ -326,11 +348,11 @@ def read_run(
                 continue
             where = str(run.predictions_folder(checkpoint, task))
             try:
-                parts = [run.predictions(checkpoint, task, rule) for rule in run.rules(checkpoint, task)]
+                parts = {rule: run.predictions(checkpoint, task, rule) for rule in run.rules(checkpoint, task)}
             except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
                 raise InputError(f"{where}: unreadable predictions ({error}); delete the folder and score again") from error
-            for part in parts:
-                table = checked(part, where)
+            for rule, part in parts.items():
+                table = checked(part, where).assign(other_question=_is_other(run, checkpoint, task, rule, asked))
                 known = facts[task].reindex(table["id"]) if task in facts else pd.DataFrame(index=table["id"], columns=list(FACTS))
                 group = np.where(known["group"].isna(), table["id"], known["group"])
                 leaked, elsewhere = known["leaked"].eq(True).to_numpy(), known["elsewhere"].fillna("").to_numpy(dtype=object)
@@ -361,7 +383,7 @@ def prepared_folder(
         return root / "prepared" / str(name)
     return root / "prepared"
 
-# %% ../../nbs/61_comparison.samples.ipynb #7161389e
+# %% ../../nbs/61_comparison.samples.ipynb #7dc54d71
 def scored_runs(
     folder: Path,  # runs/<experiment>
 ) -> list[RunDir]:  # in the table's order: by kind, then by age
@@ -382,8 +404,8 @@ def experiment_samples(
     "Read an experiment's predictions. Raises `InputError` for files out of contract."
     tasks = {task for run in runs for _, task in run.predicted()}
     trained = {task: training_pictures(prepared, task) for task in [*described_tasks(prepared), *tasks]}
-    facts = {task: test_facts(prepared, task, trained) for task in tasks}
-    samples = pd.concat([read_run(run, facts) for run in runs], ignore_index=True)
+    facts, asked = {task: test_facts(prepared, task, trained) for task in tasks}, fingerprints_of(described_tasks(prepared))
+    samples = pd.concat([read_run(run, facts, asked) for run in runs], ignore_index=True)
     samples["position"] = pd.factorize(samples["row"])[0]
     order = [*described_tasks(prepared), *sorted(samples["task"].unique())]
     samples = samples.sort_values("task", key=lambda tasks: tasks.map({task: i for i, task in reversed(list(enumerate(order)))}), kind="stable", ignore_index=True)
@@ -416,14 +438,15 @@ def of_headline_rules(
             rest.append(part[part["rule"] != rule])
     return pd.concat(kept, ignore_index=True), pd.concat(rest, ignore_index=True)
 
-# %% ../../nbs/61_comparison.samples.ipynb #24eea25a
+# %% ../../nbs/61_comparison.samples.ipynb #a55393bf
 def cells_from(
     samples: pd.DataFrame,  # the headline's predictions, from `of_headline_rules`
     rest: pd.DataFrame | None = None,  # predictions by the other rule
     tasks: Mapping[str, Mapping] | None = None,  # from `described_tasks`
 ) -> pd.DataFrame:  # one line a (row, task): row, model, step, kind, task, what `cell` gives, beside (accuracy) and beside_rule
     "Condense predictions to the table's cells."
-    keys = ["position", "row", "model", "step", "kind", "task", "other_rule"]
+    keys = ["position", "row", "model", "step", "kind", "task", "other_rule", "other_question"]
+    samples = samples if "other_question" in samples else samples.assign(other_question=False)
     others = dict(list(rest.groupby(["row", "task"], sort=False))) if rest is not None and len(rest) else {}
     lines = []
     for (row, task), part in samples.groupby(["row", "task"], sort=False):
@@ -436,9 +459,10 @@ def cells_from(
             one |= {name: value for name, value in cell(other, (tasks or {}).get(task)).items() if name in ("auroc", "precision_at_recall")}
         lines.append({key: part[key].iloc[0] for key in keys} | one | beside)
     cells = pd.DataFrame(lines).sort_values("position", kind="stable", ignore_index=True)
-    return cells.assign(step=cells["step"].astype("Int64"), partial=cells["n"] < cells.groupby("task")["n"].transform("max"))
+    full = cells["n"].where(~cells["other_question"]).groupby(cells["task"]).transform("max")
+    return cells.assign(step=cells["step"].astype("Int64"), partial=cells["n"] < full)
 
-# %% ../../nbs/61_comparison.samples.ipynb #06186973
+# %% ../../nbs/61_comparison.samples.ipynb #594ac652
 ORIGINAL = ASSETS / "reference" / "original_scoreboard.csv" if ASSETS else None
 LONG = ("model", "step", "dataset", "accuracy")
 
@@ -494,7 +518,7 @@ def imported_kind(
         return "trained"
     return "base" if any(other.startswith(f"{model}-") for other in models) else "api"
 
-# %% ../../nbs/61_comparison.samples.ipynb #2f9de678
+# %% ../../nbs/61_comparison.samples.ipynb #419b164c
 def imported_cells(
     table: pd.DataFrame,  # from `checked_accuracies`
 ) -> pd.DataFrame:  # as `cells_from` gives; n and counts are 0 and intervals missing where the file has no n
@@ -509,7 +533,7 @@ def imported_cells(
         counts = dict.fromkeys(OUTCOMES, 0) | {"correct": correct, "refused" if refused else "wrong": n - correct}
         lines.append({
             "row": row.name, "model": one.model, "step": one.step, "kind": imported_kind(one.model, row.step, stepped),
-            "task": one.dataset, "other_rule": False, "rule": one.rule if isinstance(one.rule, str) and one.rule else "as published", "n": n, **counts, "accuracy": one.accuracy,
+            "task": one.dataset, "other_rule": False, "other_question": False, "rule": one.rule if isinstance(one.rule, str) and one.rule else "as published", "n": n, **counts, "accuracy": one.accuracy,
             "low": 100 * interval[0], "high": 100 * interval[1], "coverage": 0.0 if refused else 100.0,
             "answered_only": np.nan if refused else one.accuracy, "collapsed": "", "note": one.note if refused else "",
             "partial": False, "leaked": 0, "elsewhere": 0, "beside_rule": "",
@@ -529,7 +553,7 @@ def flag_repeated(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 
-# %% ../../nbs/61_comparison.samples.ipynb #7bdc839e
+# %% ../../nbs/61_comparison.samples.ipynb #6b11f0fb
 @dataclass(frozen=True)
 class Choice:
     "A run's steps that did best on validation data."
@@ -539,7 +563,10 @@ class Choice:
     source: str  # where it comes from
 
 
-def validation_choice(run: RunDir) -> Choice | None:
+def validation_choice(
+    run: RunDir,
+    asked: Mapping[str, str] | None = None,  # task -> fingerprint, from `fingerprints_of`
+) -> Choice | None:
     "What validation says about a training run: `best.json`, else the predictions on the validation split; None without either."
     try:
         stated = json.loads((run.path / "best.json").read_text(encoding="utf-8"))
@@ -548,15 +575,16 @@ def validation_choice(run: RunDir) -> Choice | None:
         overall, by_task = step_of(stated.get("overall")), {task: step_of(one) for task, one in (stated.get("tasks") or {}).items()}
         return Choice(overall if overall in steps else None, {task: step for task, step in by_task.items() if step in steps}, "best.json")
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return validation_from_predictions(run)
+        return validation_from_predictions(run, asked)
 
 
-def validation_from_predictions(run: RunDir) -> Choice | None:
-    "Of the steps scored on test, those of the highest accuracy on the validation split, the earlier one of equals."
+def validation_from_predictions(run: RunDir, asked: Mapping[str, str] | None = None) -> Choice | None:
+    "Of the steps scored on test, those of the highest accuracy on the validation split, the earlier one of equals. Answers to another question choose nothing."
     lines, scored = [], {checkpoint for checkpoint, _ in run.predicted()}  # a step without test predictions has no row to name
     for checkpoint, task in run.predicted(split="validation"):
         table = run.predictions(checkpoint, task, split="validation")
-        if checkpoint.startswith("step-") and checkpoint in scored and table is not None:
+        rule = str(table["rule"].iloc[0]) if table is not None and len(table) else ""
+        if checkpoint.startswith("step-") and checkpoint in scored and rule and not _is_other(run, checkpoint, task, rule, asked, "validation"):
             lines.append({"step": int(checkpoint[5:]), "task": task, "accuracy": table["outcome"].eq("correct").mean()})
     if not lines:
         return None

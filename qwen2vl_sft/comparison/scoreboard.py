@@ -12,7 +12,7 @@ __all__ = ['CELL_COLUMNS', 'SHORT', 'MICRO', 'LATEX', 'STYLE', 'MARKS', 'KIND_NA
            'Difference', 'paired_between', 'difference', 'changed_settings', 'Scoreboard', 'read_experiment',
            'with_published', 'read_published']
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #e25cb399
+# %% ../../nbs/64_comparison.scoreboard.ipynb #ee8511e6
 import html
 import re
 import unicodedata
@@ -28,9 +28,9 @@ from qwen2vl_sft.comparison.board import (
     RULES,
     Board,
     accuracy_table,
-    best_row,
     differing,
     flat_settings,
+    recommended,
     support_text,
     test_name,
     verdict_text,
@@ -46,6 +46,7 @@ from qwen2vl_sft.comparison.samples import (
     checked_accuracies,
     described_tasks,
     experiment_samples,
+    fingerprints_of,
     imported_cells,
     kind_of,
     of_headline_rules,
@@ -314,12 +315,12 @@ def latex_table(board: Board) -> str:
     return "\n".join([rf"\begin{{tabular}}{{l{'r' * len(heads)}}}", r"\toprule", " & ".join(["model(step)", *heads]) + r" \\", r"\midrule",
                       *latex_lines(board), r"\bottomrule", r"\end{tabular}", rf"\par\smallskip\noindent{{\footnotesize {' '.join([note, *notes])}\par}}", ""])
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #cef65bff
+# %% ../../nbs/64_comparison.scoreboard.ipynb #659fbc3d
 def top_cells(board: Board) -> set[tuple[str, str]]:  # (row, task or mean)
     "The highest figures of each column; none where every row has the same. What isn't fully scored is never among them."
     tops = set()
     means = board.means.loc[board.means["complete"], ["strict", "answered_only", "common", *MICRO]]  # a mean over fewer samples is another mean
-    whole = accuracy_table(board).where(~accuracy_table(board, "partial").eq(True))
+    whole = accuracy_table(board).where(~accuracy_table(board, "partial").eq(True))  # without answers to another question
     for column, values in [*whole.items(), *means.items()]:
         if values.nunique() > 1:
             tops |= {(row, column) for row in values.index[values.round(4) == values.max().round(4)]}
@@ -416,7 +417,7 @@ def mean_cells(mean: Mapping, tops: Sequence[str] = ()) -> str:
         tds.append(f'<td class="mean{style}" data-v="{value:.4f}">{number(mean[column])}{"".join(f"<small>{text}</small>" for text in small)}</td>')
     return "".join(tds)
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #03733639
+# %% ../../nbs/64_comparison.scoreboard.ipynb #3bd5ea3f
 def html_row(
     board: Board,
     row: str,
@@ -430,7 +431,7 @@ def html_row(
     kind = KIND_NAMES.get(board.means.loc[row, "kind"], "")
     known = f"<small>{kind}</small>" if kind and kind != row.replace("_", " ") else ""
     tds = "".join(html_cell(cells.get((row, task)), verdicts.get((row, task), ""), (row, task) in tops) for task in board.tasks)
-    ship = ' class="ship" title="highest strict mean of the tuned rows"' if row == best_row(board) else ""
+    ship = ' class="ship" title="highest strict mean of the tuned rows, above all that needs no training"' if row == recommended(board) else ""
     means = mean_cells(board.means.loc[row], [column for column in RULES if (row, column) in tops])
     return f'<tr><th scope="row"{ship} data-v="{board.rows.index(row)}">{breakable(row)}{known}{mark}</th>{means}{tds}</tr>'
 
@@ -536,7 +537,7 @@ def paired_between(before: Board, after: Board) -> pd.DataFrame:  # row, task, n
     table = groups.groupby(["row", "task"], sort=False).agg(n=("size", "sum"), up=("up", "sum"), down=("down", "sum")).reset_index()
     return table.assign(p_value=mcnemar_p(table["up"].to_numpy(), table["down"].to_numpy()))[["row", "task", "n", "p_value"]]
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #820df411
+# %% ../../nbs/64_comparison.scoreboard.ipynb #232b2330
 def difference(
     before: Board,
     after: Board,
@@ -544,7 +545,7 @@ def difference(
     "What changed from `before` to `after`, cell by cell and mean by mean; Holm over the cells that both have."
     parts = []
     for name, board in (("before", before), ("after", after)):
-        cells = board.cells[["row", "task", "accuracy"]].rename(columns={"accuracy": name})
+        cells = board.current[["row", "task", "accuracy"]].rename(columns={"accuracy": name})
         means = board.means.reset_index()[["row", "strict"]].rename(columns={"strict": name}).assign(task=None)
         parts.append(pd.concat([cells, means.dropna(subset=name)]).astype({"task": object}))
     table = parts[0].merge(parts[1], on=["row", "task"], how="outer", indicator=True, sort=False)
@@ -596,7 +597,7 @@ class Scoreboard(Board):
         "The scoreboard of published accuracies (long or wide; without a path, the original's). Raises `InputError`."
         return cls(**read_published(Path(path)))
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #f3853cc4
+# %% ../../nbs/64_comparison.scoreboard.ipynb #bac20457
 def read_experiment(
     folder: Path,  # runs/<experiment>
     prepared: Path | None = None,  # prepared/<suite>, for near-duplicate groups, leaks and the tasks' order; None: beside runs/
@@ -608,9 +609,11 @@ def read_experiment(
     prepared = prepared or prepared_folder(folder, runs)
     described = described_tasks(prepared)
     samples, rest = of_headline_rules(experiment_samples(runs, prepared))
+    rest = rest[~rest["other_question"]]
     cells = with_published(cells_from(samples, rest, described), folder)
-    trained = [run for run in runs if kind_of(run) == "trained"]
-    choices = {run.name: choice for run in trained if (choice := validation_choice(run)) is not None}
+    samples = samples[~samples["other_question"]].reset_index(drop=True)  # such answers stand in their cells alone
+    trained, asked = [run for run in runs if kind_of(run) == "trained"], fingerprints_of(described)
+    choices = {run.name: choice for run in trained if (choice := validation_choice(run, asked)) is not None}
     stated = {model: f"{model}({choice.step})" for model, choice in choices.items() if choice.step is not None}
     if reference and reference not in set(cells["row"]):
         raise InputError(f"{folder}: no row is named '{reference}'; rows are {in_words(cells['row'].unique().tolist(), 12)}")

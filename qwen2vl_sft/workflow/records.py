@@ -97,7 +97,7 @@ def scored_lines(
                 lines.append({"run": run.name, "checkpoint": checkpoint, "task": task, "rule": rule, **figures, "outcomes": counts})
     return lines
 
-# %% ../../nbs/74_workflow.records.ipynb #e751b0a9
+# %% ../../nbs/74_workflow.records.ipynb #dfba2fe7
 def cell_record(
     one: dict[str, Any],  # a line of `Board.cells`
 ) -> dict[str, Any]:  # CELL, and open: how near open answers came; None for a closed task
@@ -114,9 +114,9 @@ CELL = ["accuracy", "low", "high", "n", "rule", "coverage", "macro_f1", "badges"
 def scoreboard_record(
     board: "Scoreboard",
     report: Path | None = None,  # report.html
-) -> dict[str, Any]:  # title, reference, best, tasks, rows, findings, report
+) -> dict[str, Any]:  # title, reference, best, recommended (None: no tuned row is above what needs no training), tasks, rows, findings, report
     "A scoreboard: for each row its means and, by task, its cell."
-    from qwen2vl_sft.comparison.board import best_row
+    from qwen2vl_sft.comparison.board import best_row, recommended
     from qwen2vl_sft.comparison.findings import findings
 
     means = plain(board.means.reset_index())
@@ -128,7 +128,7 @@ def scoreboard_record(
         for one in means
     ]
     said = [finding.text for finding in findings(board)]
-    return {"title": board.title, "reference": board.reference, "best": best_row(board), "tasks": board.tasks, "rows": rows, "findings": said, "report": str(report) if report else None}
+    return {"title": board.title, "reference": board.reference, "best": best_row(board), "recommended": recommended(board), "tasks": board.tasks, "rows": rows, "findings": said, "report": str(report) if report else None}
 
 # %% ../../nbs/74_workflow.records.ipynb #6a411879
 def export_record(
