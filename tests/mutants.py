@@ -615,8 +615,8 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         'comparison', 'a step without test predictions is chosen', 'qwen2vl_sft/comparison/samples.py',
-        ' and checkpoint in scored and table is not None',
-        ' and table is not None',
+        ' and checkpoint in scored and rule and',
+        ' and rule and',
         ('tests/test_comparison_scoreboard.py::test_a_step_that_is_best_on_validation_but_not_scored_on_test_is_not_chosen',),
     ),
     Mutation(

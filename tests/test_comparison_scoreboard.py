@@ -328,7 +328,7 @@ def test_a_sentence_on_reach_says_what_holm_costs_and_what_the_audit_says():
     samples = pd.DataFrame(lines)
     board = Scoreboard(cells_from(samples), samples)
     assert audited_difference(15) == 47.6 and set(against(board, best_row(board), "base")["alone"]) == {47.6}
-    assert "(after Holm over 6 cells; in a single test 47.6, as the audit says)" in topics(board)["no evidence"]
+    assert "four times in five, after Holm over 6 cells; 47.6 in a single test, as the audit says)" in topics(board)["no evidence"]
 
 
 def test_holm_runs_over_the_whole_table_in_sentences_and_plots_too(board):

@@ -224,12 +224,12 @@ def closed_findings(board: Board, row: str) -> list[Finding]:
     text = f"The headline compares free answers on both sides. By the closed rule, {row} has {number(own['beside'].mean())} instead of {number(own['accuracy'].mean())} on the {len(own)} tasks that have a label set."
     return [Finding("closed beside", text)]
 
-# %% ../../nbs/63_comparison.findings.ipynb #0ca4d8da
+# %% ../../nbs/63_comparison.findings.ipynb #e746a49a
 def reach_text(one) -> str:  # one: a line of `against`
     "What the task could have shown: at best, and in four test sets of five."
     often = f"; one of {number(one.detectable)} would be found four times in five" if one.detectable < 100 else "; none would be found four times in five"
-    alone = f"; in a single test {number(one.alone)}, as the audit says" if pd.notna(one.alone) else ""
-    return f"; a difference under {number(one.smallest_difference)} can't show here{often} (after Holm over {one.tests} cells{alone})"
+    alone = f"; {number(one.alone)} in a single test, as the audit says" if pd.notna(one.alone) else ""
+    return f"; a difference under {number(one.smallest_difference)} can't show here{often}, after Holm over {one.tests} cells{alone}"
 
 
 def paired_findings(board: Board, row: str, other: str) -> list[Finding]:
