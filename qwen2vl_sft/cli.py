@@ -260,7 +260,7 @@ def calibrate(
         table = calibrate_experiment(folder, wanted=Wanted(precision, recall), names=task)
     print_json(plain(table)) if as_json else print(table.to_string(index=False, float_format="{:.3f}".format, na_rep=""))
 
-# %% ../nbs/90_cli.ipynb #751c9489
+# %% ../nbs/90_cli.ipynb #d2947cc2
 @_command()
 def label(
     checkpoint: Annotated[str, typer.Argument(help="Such as demo/mix/step-337, its folder, or an exported folder.", autocompletion=completion.checkpoints)],
@@ -273,17 +273,19 @@ def label(
     batch: Annotated[int, typer.Option(help="Images in one forward pass.")] = 32,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer to an open task, in tokens.", show_default="as in the recipe")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    replace: Annotated[bool, typer.Option("--replace", help="Replace labels of another checkpoint in the file.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Label new images with a checkpoint. Images that are labelled already are skipped; one that can't be read gets a row with the reason.
+    """Label new images with a checkpoint. Images that are labelled already are skipped; one that can't be read gets a row with the reason. A file that no labelling wrote is never replaced.
 
     Example: qwen2vl-sft label demo/mix/step-337 photos --task face --out faces.csv
     """
-    from qwen2vl_sft.scoring.labeler import label_to_file, load_labeler
+    from qwen2vl_sft.scoring.labeler import check_labelling, find_checkpoint, label_to_file, load_labeler
 
+    check_labelling(find_checkpoint(checkpoint).name, source, out, column, replace)
     with said_aside(as_json):
         labeler = load_labeler(checkpoint, task, suite and workbench_file(_here(suite)), threshold, batch, device, max_new_tokens)
-        table = label_to_file(labeler, source, out, column)
+        table = label_to_file(labeler, source, out, column, replace=replace)
     counts = table.groupby(["task", "label"], dropna=False, sort=False).size().rename("images").reset_index()
     if as_json:
         print_json({"file": str(Path(out).resolve()), "labels": plain(counts)})  # label null: the image can't be read

@@ -32,7 +32,7 @@ from qwen2vl_sft.model.load import add_adapters, load_adapter, load_base
 from qwen2vl_sft.rundir import RunDir
 from qwen2vl_sft.scoring.calibration import Wanted, calibrate_run, calibration_path
 from qwen2vl_sft.scoring.experiment import score_run, score_untuned
-from qwen2vl_sft.scoring.labeler import Checkpoint, decision_for
+from qwen2vl_sft.scoring.labeler import Checkpoint, Labeler, decision_for
 from qwen2vl_sft.tasks import load_suite
 from qwen2vl_sft.training.checkpoints import save_model
 from qwen2vl_sft.training.export import export_run
@@ -137,7 +137,7 @@ def test_calibration_goes_along_and_the_labeler_finds_it(trained, tmp_path):
     stored = json.loads(calibration_path(trained, "step-40", "colour").read_text())
     assert json.loads((out / "calibration" / "colour.json").read_text()) == stored and not (out / "calibration" / "word.json").exists()
     task = load_suite(trained.path.parents[2] / "toy" / "toy.yaml").task("colour")
-    decision = decision_for(Checkpoint(out), task)
+    decision = decision_for(Checkpoint(out), task, weights=stored["weights"])
     assert (decision.temperature, decision.threshold) == (stored["temperature"], stored["operating_point"]["threshold"])
     assert f"| colour | {decision.temperature:.3f} | recall 0.5 | {decision.threshold:.3f} |" in (out / "README.md").read_text()
 
@@ -208,7 +208,7 @@ def test_what_exported_weights_gave_belongs_to_their_bytes_and_not_to_their_plac
         return {str(path): path.stat().st_mtime_ns for path in run.path.glob("predictions/*/*/part-*")}
 
     def labelled(place: str, task: str) -> tuple[int, int, list[str]]:
-        done = main(["label", str(tmp_path / place), str(toy / "test.csv"), "--suite", str(toy / "toy.yaml"), "--task", task, "--max-new-tokens", "1", "--out", str(tmp_path / "labels.csv")])
+        done = main(["label", str(tmp_path / place), str(toy / "test.csv"), "--suite", str(toy / "toy.yaml"), "--task", task, "--max-new-tokens", "1", "--replace", "--out", str(tmp_path / "labels.csv")])
         parts = list((tmp_path / "labels.csv.parts").glob("part-*.parquet"))
         return done, len(parts), pd.read_csv(tmp_path / "labels.csv")["reason"].unique().tolist() if parts else []
 
@@ -301,3 +301,25 @@ def test_an_adapter_of_llama_factory_lands_and_acts(tmp_path, older):
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=IDS).logits, tuned(input_ids=IDS).logits)
         assert not torch.equal(loaded(input_ids=IDS).logits, load_base(CPU)(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
+def test_an_exported_folder_labels_as_the_checkpoint_in_its_run_does(trained, tmp_path, merge):
+    "It knows its base model, its tasks and its calibration; the suite file isn't asked for."
+    out = export_run(trained, 40, merge, tmp_path / "out")
+    rows = prepare(load_suite(trained.path.parents[2] / "toy" / "toy.yaml")).split("colour", "test")
+    pictures = [rows.image(i) for i in range(4)]
+    exported, original = (Labeler.load(folder, device="cpu") for folder in (out, trained.path / "checkpoints" / "step-40"))
+    assert [task.fingerprint for task in exported.tasks] == [task.fingerprint for task in original.tasks]
+    assert exported.decisions == original.decisions and exported.max_new_tokens == original.max_new_tokens
+    assert not any(task.sources for task in exported.tasks)  # places of the training data stay at home
+    ours, theirs = (one.label(pictures) for one in (exported, original))
+    if not merge:
+        assert ours.label.tolist() == theirs.label.tolist() and ours.probability.tolist() == pytest.approx(theirs.probability.tolist(), nan_ok=True, abs=1e-5)
+    (out / "suite.yaml").unlink()
+    with pytest.raises(InputError, match="--suite"):
+        Labeler.load(out, device="cpu")
+    if not merge:
+        (out / "export.json").write_text(json.dumps({"kind": "adapter", "made": "before"}))
+        with pytest.raises(InputError, match="export the checkpoint again"):
+            Labeler.load(out, suite=trained.path.parents[2] / "toy" / "toy.yaml", device="cpu")

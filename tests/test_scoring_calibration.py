@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import log_loss
+from statsmodels.stats.proportion import proportion_confint
 
 from qwen2vl_sft.core import InputError
 from qwen2vl_sft.rundir import RunDir
@@ -18,10 +19,14 @@ from qwen2vl_sft.scoring.calibration import (
     calibrate_run,
     calibration_figures,
     calibration_for,
+    calibration_notes,
     calibration_path,
+    calibration_table,
     fit_temperature,
+    operating_point,
     read_calibration,
     reliability,
+    rows_needed,
     threshold_for,
 )
 from qwen2vl_sft.tasks import Task
@@ -182,3 +187,25 @@ def test_a_confidence_beyond_six_decimals_counts():
     sure = pd.DataFrame({"id": range(40), "target": ["yes"] * 36 + ["no"] * 4, "probabilities": [json.dumps({"yes": 1 - 1e-12, "no": 1e-12})] * 40})
     temperature = calibrate_predictions(FACE, sure)["temperature"]
     assert temperature == pytest.approx(np.log((1 - 1e-12) / 1e-12) / np.log(0.9 / 0.1), rel=1e-3)  # where 90 % are right, 0.9 is what to state
+
+
+def test_too_few_rows_for_a_wanted_precision_are_said():
+    "Four flagged rows, all right, show a precision of 0.95 as little as one of 0.6."
+    rows = {}
+    for count in (5, 400):
+        split = Probabilities(FACE.labels, np.array([[0.9, 0.1]] * (count - 1) + [[0.2, 0.8]]), np.array([0] * (count - 1) + [1]))
+        point = operating_point(FACE.positive, split, None, Wanted(precision=0.95))
+        rows[count] = {"run": "run", "checkpoint": "step-4", "task": "face", "temperature": 1.0, "note": "", "operating_point": point}
+    assert rows[5]["operating_point"]["needed"] == 20 and rows[5]["operating_point"]["validation"]["flagged"] == 4
+    low = proportion_confint(4, 4, method="wilson")[0]
+    assert calibration_notes([rows[5]]) == [f"run/step-4, task 'face': too few validation rows for a precision of 0.95: it was seen on 4 flagged ones, at least 20 are needed to tell 0.95 from 1; it may be anything from {low:.3f} to 1.000"]
+    assert calibration_notes([rows[400]]) == [] and rows_needed(Wanted(recall=0.9)) == 10 and rows_needed(Wanted(precision=1.0)) is None
+    (line,) = calibration_notes([{**rows[400], "note": "every validation answer is right, so no temperature follows from them"}])
+    assert line == "run/step-4, task 'face': the temperature stays 1: every validation answer is right, so no temperature follows from them"
+
+
+def test_the_table_states_both_numbers_of_rows_and_the_interval():
+    content = calibrate_predictions(FACE, drawn(FACE, 150, 0), drawn(FACE, 90, 1), Wanted(precision=0.8))
+    table = calibration_table([{"run": "r", "checkpoint": "c", **content}])
+    low, high = content["operating_point"]["test"]["precision_interval"]
+    assert table[["n_validation", "n_test"]].iloc[0].tolist() == [150, 90] and table["interval_test"].iloc[0] == f"{low:.3f} to {high:.3f}"

@@ -124,7 +124,7 @@ def test_calibration_and_threshold_apply(home):
 @pytest.mark.slow
 def test_the_commands_calibrate_and_label(home, tmp_path, capsys):
     assert cli.main(["calibrate", "toy", "--task", "colour", "--recall", "0.9"]) == 0
-    shown = capsys.readouterr().out.splitlines()
+    shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("[")]  # lines with a time are notes
     assert shown[0].split()[:4] == ["run", "checkpoint", "task", "temperature"] and [line.split()[:3] for line in shown[1:]] == [["base", "base", "colour"], ["lora", "step-4", "colour"]]
     for number in range(3):
         shutil.copy(home / "toy" / "pictures" / f"test-{number}.png", tmp_path / f"{number}.png")
@@ -302,3 +302,46 @@ def test_an_exported_calibration_belongs_to_its_weights_and_its_positive_label(t
             continue
         with pytest.raises(InputError, match=message):
             room.decision_for(room.Checkpoint(tmp_path), task, weights="w")
+
+
+# --- what is refused before any weights are loaded ---------------------------------------------------------
+
+def test_only_an_earlier_labelling_is_replaced(tmp_path):
+    "Not a file of somebody's, not an edited one, not another checkpoint's labels unless that is said."
+    Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
+    out = tmp_path / "gold.csv"
+    out.write_text("image,label\none.png,cat\n")
+    with pytest.raises(InputError, match=r"gold.csv is there already and no labelling wrote it .* name another --out"):
+        room.check_labelling("a/b/step-10", tmp_path / "one.png", out)
+    room.note_written(room.parts_of(out), "a/b/step-10", out.read_bytes())
+    room.check_labelling("a/b/step-10", tmp_path / "one.png", out)
+    with pytest.raises(InputError, match=r"holds labels of a/b/step-10, and these would be of a/b/step-20; .* --replace"):
+        room.check_labelling("a/b/step-20", tmp_path / "one.png", out)
+    room.check_labelling("a/b/step-20", tmp_path / "one.png", out, replace=True)
+    room.note_written(room.parts_of(out), "a/b/step-10", b"labels that a kill kept from being written")
+    room.check_labelling("a/b/step-10", tmp_path / "one.png", out)
+    out.write_text("image,label\none.png,dog\n")
+    with pytest.raises(InputError, match="has been changed since it was labelled"):
+        room.check_labelling("a/b/step-10", tmp_path / "one.png", out, replace=True)
+
+
+def test_labels_of_a_version_without_notes_are_known_by_their_parts(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
+    out = tmp_path / "labels.csv"
+    out.write_text("labels")
+    room.parts_of(out).mkdir()
+    room.write_part(room.parts_of(out), [{"image": "one.png", "task": "t", "label": "x", "checkpoint": "a/b/step-10", "follows_from": "f", "stamp": "s"}])
+    room.check_labelling("a/b/step-10", tmp_path / "one.png", out)
+    with pytest.raises(InputError, match="holds labels of a/b/step-10"):
+        room.check_labelling("a/b/step-20", tmp_path / "one.png", out)
+
+
+def test_a_wrong_path_is_refused_with_a_suggestion_before_weights_load(home, tmp_path, monkeypatch, capsys):
+    (tmp_path / "new").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "new" / "one.png")
+    monkeypatch.setattr(room, "load_labeler", lambda *_, **__: pytest.fail("weights were loaded"))
+    assert cli.main(["label", CHECKPOINT, str(tmp_path / "nwe"), "--out", str(tmp_path / "labels.csv")]) == 2
+    assert "no such file or folder. Did you mean 'new'?" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "gold.csv").write_text("mine")
+    assert cli.main(["label", CHECKPOINT, str(tmp_path / "new"), "--out", str(tmp_path / "gold.csv")]) == 2
+    assert (tmp_path / "gold.csv").read_text() == "mine"

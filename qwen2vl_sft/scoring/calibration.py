@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['SMALLEST', 'BINS', 'Probabilities', 'probabilities_of', 'LogProbabilities', 'fit_temperature', 'scaled_probabilities',
            'scaled', 'reliability', 'calibration_figures', 'Wanted', 'threshold_for', 'achieved', 'judged_by',
-           'operating_point', 'calibrate_predictions', 'calibration_path', 'read_calibration', 'calibration_for',
-           'scored_again', 'calibrate_run', 'predicted_with', 'calibrate_experiment', 'calibration_table']
+           'rows_needed', 'operating_point', 'calibrate_predictions', 'calibration_path', 'read_calibration',
+           'calibration_for', 'scored_again', 'calibrate_run', 'predicted_with', 'calibrate_experiment',
+           'calibration_table', 'interval_text', 'calibration_notes']
 
-# %% ../../nbs/48_scoring.calibration.ipynb #60c7a084
+# %% ../../nbs/48_scoring.calibration.ipynb #d2cb2055
 import json
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from sklearn.calibration import CalibratedClassifierCV, calibration_curve
 from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import brier_score_loss, log_loss, precision_recall_curve, precision_score, recall_score
 
-from ..core import InputError, fingerprint, write_atomically
+from ..core import InputError, fingerprint, say, write_atomically
 from ..rundir import RunDir
 from .metrics import parsed_label
 from ..tasks import Task, load_suite
@@ -178,23 +180,23 @@ def threshold_for(
     below = score[score < thresholds[best]]
     return float((thresholds[best] + below.max()) / 2) if len(below) else 0.0
 
-# %% ../../nbs/48_scoring.calibration.ipynb #4dc11778
+# %% ../../nbs/48_scoring.calibration.ipynb #5caacc7f
 def achieved(
     hit: np.ndarray,
     score: np.ndarray,
     threshold: float,
-) -> dict[str, Any]:  # n, flagged, precision, recall, each with a 95 % interval; None where undefined
+) -> dict[str, Any]:  # n, flagged, true, precision, recall, the last two each with a 95 % interval; None where undefined
     "Precision and recall at a threshold, with Wilson intervals (statsmodels)."
     from statsmodels.stats.proportion import proportion_confint
 
     flagged = score >= threshold
-    figures: dict[str, Any] = {"n": len(hit), "flagged": int(flagged.sum())}
+    figures: dict[str, Any] = {"n": len(hit), "flagged": int(flagged.sum()), "true": int(hit.sum())}
     for name, function, total in (("precision", precision_score, flagged.sum()), ("recall", recall_score, hit.sum())):
         figures[name] = float(function(hit, flagged)) if total else None
         figures[f"{name}_interval"] = [float(end) for end in proportion_confint((hit & flagged).sum(), total, method="wilson")] if total else None
     return figures
 
-# %% ../../nbs/48_scoring.calibration.ipynb #286fa1ea
+# %% ../../nbs/48_scoring.calibration.ipynb #544956fe
 def judged_by(
     split: Probabilities,
     positive: str | None,  # the task's
@@ -206,6 +208,14 @@ def judged_by(
     return split.truth == place, split.values[:, place]
 
 
+def rows_needed(
+    wanted: Wanted,
+) -> int | None:  # None: no number is enough
+    "Of how many flagged samples (for a precision) or true ones (for a recall) the wanted share can be told from all of them: of fewer, one mistake is more than is allowed."
+    value = wanted.precision or wanted.recall
+    return None if value == 1 else math.ceil(1 / (1 - value) - 1e-9)
+
+
 def operating_point(
     positive: str | None,
     validation: Probabilities,  # calibrated
@@ -215,7 +225,7 @@ def operating_point(
     "A threshold chosen on validation, and what it achieves there and on the test set."
     hit, score = judged_by(validation, positive)
     threshold = threshold_for(hit, score, wanted)
-    found = {"positive": positive, "wanted": {name: value for name, value in vars(wanted).items() if value is not None}, "threshold": threshold, "reached": threshold is not None}
+    found = {"positive": positive, "wanted": {name: value for name, value in vars(wanted).items() if value is not None}, "threshold": threshold, "reached": threshold is not None, "needed": rows_needed(wanted)}
     if threshold is not None:
         found["validation"] = achieved(hit, score, threshold)
         found["test"] = achieved(*judged_by(test, positive), threshold) if test is not None else None
@@ -323,7 +333,7 @@ def predicted_with(run: RunDir, checkpoint: str, task: Task) -> str:
             raise InputError(f"task '{task.name}': {name} was scored on test and on validation with different weights; {again}")
     return noted["validation"]["weights"]
 
-# %% ../../nbs/48_scoring.calibration.ipynb #5058d7af
+# %% ../../nbs/48_scoring.calibration.ipynb #e0771523
 def calibrate_experiment(
     experiment: Path,  # runs/<experiment>
     names: list[str] | None = None,  # tasks; None: all closed ones
@@ -342,9 +352,11 @@ def calibrate_experiment(
     written = [content for run in runs for content in calibrate_run(run, tasks, wanted)]
     if not written:
         raise InputError(f"{experiment}: no closed predictions on validation; run `qwen2vl-sft score {Path(experiment).name} --split validation` first")
+    for line in calibration_notes(written):
+        say(line)
     return calibration_table(written)
 
-# %% ../../nbs/48_scoring.calibration.ipynb #dd98d71a
+# %% ../../nbs/48_scoring.calibration.ipynb #5410159b
 def calibration_table(written: list[dict[str, Any]]) -> pd.DataFrame:
     "Temperatures, errors before and after on the test set (validation where there is none), and operating points."
     lines = []
@@ -352,8 +364,38 @@ def calibration_table(written: list[dict[str, Any]]) -> pd.DataFrame:
         split = "test" if "test" in content["figures"] else "validation"
         before, after = (content["figures"][split][when] for when in ("before", "after"))
         line = {name: content[name] for name in ("run", "checkpoint", "task", "temperature")}
-        line |= {"on": split, "n": after["n"], "ece_before": before["ece"], "ece": after["ece"], "brier_before": before["brier"], "brier": after["brier"]}
+        line |= {f"n_{where}": content["figures"][where]["after"]["n"] if where in content["figures"] else 0 for where in ("validation", "test")}
+        line |= {"on": split, "ece_before": before["ece"], "ece": after["ece"], "brier_before": before["brier"], "brier": after["brier"]}
         point = content["operating_point"] or {}
         line |= {"threshold": point.get("threshold"), **{f"{name}_{where}": (point.get(where) or {}).get(name) for where in ("validation", "test") for name in ("precision", "recall")}}
+        line |= {f"interval_{where}": interval_text(point, where) for where in ("validation", "test")}
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def interval_text(
+    point: dict[str, Any],  # an operating point; empty: none
+    where: str,  # "validation" or "test"
+) -> str:  # such as "0.510 to 1.000"
+    "Wilson's 95 % interval of what was wanted."
+    interval = (point.get(where) or {}).get(f"{next(iter(point.get('wanted', {})), '')}_interval")
+    return f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
+
+# %% ../../nbs/48_scoring.calibration.ipynb #ba90a1ad
+def calibration_notes(written: list[dict[str, Any]]) -> list[str]:
+    "A line for each temperature that couldn't be fitted, and for each threshold that too few validation rows support."
+    lines = []
+    for content in written:
+        head, point = f"{content['run']}/{content['checkpoint']}, task '{content['task']}'", content["operating_point"] or {}
+        if content["note"]:
+            lines.append(f"{head}: the temperature stays {content['temperature']:g}: {content['note']}")
+        for name, value in point.get("wanted", {}).items():
+            if not point["reached"]:
+                lines.append(f"{head}: no threshold reaches a {name} of {value:g} on validation")
+                continue
+            found, needed = point["validation"], point["needed"]
+            seen = found["flagged"] if name == "precision" else found["true"]
+            if needed is None or seen < needed:
+                enough = f"at least {needed} are needed to tell {value:g} from 1" if needed else "no number of rows shows a share of 1"
+                lines.append(f"{head}: too few validation rows for a {name} of {value:g}: it was seen on {seen} {'flagged' if name == 'precision' else 'true'} ones, {enough}; it may be anything from {interval_text(point, 'validation')}")
+    return lines

@@ -6,9 +6,9 @@
 __all__ = ['Group', 'groups_of', 'Loaded', 'load_group', 'passes', 'Parts', 'Work', 'work_for', 'say_what_changed', 'drop_stale',
            'say_what_is_cut', 'score_places', 'score_candidate', 'score_fitting', 'one_pass', 'first_parts',
            'test_models', 'tested_by', 'output_bytes', 'open_caches', 'score_candidates', 'candidates_of',
-           'candidate_at', 'untuned_candidate', 'checked_encoder', 'read_config', 'score_run', 'score_untuned',
-           'trained_runs', 'untuned_settings', 'shared_data', 'rules_table', 'report_rules', 'progress_of',
-           'with_longest_answer', 'score_experiment']
+           'candidate_at', 'base_hash', 'untuned_candidate', 'checked_encoder', 'read_config', 'score_run',
+           'score_untuned', 'trained_runs', 'untuned_settings', 'shared_data', 'rules_table', 'report_rules',
+           'progress_of', 'with_longest_answer', 'score_experiment']
 
 # %% ../../nbs/45_scoring.experiment.ipynb #bbb760b0
 import time
@@ -24,8 +24,8 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-# %% ../../nbs/45_scoring.experiment.ipynb #64111b80
-from ..config import ModelConfig, PreprocessingConfig, RunConfig, ScoringConfig, check_same_base, read_yaml, same_test_set, validated
+# %% ../../nbs/45_scoring.experiment.ipynb #19cc1faf
+from ..config import MethodConfig, ModelConfig, PreprocessingConfig, RunConfig, ScoringConfig, check_same_base, read_yaml, same_test_set, validated
 from ..core import InputError, RunFailure, pick_device, process_count, process_rank, project_root, say, write_atomically
 from ..data.pixels import PixelCache
 from ..data.prepare import Prepared, prepare
@@ -486,7 +486,7 @@ def score_candidates(
     report(work.answers, work.answers)
     say(f"{sum(gathered(work.done))} answers in {time.monotonic() - started:.0f} s")
 
-# %% ../../nbs/45_scoring.experiment.ipynb #f2f3ec8a
+# %% ../../nbs/45_scoring.experiment.ipynb #41b3501a
 def candidates_of(
     run: RunDir,
     config: RunConfig,
@@ -502,10 +502,18 @@ def candidate_at(
     folder: Path,
 ) -> Candidate:
     "The checkpoint in a folder."
-    base = "" if config.method.name == "full" else weights_hash(base_location(config.model.base), config.model.revision)
-    if config.method.name == "qlora":
-        base = f"{base} {config.method.quantisation} {config.method.double_quantisation}"
-    return Candidate(run, folder.name, folder, weights_hash(folder), base, config.model, config.method)
+    return Candidate(run, folder.name, folder, weights_hash(folder), base_hash(config.model, config.method), config.model, config.method)
+
+
+def base_hash(
+    model: ModelConfig,
+    method: MethodConfig,
+) -> str:  # "" where the checkpoint has all weights
+    "A hash of the base model under an adapter, and how it is quantised."
+    if method.name == "full":
+        return ""
+    base = weights_hash(base_location(model.base), model.revision)
+    return f"{base} {method.quantisation} {method.double_quantisation}" if method.name == "qlora" else base
 
 
 def untuned_candidate(

@@ -319,7 +319,7 @@ def export_adapter(
         (staging / "adapter_config.json").write_text(json.dumps(settings, indent=2))
         save_beside(staging)
 
-# %% ../../nbs/59_training.export.ipynb #60dd1683
+# %% ../../nbs/59_training.export.ipynb #58d796cb
 def export_run(
     run: RunDir,
     step: int,
@@ -336,13 +336,15 @@ def export_run(
     check_contract(encoder, stored_contract(folder), f"{run.name}/{folder.name}")
 
     def save_beside(staging: Path) -> None:
-        "What stands beside the weights: tokenizer, image processor, contract, calibration, report and model card."
+        "What stands beside the weights: tokenizer, image processor, contract, calibration, the tasks to ask (without their data's places), report and model card."
         encoder.tokenizer.save_pretrained(staging)
         load_image_processor(location, config.preprocessing, config.model.revision).save_pretrained(staging)
         shutil.copy(folder / "preprocessing.json", staging)
         write_calibrations(run, folder.name, prepared, staging)
+        tasks = [task.model_dump(mode="json", exclude={"sources"}, exclude_defaults=True) for task in prepared.suite.tasks]
+        (staging / "suite.yaml").write_text(yaml.safe_dump({"name": prepared.suite.name, "tasks": tasks}, sort_keys=False, allow_unicode=True), encoding="utf-8")
         path = staging / "export.json"
-        report = {"kind": "adapter" if is_adapter else "whole weights", "made": "the adapter as trained", **(json.loads(path.read_text()) if path.exists() else {})}
+        report = {"kind": "adapter" if is_adapter else "whole weights", "made": "the adapter as trained", "method": config.method.model_dump(mode="json"), "max_new_tokens": config.scoring.max_new_tokens, **(json.loads(path.read_text()) if path.exists() else {})}
         path.write_text(json.dumps(report, indent=1))
         (staging / "README.md").write_text(model_card(run, folder.name, config, prepared, encoder, report), encoding="utf-8")
 
