@@ -30,7 +30,7 @@ from qwen2vl_sft.core import ASSETS, InputError, RunFailure, sha256_of, sole_use
 from qwen2vl_sft.data import audit
 from qwen2vl_sft.data import prepare as module
 from qwen2vl_sft.data.audit import Audit, Checked, Limits, Records
-from qwen2vl_sft.data.prepare import FRACTIONS, SCHEMA, Prepared, Rows, divide, draw_folds, load_split, parts_to_draw, prepare
+from qwen2vl_sft.data.prepare import FRACTIONS, SCHEMA, Elsewhere, Prepared, Rows, divide, draw_folds, load_split, parts_to_draw, prepare
 from qwen2vl_sft.tasks import SPLITS, Suite, Task, load_suite
 
 
@@ -152,7 +152,53 @@ def test_remarks_on_what_the_data_cannot_support(tmp_path):
     audit = prepare(suite, tmp_path / "out", fractions={"train": 1.0, "validation": 0.0, "test": 0.0}).audit
     assert audit["tasks"]["t"]["remarks"][1:] == [
         "no rows in validation", "no rows in train with the label b", "answering 'a' always scores 95 on test",
-        "200 test pictures are in train of u, with its question"]
+        "200 test pictures are in train of u too, asked another question there (the same file; the report also counts near duplicates)"]
+
+
+@settings(max_examples=60, deadline=None)
+@hypothesis.given(st.integers(1, 120), st.integers(1, 4), st.integers(0, 2**32 - 1), st.sampled_from([FRACTIONS, {"train": 0.5, "validation": 0.2, "test": 0.3}, {"train": 0.9, "validation": 0.1}]))
+def test_tasks_over_the_same_pictures_agree_as_far_as_their_labels_allow(count, labels, seed, parts):
+    "Per label as many rows in each split as without the other task, and no more pictures shared by test and train than these numbers force."
+    rng = np.random.default_rng(seed)
+    hashes = [sha256_of(b"%d" % number) for number in rng.integers(0, 2**40, count)]
+    label = rng.integers(0, labels, count)
+    records = lambda name, of: [Checked(name, "all", str(i), "", label=str(of[i]), group=hashes[i], sha256=hashes[i]) for i in range(count)]
+    first, alone, second = records("a", rng.integers(0, 3, count)), records("b", label), records("b", label)
+    divide(first, FRACTIONS, {})
+    divide(alone, parts, {})
+    elsewhere = Elsewhere()
+    elsewhere.add_records(first)
+    divide(second, parts, {}, elsewhere=elsewhere)
+    of_first = {record.sha256: record.split for record in first}
+    forced = Counter()
+    for one in set(label.tolist()):
+        mine = [record for record in second if record.label == str(one)]
+        had, gets = Counter(of_first[record.sha256] for record in mine), Counter(record.split for record in alone if record.label == str(one))
+        assert Counter(record.split for record in mine) == gets
+        forced["test"] += max(0, had["train"] - gets["train"] - gets["validation"])
+        forced["train"] += max(0, gets["train"] - had["train"] - had["validation"])
+    pairs = Counter((of_first[record.sha256], record.split) for record in second)
+    assert pairs["train", "test"] == forced["test"] and pairs["test", "train"] == forced["train"]
+
+
+def test_two_questions_about_the_same_pictures_share_no_test_and_train(tmp_path):
+    rows = [("ab"[i % 2], i) for i in range(60)]
+    write_table(tmp_path, "one.csv", rows)
+    write_table(tmp_path, "two.csv", [("ab"[i % 3 > 0], i) for _, i in rows[:50]])
+    write_table(tmp_path, "tests.csv", [("a", i) for i in range(60, 63)])
+    suite = suite_of(tmp_path, all="one.csv")
+    task = lambda name, **sources: suite.tasks[0].model_copy(update={"name": name, "sources": {split: {"format": "csv", "path": path} for split, path in sources.items()}})
+    suite.tasks.append(task("u", all="two.csv"))
+    prepared = prepare(suite, tmp_path / "out", workers=0)
+    shas = {name: {split: set(prepared.split(name, split).column("sha256")) for split in SPLITS} for name in ("t", "u")}
+    assert not shas["t"]["test"] & shas["u"]["train"] and not shas["u"]["test"] & shas["t"]["train"]
+    assert shas["t"]["test"] & shas["u"]["test"]
+    assert not any("asked another question" in remark for name in ("t", "u") for remark in prepared.audit["tasks"][name]["remarks"])
+    suite.tasks = [task("v", all="one.csv", test="tests.csv"), *suite.tasks]  # new, and first: it follows what is there
+    again = prepare(suite, tmp_path / "out", workers=0)
+    for name in ("t", "u"):
+        assert {split: set(again.split(name, split).column("sha256")) for split in SPLITS} == shas[name]
+    assert not set(again.split("v", "train").column("sha256")) & shas["t"]["test"]
 
 
 def test_validation_is_drawn_from_train_and_said(tmp_path):

@@ -751,7 +751,7 @@ def task_remarks(task: Task, records: Iterable[Checked]) -> list[str]:
         remarks.append(f"test has {len(tested)} independent sources: a score is known to ±{margin:.0f} points")
     return remarks
 
-# %% ../../nbs/22_data.audit.ipynb #a509fc78
+# %% ../../nbs/22_data.audit.ipynb #5d939342
 def shared_between_tasks(records: Sequence[Checked]) -> dict[str, list[str]]:
     "Task -> remarks on test pictures (equal sha256) that another task trains on, with another question."
     tasks = dict.fromkeys(record.task for record in records)
@@ -766,7 +766,7 @@ def shared_between_tasks(records: Sequence[Checked]) -> dict[str, list[str]]:
         tested = rows["sha256"][rows["split"] == hash("test")]
         found = {other: np.flatnonzero(np.isin(tested, trained[other])) for other in tasks if other != task}
         for other, rows in sorted(((other, rows) for other, rows in found.items() if len(rows)), key=lambda each: each[1][0]):
-            remarks[task].append(f"{len(rows)} test pictures are in train of {other}, with its question")
+            remarks[task].append(f"{len(rows):,} test picture{'s are' if len(rows) > 1 else ' is'} in train of {other} too, asked another question there (the same file; the report also counts near duplicates)")
     return dict(remarks)
 
 # %% ../../nbs/22_data.audit.ipynb #f411b4fb

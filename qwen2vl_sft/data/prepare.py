@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'FEATURES', 'SCHEMA', 'GROUP_ROWS', 'GROUP_BYTES', 'SHARD_BYTES', 'LEAVES', 'STORAGE', 'CHUNK_ROWS',
-           'CHUNK_BYTES', 'CHUNK', 'ROWS_BEFORE_WORKERS', 'FRACTIONS', 'PAGE', 'FORMAT', 'TABLE_ROWS', 'ASSIGNED',
-           'FORMER', 'stored_row', 'ShardWriter', 'close_shard', 'chunks_of', 'write_chunk', 'records_of', 'images_of',
-           'end_with_parent', 'Workers', 'start', 'stop', 'read_split', 'read_task', 'check_fractions', 'parts_to_draw',
-           'units_of', 'Units', 'divided', 'joining_rows', 'quarantine_joining', 'Some', 'divide', 'keep_place',
-           'draw_folds', 'settle_splits', 'rows_of_split', 'write_task', 'Progress', 'finish_task', 'finished_task',
-           'prepare_task', 'content_of', 'is_current', 'folds_of', 'Places', 'previous_places', 'table_of',
-           'assignment', 'former_places', 'write_tables', 'join_audits', 'prepare', 'write_suite', 'Rows', 'select',
-           'read_group', 'image', 'without_images', 'Prepared', 'counts', 'quarantine', 'set_forecast', 'fold',
-           'is_drawn', 'holding_out', 'stream', 'prepared_html', 'pictures_html', 'load_split']
+           'CHUNK_BYTES', 'CHUNK', 'ROWS_BEFORE_WORKERS', 'FRACTIONS', 'RANKS', 'PAGE', 'FORMAT', 'TABLE_ROWS',
+           'ASSIGNED', 'FORMER', 'stored_row', 'ShardWriter', 'close_shard', 'chunks_of', 'write_chunk', 'records_of',
+           'images_of', 'end_with_parent', 'Workers', 'start', 'stop', 'read_split', 'read_task', 'check_fractions',
+           'parts_to_draw', 'units_of', 'Units', 'divided', 'joining_rows', 'quarantine_joining', 'Some', 'Elsewhere',
+           'dealt', 'agreeing', 'divide', 'wanted_split', 'keep_place', 'draw_folds', 'settle_splits', 'rows_of_split',
+           'write_task', 'Progress', 'finish_task', 'finished_task', 'prepare_task', 'prepare_tasks', 'content_of',
+           'is_current', 'folds_of', 'Places', 'previous_places', 'table_of', 'assignment', 'former_places',
+           'write_tables', 'join_audits', 'prepare', 'write_suite', 'Rows', 'select', 'read_group', 'image',
+           'without_images', 'Prepared', 'counts', 'quarantine', 'set_forecast', 'fold', 'is_drawn', 'holding_out',
+           'stream', 'prepared_html', 'pictures_html', 'load_split']
 
 # %% ../../nbs/23_data.prepare.ipynb #c01d16bc
 import errno
@@ -378,13 +379,72 @@ class Some(Sequence):
     def __getitem__(self, index: int) -> Checked:
         return self.records[int(self.rows[index])]
 
-# %% ../../nbs/23_data.prepare.ipynb #eb96d76b
+# %% ../../nbs/23_data.prepare.ipynb #fbaad8cc
+class Elsewhere:
+    "In which split other tasks have a picture, in 9 bytes a picture; of several tasks the first that is added counts."
+
+    def __init__(self):
+        self.pictures, self.splits = np.empty(0, np.int64), np.empty(0, np.int8)  # hashes of sha256, sorted; numbers in SPLITS
+
+    def add(self, pictures: np.ndarray, splits: np.ndarray) -> None:
+        pictures, splits = np.concatenate([self.pictures, pictures]), np.concatenate([self.splits, splits])
+        self.pictures, first = np.unique(pictures, return_index=True)
+        self.splits = splits[first]
+
+    def add_records(self, records: Sequence[Checked]) -> None:
+        "The kept rows of a task that has its splits."
+        columns = columns_of(records, kept=is_kept, sha256=lambda record: record.sha256, split=lambda record: record.split)
+        columns = columns[columns["kept"] == 1]
+        for number, split in enumerate(SPLITS):
+            mine = columns["sha256"][columns["split"] == hash(split)]
+            self.add(mine, np.full(len(mine), number, np.int8))
+
+    def splits_of(self, records: Sequence[Checked]) -> np.ndarray:
+        "The number in SPLITS, or -1, for each row's picture."
+        if not len(self.pictures):
+            return np.full(len(records), -1, np.int8)
+        wanted = columns_of(records, sha256=lambda record: record.sha256)["sha256"]
+        at = np.minimum(np.searchsorted(self.pictures, wanted), len(self.pictures) - 1)
+        return np.where(self.pictures[at] == wanted, self.splits[at], -1)
+
+# %% ../../nbs/23_data.prepare.ipynb #eec7bc83
+RANKS = {"train": ("train", None, "validation", "test"), "test": ("test", None, "validation", "train")}
+
+
+def dealt(sizes: list[int], parts: dict[str, float], placed: Counter, total: int) -> list[str]:
+    "The split of each unit, in this order: the one that is furthest below its share of `total` rows. Adds to `placed`."
+    splits = []
+    for size in sizes:
+        splits.append(max(parts, key=lambda split: (parts[split] * total - placed[split], SPLITS.index(split))))
+        placed[splits[-1]] += size
+    return splits
+
+
+def agreeing(sizes: list[int], splits: list[str], wanted: list[str | None]) -> list[str]:
+    "The splits among the units so that they agree with what other tasks do, with the same number of rows in each split as far as sizes allow."
+    if not any(wanted):
+        return splits
+    left, given = Counter(), [None] * len(sizes)
+    for size, split in zip(sizes, splits, strict=True):
+        left[split] += size
+    for split in (split for split in RANKS if split in left):
+        for unit in sorted(range(len(sizes)), key=lambda unit: (RANKS[split].index(wanted[unit]), unit)):
+            if given[unit] is None and sizes[unit] <= left[split]:
+                given[unit] = split
+                left[split] -= sizes[unit]
+    for unit in (unit for unit in range(len(sizes)) if given[unit] is None):
+        given[unit] = max(left, key=left.get)
+        left[given[unit]] -= sizes[unit]
+    return given
+
+# %% ../../nbs/23_data.prepare.ipynb #d046b87c
 def divide(
     records: Sequence[Checked],  # with group and label; their split is set
     parts: dict[str, float],  # split -> share
     previous: Mapping[str, str],  # sha256 -> split of the last preparation
     stratified: bool = True,  # by label
     rows: np.ndarray | None = None,  # numbers of the records to divide; None: all
+    elsewhere: Elsewhere | None = None,  # where other tasks have the pictures
 ) -> None:
     "Give every record a split; units stay together, and stay where they were."
     rows = np.arange(len(records)) if rows is None else rows
@@ -392,6 +452,7 @@ def divide(
     names = list(parts)
     given = np.full(len(rows), -1, np.int16)  # number in `names`; -1: left out
     torn: dict[int, str] = {}  # rows that are left out -> the splits they join
+    there = (elsewhere or Elsewhere()).splits_of(Some(records, rows))[units.rows]
     for label in np.unique(units.label):
         placed, new, total = Counter(), [], 0
         for unit in np.flatnonzero(units.label == label):
@@ -399,16 +460,22 @@ def divide(
             total += members.stop - members.start
             if not keep_place(units, members, parts, placed, given, names, torn):
                 new.append(unit)
-        for unit in sorted(new, key=lambda unit: units.key[unit]):
-            split = max(parts, key=lambda split: (parts[split] * total - placed[split], SPLITS.index(split)))
-            members = units.members(unit)
-            placed[split] += members.stop - members.start
+        slices = [units.members(unit) for unit in sorted(new, key=lambda unit: units.key[unit])]
+        sizes = [members.stop - members.start for members in slices]
+        splits = agreeing(sizes, dealt(sizes, parts, placed, total), [wanted_split(there[members]) for members in slices])
+        for members, split in zip(slices, splits, strict=True):
             given[units.rows[members]] = names.index(split)
     for at, (_, record) in enumerate(edited(records, rows)):
         if at in torn:
             record.quarantine("joins_splits", f"nearly equals pictures of {torn[at]}")
         else:
             record.split = names[given[at]]
+
+
+def wanted_split(there: np.ndarray) -> str | None:
+    "Where most of a unit's pictures lie in other tasks; test where it is even, None where none does."
+    counts = np.bincount(there[there >= 0], minlength=len(SPLITS))[::-1]
+    return SPLITS[len(SPLITS) - 1 - int(counts.argmax())] if counts.any() else None
 
 
 def keep_place(units: Units, members: slice, parts: dict[str, float], placed: Counter, given: np.ndarray, names: list[str], torn: dict[int, str]) -> bool:
@@ -448,9 +515,9 @@ def draw_folds(records: Sequence[Checked], folds: int, previous: Mapping[str, in
         place(unit, min(range(folds), key=lambda fold: (sizes[int(units.label[unit])][fold], sizes[None][fold])))
     return given
 
-# %% ../../nbs/23_data.prepare.ipynb #b9fbfab1
+# %% ../../nbs/23_data.prepare.ipynb #d7a6b56d
 def settle_splits(
-    task: Task, records: Sequence[Checked], limits: Limits, fractions: dict[str, float], previous: Mapping[str, str]
+    task: Task, records: Sequence[Checked], limits: Limits, fractions: dict[str, float], previous: Mapping[str, str], elsewhere: Elsewhere | None = None
 ) -> list[str]:
     "Checks across a task's rows, and the split of each; returns remarks for the audit."
     number_duplicate_ids(records)
@@ -462,7 +529,7 @@ def settle_splits(
     if quarantine_joining(records, drawn, parts, previous, limits):
         assign_groups(records, limits)  # groups that these rows had joined
         drawn = rows_of_split(records, pool)
-    divide(records, parts, previous, task.is_closed, drawn)
+    divide(records, parts, previous, task.is_closed, drawn, elsewhere)
     note_duplicates(records)
     for _, record in edited(records, range(len(records))):
         record.source = record.source or record.group
@@ -557,14 +624,14 @@ def finished_task(progress: Progress, number: int, suite: Suite) -> Audit | None
 
 Progress.finish_task, Progress.finished_task = finish_task, finished_task
 
-# %% ../../nbs/23_data.prepare.ipynb #37485ca7
-def prepare_task(number: int, suite: Suite, progress: Progress, settings: dict, previous: dict, workers: Workers) -> Audit:
+# %% ../../nbs/23_data.prepare.ipynb #771cc27a
+def prepare_task(number: int, suite: Suite, progress: Progress, settings: dict, previous: dict, workers: Workers, elsewhere: Elsewhere | None = None) -> Audit:
     "Read, audit, split and write one task, unless that is done; InputError where no row is usable."
     task, limits = suite.tasks[number], Limits(**settings["limits"])
     if audit := progress.finished_task(number, suite):
         return audit
     records, chunks = read_task(task, suite.folder, limits, progress.state / f"{number:04}", workers)
-    remarks = settle_splits(task, records, limits, settings["fractions"], previous.get(task.name, {}))
+    remarks = settle_splits(task, records, limits, settings["fractions"], previous.get(task.name, {}), elsewhere)
     remarks += [f"{split}: {remark}" for split, source in task.sources.items() for remark in source_remarks(source, suite.folder)]
     audit = Audit(suite.name, records, remarks={task.name: remarks}, open_tasks=set() if task.is_closed else {task.name})
     counts = counts_of(records)
@@ -576,6 +643,21 @@ def prepare_task(number: int, suite: Suite, progress: Progress, settings: dict, 
     audit.thumbnails = write_task(progress.next / task.name, records, images_of(chunks), pictured)
     progress.finish_task(number, audit)
     return audit
+
+# %% ../../nbs/23_data.prepare.ipynb #341f25cb
+def prepare_tasks(suite: Suite, progress: Progress, settings: dict, previous: dict, workers: Workers) -> list[Audit]:
+    "The audit of each task, in the suite's order."
+    elsewhere, audits, tasks = Elsewhere(), {}, suite.tasks
+    draws = [bool(parts_to_draw(task, settings["fractions"])[1]) for task in tasks]
+    for number in sorted(range(len(tasks)), key=draws.__getitem__):
+        others = Elsewhere()
+        others.add(elsewhere.pictures, elsewhere.splits)
+        for places in (places for name, places in previous.items() if name != tasks[number].name):
+            others.add(*places.pictures())
+        audits[number] = prepare_task(number, suite, progress, settings, previous, workers, others)
+        if len(tasks) > 1 and any(draws):
+            elsewhere.add_records(audits[number].records)
+    return [audits[number] for number in range(len(tasks))]
 
 # %% ../../nbs/23_data.prepare.ipynb #74c1bb06
 FORMAT = 1  # of prepared data; a change prepares everything anew
@@ -611,7 +693,7 @@ def folds_of(folder: Path) -> int:
     except (OSError, ValueError, KeyError):
         return 0
 
-# %% ../../nbs/23_data.prepare.ipynb #ce3990e9
+# %% ../../nbs/23_data.prepare.ipynb #c6bb2e72
 class Places(Mapping):
     "sha256 -> the split or fold of rows that were drawn before, in 66 bytes a row."
 
@@ -637,6 +719,11 @@ class Places(Mapping):
     def values(self) -> list:
         "The splits or folds that occur, each once."
         return self.names
+
+    def pictures(self) -> tuple[np.ndarray, np.ndarray]:
+        "For `Elsewhere`: hashes of the pictures, and the number in SPLITS of each."
+        numbers = np.array([SPLITS.index(name) for name in self.names] or [0], np.int8)
+        return np.fromiter(map(hash, self), np.int64, len(self)), numbers[self.codes]
 
     @property
     def fingerprint(self) -> list[str]:
@@ -781,7 +868,7 @@ def prepare(
         raise InputError(f"{left_out} row{'s are' if left_out != 1 else ' is'} quarantined; see {prepared.folder / 'audit.html'}")
     return prepared
 
-# %% ../../nbs/23_data.prepare.ipynb #498dc047
+# %% ../../nbs/23_data.prepare.ipynb #df9bc174
 def write_suite(suite: Suite, progress: Progress, settings: dict, wanted: str, anew: bool, workers: int | None) -> None:
     "Prepare all tasks; the folder appears or changes at the end. Takes up what was done, unless `anew`."
     folder = progress.folder
@@ -793,7 +880,7 @@ def write_suite(suite: Suite, progress: Progress, settings: dict, wanted: str, a
     say(f"preparing {suite.name}: {len(suite.tasks)} task{'s' * (len(suite.tasks) != 1)}")
     try:
         with Workers(workers) as pool:
-            audits = [prepare_task(number, suite, progress, settings, splits, pool) for number in range(len(suite.tasks))]
+            audits = prepare_tasks(suite, progress, settings, splits, pool)
         audit = join_audits(suite, audits)
         audit.settings, audit.fingerprint = settings, wanted
         report = write_tables(progress.next, audit, suite, splits, folds)
