@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -605,3 +606,29 @@ def test_a_labels_movement_is_found(prepared, encoder, monkeypatch):
 def test_pairs_of_labels_one_and_two_steps_of_bfloat16_apart_are_near_ties():
     rows = [dict(zip("abc", np.exp([0, -gap, -5]) / np.exp([0, -gap, -5]).sum(), strict=True)) for gap in (0.0, 0.125, 0.25, 0.375, 4.0)]
     assert [suite.near_ties(pd.DataFrame({"probabilities": [json.dumps(row)]})) for row in rows] == [1, 1, 1, 0, 0]
+
+
+def test_the_next_batch_is_decoded_meanwhile_and_no_further(prepared, encoder, monkeypatch):
+    colour, seen = test_set(prepared, prepared.suite.task("colour"), SETTINGS), []
+    scorer = suite.Scorer(encoder, SETTINGS)
+    plain = {row: scorer.pixels(colour, row) for row in colour.chosen}
+    real = suite.Scorer.pixels
+    monkeypatch.setattr(suite.Scorer, "pixels", lambda self, data, row, *lock: seen.append((row, threading.current_thread().name)) or real(self, data, row, *lock))
+    numbered, given = [(2 * i, [3 * i, 3 * i + 1, 3 * i + 2]) for i in range(4)], []
+    for number, places, decoded in experiment.decoded_ahead(scorer, colour, iter(numbered), set(colour.chosen) - {0}):
+        given.append((number, places))
+        time.sleep(0.1)
+        assert {row for row, _ in seen} <= set(range(1, places[-1] + 4))  # one batch ahead
+        assert decoded.keys() == set(places) - {0} and all(np.array_equal(decoded[row], plain[row]) for row in decoded)
+    assert given == numbered and sorted(row for row, _ in seen) == list(range(1, 12)) and all(name.startswith("decode") for _, name in seen)
+    stopped = experiment.decoded_ahead(scorer, colour, iter(numbered), set(colour.chosen))
+    next(stopped)
+    stopped.close()  # as after Ctrl-C
+    assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
+
+
+def test_a_picture_that_cannot_be_decoded_stops_scoring_with_its_name(prepared, encoder, monkeypatch):
+    colour = test_set(prepared, prepared.suite.task("colour"), SETTINGS)
+    monkeypatch.setattr(type(colour.rows), "image", lambda self, row: b"nothing")
+    with pytest.raises(InputError, match="colour, row 1"):
+        list(experiment.decoded_ahead(suite.Scorer(encoder, SETTINGS), colour, iter([(0, [1, 2])]), {1, 2}))

@@ -11,12 +11,13 @@ __all__ = ['BATCH_TOKENS', 'TOWER_BYTES', 'WALKED', 'NOT_DECIDING', 'STEP', 'NEA
            'near_ties', 'is_near_tie', 'explained_by_rounding', 'Apart', 'self_test', 'labels_apart', 'answers_apart',
            'next_token']
 
-# %% ../../nbs/43_scoring.suite.ipynb #14926321
+# %% ../../nbs/43_scoring.suite.ipynb #0d53f87e
 import json
 import math
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
@@ -103,7 +104,7 @@ def test_set(
 
 test_set.__test__ = False
 
-# %% ../../nbs/43_scoring.suite.ipynb #2aceb896
+# %% ../../nbs/43_scoring.suite.ipynb #85820660
 BATCH_TOKENS = 32 * 1024  # padded, in one forward pass
 
 
@@ -131,11 +132,14 @@ class Scorer:
             made.append(Sample(encoded, None if features is not None else decoded[row], features))
         return made
 
-    def pixels(self, data: TestSet, row: int) -> np.ndarray:
+    def pixels(self, data: TestSet, row: int, reading: AbstractContextManager = nullcontext()) -> np.ndarray:  # noqa: B008 (holds nothing)
+        "The decoded picture of a row; threads share a lock for `reading` its bytes."
         name = f"{data.task.name}, row {row}"
         if self.pixel_cache:
             return self.pixel_cache.pixels(data.rows.column("sha256")[row], lambda: data.rows.image(row), name)
-        return self.encoder.images.squares(open_image(data.rows.image(row), name))
+        with reading:
+            content = data.rows.image(row)
+        return self.encoder.images.squares(open_image(content, name))
 
 # %% ../../nbs/43_scoring.suite.ipynb #e90ceee3
 TOWER_BYTES = 16 * 3 * 756 * 756  # of uint8 pixels in one pass of the tower
