@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BATCH_TOKENS', 'TOWER_BYTES', 'WALKED', 'NOT_DECIDING', 'STEP', 'NEAR_TIE', 'SELF_TEST', 'SELF_TEST_TOKENS',
-           'TestSet', 'test_set', 'Scorer', 'tower_passes', 'add_features', 'stored', 'batches', 'free_bytes',
+           'TestSet', 'test_set', 'Scorer', 'tower_passes', 'add_features', 'now_on', 'stored', 'batches', 'free_bytes',
            'batch_tokens', 'for_scoring', 'stated', 'closed_rows', 'cut_reason', 'free_row', 'free_tokens', 'answers',
            'score_batch', 'Candidate', 'scoring_model', 'computed_in', 'weights_hash', 'deciding_parts', 'decided_by',
            'what_changed', 'missing_places', 'predicted_samples', 'present_ids', 'drop_leftovers', 'start_predictions',
@@ -104,7 +104,7 @@ def test_set(
 
 test_set.__test__ = False
 
-# %% ../../nbs/43_scoring.suite.ipynb #85820660
+# %% ../../nbs/43_scoring.suite.ipynb #efa2bfd5
 BATCH_TOKENS = 32 * 1024  # padded, in one forward pass
 
 
@@ -118,6 +118,13 @@ class Scorer:
     pixel_cache: PixelCache | None = None
     tokens: int = BATCH_TOKENS  # in one forward pass
     room: float = 0.0  # bytes that the vision cache may still take
+    towers: list[tuple[int, float]] = field(default_factory=list)  # tokens and seconds of the tower's passes
+
+    @property
+    def tower_rate(self) -> float:
+        "Seconds that the tower takes for a token: measured here, the first pass aside (it warms up); else what filling the cache took; 0 where neither is known."
+        tokens, seconds = (sum(column) for column in zip(*(self.towers[1:] or self.towers), strict=True)) if self.towers else (0, 0.0)
+        return seconds / tokens if tokens else self.cache.seconds_a_token if self.cache else 0.0
 
     def samples(self, data: TestSet, places: list[int], cached: bool = True, decoded: dict[int, np.ndarray] | None = None) -> list[Sample]:
         "Encoded prompts with the tower's outputs where the cache has them (unless not `cached`), else with pixels; `decoded` keeps these by row for a next call."
@@ -155,7 +162,7 @@ def tower_passes(
         yield slice(start, start + count)
         start += count
 
-# %% ../../nbs/43_scoring.suite.ipynb #9dbf3289
+# %% ../../nbs/43_scoring.suite.ipynb #025fa1d4
 def add_features(
     scorer: Scorer,
     model: nn.Module,
@@ -169,25 +176,35 @@ def add_features(
     fresh = [(data.rows.column("sha256")[data.chosen[place]], sample) for place, sample in zip(places, samples, strict=True) if sample.features is None]
     for places_of_pass in tower_passes([sample.pixels for _, sample in fresh]):
         part = fresh[places_of_pass]
-        values = tower_features(model, *scorer.encoder.images.patches([sample.pixels for _, sample in part], device))
+        patches, started = scorer.encoder.images.patches([sample.pixels for _, sample in part], device), now_on(device)
+        values = tower_features(model, *patches)
+        scorer.towers.append((sum(map(len, values)), now_on(device) - started))
         for (_, sample), value in zip(part, values, strict=True):
             sample.features, sample.pixels = value, None
         size = sum(value.numel() * value.element_size() for value in values)
         if keep and scorer.cache and size <= scorer.room:
-            scorer.room = scorer.room - size if stored(scorer.cache, {name: sample.features for name, sample in part}) else 0.0
+            scorer.room = scorer.room - size if stored(scorer.cache, {name: sample.features for name, sample in part}, scorer.towers[-1][1]) else 0.0
     for sample in samples:
         sample.features = sample.features.to(device)
+
+
+def now_on(device: torch.device) -> float:
+    "The clock, once a GPU has done what it was given."
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def stored(
     cache: VisionCache,
     features: dict[str, torch.Tensor],  # sha256 -> [tokens, hidden]
+    seconds: float = 0.0,  # that computing them took
 ) -> bool:
     "Put outputs into the cache; a full disk is said and is no error."
     import sqlite3
 
     try:
-        cache.put(features)
+        cache.put(features, seconds)
         return True
     except sqlite3.OperationalError as error:
         say(f"vision cache {cache.path}: {error}; going on without storing more")
@@ -331,7 +348,7 @@ def answers(
         found.append([free_row(scorer.encoder, tokens, target, task) for tokens, target in zip(written, targets, strict=True)])
     return found
 
-# %% ../../nbs/43_scoring.suite.ipynb #b3d95999
+# %% ../../nbs/43_scoring.suite.ipynb #5e27cd7e
 def score_batch(
     model: nn.Module,
     scorer: Scorer,
@@ -341,12 +358,13 @@ def score_batch(
     tree: LabelTree | None,
     rules: tuple[str, ...] | None = None,  # None: the test set's
 ) -> pd.DataFrame:  # DESIGN section 4
-    "Predictions of one model for some samples, by each rule. `seconds` is a sample's share of the batch and of the rules."
+    "Predictions of one model for some samples, by each rule. `seconds` is a sample's share of the batch and of the rules; the tower's part is in it also where models share its output."
     chosen, columns = [data.chosen[place] for place in places], (data.rows.column("id"), data.rows.column("label"), data.row_keys)
     names, targets, keys = ([values[row] for row in chosen] for values in columns)
     rules, started = rules or data.rules, time.perf_counter()
     found = answers(model, scorer, data.task, targets, samples, tree, rules)
-    seconds = (time.perf_counter() - started) / (len(places) * len(rules))
+    shared, rate = [0 if sample.features is None else len(sample.features) for sample in samples], scorer.tower_rate
+    seconds = (time.perf_counter() - started + rate * sum(shared)) / (len(places) * len(rules))
     return pd.DataFrame([
         {"id": name, "target": target, "split": data.split, **row, "seconds": seconds, "tokens_in": len(sample.encoded), "cost": 0.0, "sample": key}
         for rows in found for name, target, key, row, sample in zip(names, targets, keys, rows, samples, strict=True)
