@@ -86,7 +86,7 @@ def _check_label_set(task: Task) -> None:
                 raise ValueError(f"'{wording}' stands for both '{seen[wording.strip()]}' and '{label}'")
             seen[wording.strip()] = label
 
-# %% ../nbs/02_tasks.ipynb #9bf15bc9
+# %% ../nbs/02_tasks.ipynb #e35b52a2
 class Suite(Settings):
     "A named set of tasks. `folder` is where relative source paths start."
 
@@ -94,6 +94,7 @@ class Suite(Settings):
     description: str = ""
     tasks: list[Task] = Field(min_length=1)
     folder: Path = Field(default_factory=Path.cwd, exclude=True)
+    file: Path | None = Field(None, exclude=True)  # that it was read from
 
     @field_validator("tasks")
     @classmethod
@@ -126,13 +127,13 @@ def task_row(task: Task) -> str:
 
 Task._repr_html_ = lambda task: f"<table>{task_row(task)}</table>"
 
-# %% ../nbs/02_tasks.ipynb #4167151c
+# %% ../nbs/02_tasks.ipynb #a236c62b
 def load_suite(
     path: Path | str,  # a YAML file
 ) -> Suite:
     "Read and validate a suite file. Raises `InputError` that names the file, the task and the remedy."
     path = Path(path)
     content = read_yaml(path, "a suite is a mapping with `name` and `tasks`")
-    if "folder" in content:
-        raise InputError(f"{path}: unknown setting folder; paths are relative to the suite file")
-    return validated({**content, "folder": path.resolve().parent}, path, Suite)
+    if own := [name for name in ("folder", "file") if name in content]:
+        raise InputError(f"{path}: unknown setting {own[0]}; paths are relative to the suite file")
+    return validated({**content, "folder": path.resolve().parent, "file": path.resolve()}, path, Suite)

@@ -74,6 +74,12 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_data_sources.py::test_a_stray_quote_swallows_no_row',),
     ),
     Mutation(
+        '4.2', "tasks over the same pictures draw their splits apart", 'qwen2vl_sft/data/prepare.py',
+        'if not any(wanted):', 'if True:',
+        ('tests/test_data_prepare.py::test_tasks_over_the_same_pictures_agree_as_far_as_their_labels_allow',
+         'tests/test_data_prepare.py::test_two_questions_about_the_same_pictures_share_no_test_and_train'),
+    ),
+    Mutation(
         '4.2', "near pictures beyond the first one found are lost", 'qwen2vl_sft/data/audit.py',
         'front += rest[close].tolist()', 'front += []',
         ('tests/test_data_audit.py::test_unlike_hashes_that_share_a_band_are_divided_again_and_nothing_is_lost',),

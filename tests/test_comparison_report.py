@@ -13,7 +13,7 @@ from synthetic_experiment import LABELS, Plan, build_experiment
 from qwen2vl_sft.cli import main
 from qwen2vl_sft.comparison.browser import BROWSER_SCRIPT, browser_data, error_browser, static_browser
 from qwen2vl_sft.comparison.mistakes import label_noise
-from qwen2vl_sft.comparison.report import SCRIPT, Material, automatic_text, material_of, page, pictures, summary_html, task_deployment_html, write_report
+from qwen2vl_sft.comparison.report import SCRIPT, Material, audit_html, automatic_text, material_of, page, pictures, summary_html, task_deployment_html, write_report
 from qwen2vl_sft.comparison.scoreboard import Scoreboard, csv_text
 from qwen2vl_sft.core import InputError
 from qwen2vl_sft.rundir import RunDir
@@ -456,3 +456,9 @@ def test_twenty_tasks_of_500_samples_stay_small_and_quick(opened, tmp_path):
     }"""
     tab = opened(path)
     assert min(tab.evaluate(sort) for _ in range(5)) < 100  # milliseconds
+
+
+def test_repaired_rows_count_as_accepted(tmp_path):
+    counts = {"rows_read": 144, "accepted": 139, "repaired": 1, "quarantined": 4}
+    (tmp_path / "audit.json").write_text(json.dumps({**counts, "tasks": {"t": counts}}))
+    assert "<small>140 of 144 rows accepted, 1 of them repaired</small>" in audit_html(tmp_path)

@@ -201,6 +201,21 @@ def test_two_questions_about_the_same_pictures_share_no_test_and_train(tmp_path)
     assert not set(again.split("v", "train").column("sha256")) & shas["t"]["test"]
 
 
+def test_a_second_suite_of_the_same_name_is_said(tmp_path, capsys):
+    write_table(tmp_path, "one.csv", [("ab"[i % 2], i) for i in range(10)])
+    write_table(tmp_path, "two.csv", [("ab"[i % 2], i) for i in range(8)])
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(f"name: s\ntasks: [{{name: t, question: q, labels: [a, b], sources: {{all: {{format: csv, path: {name}.csv}}}}}}]\n")
+    for name, other in (("one", None), ("one", None), ("two", "one"), ("one", "two")):
+        prepare(load_suite(tmp_path / f"{name}.yaml"), tmp_path / "out", workers=0)
+        shown = capsys.readouterr().out
+        assert ("give one of the two suites another name" in shown) == bool(other) and (f"{other}.yaml and is replaced" in shown or not other)
+    add_rows(tmp_path / "one.csv", "img/0.png,a,")
+    (tmp_path / "one.yaml").rename(tmp_path / "moved.yaml")
+    prepare(load_suite(tmp_path / "moved.yaml"), tmp_path / "out", workers=0)
+    assert "another name" not in capsys.readouterr().out, "a renamed file is no other suite"
+
+
 def test_validation_is_drawn_from_train_and_said(tmp_path):
     write_table(tmp_path, "train.csv", [("ab"[i % 2], i) for i in range(90)])
     write_table(tmp_path, "test.csv", [("a", 100), ("b", 101)])

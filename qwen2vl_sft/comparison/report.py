@@ -549,7 +549,7 @@ def run_html(run: RunDir) -> str:
     facts = " · ".join(filter(None, [kind_of(run), state_of(run), ", ".join(f"step {step}" for step in run.checkpoints())]))
     return f"<details><summary>{breakable(run.name)} <small>{html.escape(facts)}</small></summary><pre>{html.escape(config)}</pre></details>"
 
-# %% ../../nbs/69_comparison.report.ipynb #8f072237
+# %% ../../nbs/69_comparison.report.ipynb #72e97ec5
 def versions() -> dict[str, str]:
     "What the figures were computed with; a package that is not installed is left out."
     found = {"Python": platform.python_version()}
@@ -569,9 +569,11 @@ def audit_html(prepared: Path) -> str:
         count = lambda one, name: str(int(one[name]))
         why = lambda one: "; ".join([*(f"{reason}: {n}" for reason, n in one.get("reasons", {}).items()), *map(str, one.get("remarks", []))])
         lines = [[breakable(name), *(count(one, what) for what in ("rows_read", "accepted", "repaired", "quarantined")), breakable(why(one))] for name, one in rows.items()]
+        kept = int(audit["accepted"]) + int(audit["repaired"])
+        repaired = f", {int(audit['repaired'])} of them repaired" if int(audit["repaired"]) else ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""
-    return f"<details><summary>data audit <small>{html.escape(lines[0][2])} of {html.escape(lines[0][1])} rows accepted</small></summary>{table_html(['task', 'read', 'accepted', 'repaired', 'quarantined', 'reasons and remarks'], lines, [5])}</details>"
+    return f"<details><summary>data audit <small>{kept} of {html.escape(lines[0][1])} rows accepted{repaired}</small></summary>{table_html(['task', 'read', 'accepted', 'repaired', 'quarantined', 'reasons and remarks'], lines, [5])}</details>"
 
 # %% ../../nbs/69_comparison.report.ipynb #2bbff940
 def settings_html(board: Scoreboard) -> str:

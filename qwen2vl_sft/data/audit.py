@@ -880,7 +880,7 @@ def examples(audit: Audit) -> dict[str, list[int]]:
 
 Audit.task_report, Audit.examples = task_report, examples
 
-# %% ../../nbs/22_data.audit.ipynb #01ce6687
+# %% ../../nbs/22_data.audit.ipynb #7cbc3d01
 def meaning(code: str) -> str:
     "The sentence that explains a code."
     return (REASONS | REPAIRS | NOTES).get(code, code)
@@ -897,7 +897,7 @@ def summary(report: dict) -> str:
     lines = [f"{report['suite']}: {report['rows_read']:,} rows read: {report['accepted']:,} accepted, "
              f"{report['repaired']:,} repaired, {report['quarantined']:,} quarantined"]
     width = max((len(task) for task in report["tasks"]), default=4)
-    lines.append(f"  {'task':<{width}}  {'train':>7} {'valid.':>7} {'test':>7}   independent sources   smallest difference that test can show")
+    lines.append(f"  {'task':<{width}}  {'train':>7} {'valid.':>7} {'test':>7}   independent sources   smallest difference one paired test shows")
     for task, content in report["tasks"].items():
         rows = [content["splits"][split]["rows"] for split in SPLITS]
         sources = [content["splits"][split]["sources"] for split in SPLITS]
@@ -936,7 +936,7 @@ details { background:var(--card); border:1px solid var(--line); border-radius:10
 .row img,.none { width:72px; height:72px; object-fit:contain; flex:none; background:#fff; border-radius:4px } .none { background:var(--line) }
 """
 
-# %% ../../nbs/22_data.audit.ipynb #6729958d
+# %% ../../nbs/22_data.audit.ipynb #815489e5
 def cards_html(report: dict) -> str:
     "The four counts."
     tones = {"rows_read": "", "accepted": "good", "repaired": "", "quarantined": "bad" if report["quarantined"] else ""}
@@ -956,8 +956,9 @@ def splits_html(report: dict) -> str:
         body += (f'<tr><td>{escape(task)}{remarks}</td>{cells}<td class="n">{content["quarantined"]:,}</td>'
                  f'<td class="n">{difference_text(content)}</td></tr>')
     return (f'<table><tr><th>task</th>{head}<th class="n">quarantined</th><th class="n">test can show</th></tr>{body}</table>'
-            '<p class="soft">"Test can show": the smallest difference between two models that the test set reveals in 80 of 100 cases '
-            "(exact McNemar test at 5 %, the models disagreeing on a fifth of the independent sources or more).</p>")
+            '<p class="soft">"Test can show": the smallest difference between two models that one paired test on the test set reveals in 80 of 100 cases '
+            "(exact McNemar test at 5 %, the models disagreeing on a fifth of the independent sources or more). "
+            "A report tests many rows and tasks at once and corrects for it (Holm), so there it takes more.</p>")
 
 # %% ../../nbs/22_data.audit.ipynb #8f0047a5
 def labels_html(report: dict, most: int = 40) -> str:

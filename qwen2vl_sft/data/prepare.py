@@ -11,9 +11,9 @@ __all__ = ['COLUMNS', 'FEATURES', 'SCHEMA', 'GROUP_ROWS', 'GROUP_BYTES', 'SHARD_
            'dealt', 'agreeing', 'divide', 'wanted_split', 'keep_place', 'draw_folds', 'settle_splits', 'rows_of_split',
            'write_task', 'Progress', 'finish_task', 'finished_task', 'prepare_task', 'prepare_tasks', 'content_of',
            'is_current', 'folds_of', 'Places', 'previous_places', 'table_of', 'assignment', 'former_places',
-           'write_tables', 'join_audits', 'prepare', 'write_suite', 'Rows', 'select', 'read_group', 'image',
-           'without_images', 'Prepared', 'counts', 'quarantine', 'set_forecast', 'fold', 'is_drawn', 'holding_out',
-           'stream', 'prepared_html', 'pictures_html', 'load_split']
+           'write_tables', 'join_audits', 'prepare', 'made_from_another', 'write_suite', 'Rows', 'select', 'read_group',
+           'image', 'without_images', 'Prepared', 'counts', 'quarantine', 'set_forecast', 'fold', 'is_drawn',
+           'holding_out', 'stream', 'prepared_html', 'pictures_html', 'load_split']
 
 # %% ../../nbs/23_data.prepare.ipynb #c01d16bc
 import errno
@@ -785,7 +785,7 @@ def assignment(suite: Suite, audit: Audit, previous: dict[str, Mapping[str, int]
             audit.remarks[task.name].append(f"{left_out} rows join pictures of different folds and are in none")
     return table.append_column("fold", pa.array(folds))
 
-# %% ../../nbs/23_data.prepare.ipynb #4d9a516c
+# %% ../../nbs/23_data.prepare.ipynb #d7bf0348
 FORMER = pa.schema([("task", pa.string()), ("sha256", pa.string()), ("drawn", pa.bool_()), ("split", pa.string()), ("fold", pa.int64())])
 
 
@@ -812,7 +812,7 @@ def write_tables(staging: Path, audit: Audit, suite: Suite, splits: dict[str, Pl
     schema = pa.schema([(name, pa.string()) for name in names])
     left_out = table_of((record for record in audit.records if record.reason), lambda record: {name: getattr(record, name) for name in names}, schema)
     pq.write_table(left_out, staging / "quarantine.parquet", compression="zstd")
-    report = audit.to_json()
+    report = audit.to_json() | ({"suite_file": os.path.relpath(suite.file, staging.parent)} if suite.file else {})
     write_atomically(staging / "audit.json", json.dumps(report, indent=1, ensure_ascii=False))
     write_atomically(staging / "audit.html", audit.page(report))
     settings = suite.model_dump(mode="json", exclude_defaults=True)
@@ -868,12 +868,24 @@ def prepare(
         raise InputError(f"{left_out} row{'s are' if left_out != 1 else ' is'} quarantined; see {prepared.folder / 'audit.html'}")
     return prepared
 
-# %% ../../nbs/23_data.prepare.ipynb #df9bc174
+# %% ../../nbs/23_data.prepare.ipynb #f3d5ad37
+def made_from_another(folder: Path, suite: Suite) -> Path | None:
+    "The suite file that prepared data were made from, where it is there still and another one than the suite's."
+    try:
+        stated = json.loads((folder / "audit.json").read_text())["suite_file"]
+    except (OSError, ValueError, KeyError):
+        return None
+    file = Path(os.path.normpath(folder.parent / stated))
+    return file if suite.file and file.is_file() and not file.samefile(suite.file) else None
+
+# %% ../../nbs/23_data.prepare.ipynb #216f4f9c
 def write_suite(suite: Suite, progress: Progress, settings: dict, wanted: str, anew: bool, workers: int | None) -> None:
     "Prepare all tasks; the folder appears or changes at the end. Takes up what was done, unless `anew`."
     folder = progress.folder
     splits = previous_places(folder, "split", "fractions", settings["fractions"])
     folds = previous_places(folder, "fold", "folds", settings.get("folds"))
+    if other := made_from_another(folder, suite):
+        say(f"{folder} was made from {other} and is replaced now; give one of the two suites another name to keep both")
     if anew:
         progress.clear()
     progress.begin(fingerprint([wanted, *({task: places.fingerprint for task, places in each.items()} for each in (splits, folds))]))
