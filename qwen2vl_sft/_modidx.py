@@ -1231,6 +1231,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                    'qwen2vl_sft/data/prepare.py'),
                                           'qwen2vl_sft.data.prepare.load_split': ( 'data.prepare.html#load_split',
                                                                                    'qwen2vl_sft/data/prepare.py'),
+                                          'qwen2vl_sft.data.prepare.made_from_another': ( 'data.prepare.html#made_from_another',
+                                                                                          'qwen2vl_sft/data/prepare.py'),
                                           'qwen2vl_sft.data.prepare.parts_to_draw': ( 'data.prepare.html#parts_to_draw',
                                                                                       'qwen2vl_sft/data/prepare.py'),
                                           'qwen2vl_sft.data.prepare.pictures_html': ( 'data.prepare.html#pictures_html',
