@@ -7,7 +7,7 @@ __all__ = ['EXIT_CODES', 'app', 'AsNotebook', 'AsJson', 'Experiment', 'Recipe', 
            'train', 'plan', 'import_their_config', 'score', 'score_api', 'calibrate', 'label', 'compare', 'sweep',
            'runs', 'export', 'demo', 'main']
 
-# %% ../nbs/90_cli.ipynb #c1175a4d
+# %% ../nbs/90_cli.ipynb #594047ec
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import typer
 
 import qwen2vl_sft
 from .config import RunConfig
-from .core import InputError, RunFailure, project_root
+from .core import InputError, RunFailure, project_root, table_text
 from .rundir import RunDir
 from .workflow import completion
 from qwen2vl_sft.workflow.notebook import (
@@ -240,7 +240,7 @@ def score_api(
     elif dry_run:
         print(text)
 
-# %% ../nbs/90_cli.ipynb #2be1ba92
+# %% ../nbs/90_cli.ipynb #0f86170d
 @_command()
 def calibrate(
     experiment: Experiment,
@@ -258,9 +258,9 @@ def calibrate(
 
     with said_aside(as_json):
         table = calibrate_experiment(folder, wanted=Wanted(precision, recall), names=task)
-    print_json(plain(table)) if as_json else print(table.to_string(index=False, float_format="{:.3f}".format, na_rep=""))
+    print_json(plain(table)) if as_json else print(table_text(table, float_format="{:.3f}".format, na_rep=""))
 
-# %% ../nbs/90_cli.ipynb #d2947cc2
+# %% ../nbs/90_cli.ipynb #4588a560
 @_command()
 def label(
     checkpoint: Annotated[str, typer.Argument(help="Such as demo/mix/step-337, its folder, or an exported folder.", autocompletion=completion.checkpoints)],
@@ -290,7 +290,7 @@ def label(
     if as_json:
         print_json({"file": str(Path(out).resolve()), "labels": plain(counts)})  # label null: the image can't be read
     else:
-        print(counts.to_string(index=False, na_rep="unreadable"), out, sep="\n")
+        print(table_text(counts, na_rep="unreadable"), out, sep="\n")
 
 # %% ../nbs/90_cli.ipynb #ccb2d1e3
 @_command()

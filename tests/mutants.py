@@ -602,6 +602,18 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_comparison_report.py::test_a_share_decided_automatically_is_no_headline_where_few_validation_rows_chose_the_threshold',),
     ),
     Mutation(
+        'workflow', 'a training that was refused by one that ends in that instant has failed', 'qwen2vl_sft/workflow/sweep.py',
+        'held = HELD in planned.notes and attempt < MOST_REFUSALS',
+        'held = False',
+        ('tests/test_workflow_sweep.py::test_a_training_refused_by_one_that_ends_in_that_instant_is_not_failed',),
+    ),
+    Mutation(
+        'comparison', "settings of other methods count as differences", 'qwen2vl_sft/comparison/board.py',
+        'and name not in idle)',
+        'and name)',
+        ('tests/test_comparison_scoreboard.py::test_settings_of_other_methods_are_no_difference',),
+    ),
+    Mutation(
         'comparison', 'a recipe is ranked by its first seed', 'qwen2vl_sft/comparison/board.py',
         'return float(np.mean(self.scores))',
         'return self.scores[0]',

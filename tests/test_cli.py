@@ -11,9 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from qwen2vl_sft import cli
+from qwen2vl_sft.comparison.scoreboard import display_width
 from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.rundir import RunDir, Status, write_status
 from qwen2vl_sft.workflow.runs import delete, runs, runs_text, untidy
@@ -193,6 +195,12 @@ def test_damaged_run_directories_are_still_listed(project):
     (folder / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
     assert runs("demo")[["run", "step", "message"]].values.tolist() == [["half", 3, "status.json is damaged"], ["odd", 2, "status.json is damaged"]]
     assert "half" in runs_text(runs())
+
+
+def test_chinese_names_shift_no_column():
+    table = pd.DataFrame({"experiment": ["demo", "违规信息"], "run": ["mix", "混合"], "state": ["finished", "running"]})
+    starts = {display_width(line[: line.index(state)]) + display_width(state) for line, state in zip(runs_text(table).splitlines(), ["state", "finished", "running"], strict=True)}
+    assert len(starts) == 1
 
 
 def finished_run(project: Path, name: str, settings: str) -> RunDir:

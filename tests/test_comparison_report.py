@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from synthetic_experiment import LABELS, Plan, build_experiment
 
 from qwen2vl_sft.cli import main
 from qwen2vl_sft.comparison.browser import BROWSER_SCRIPT, browser_data, error_browser, static_browser
 from qwen2vl_sft.comparison.mistakes import label_noise
-from qwen2vl_sft.comparison.report import SCRIPT, Material, audit_html, automatic_text, material_of, page, pictures, summary_html, task_deployment_html, write_report
+from qwen2vl_sft.comparison.report import SCRIPT, Material, audit_html, automatic_text, config_text, material_of, page, pictures, summary_html, task_deployment_html, write_report
 from qwen2vl_sft.comparison.scoreboard import Scoreboard, csv_text
+from qwen2vl_sft.config import RunConfig
 from qwen2vl_sft.core import InputError
 from qwen2vl_sft.rundir import RunDir
 
@@ -122,6 +124,16 @@ def test_settings_counts_and_provenance_are_in_it(experiment):
     assert "learning_rate: 0.0001" in text and "trained · finished (training)" in text
     assert "suite.yaml sha256 " in text and "transformers " in text and "Labels: helmet, bow tie, neither" in text
     assert text.index("<summary>mix ") < text.index("<summary>majority ")
+
+
+def test_provenance_leaves_out_the_settings_of_other_methods(tmp_path):
+    for name, kept, left_out in (("lora", ("rank", "alpha", "targets"), ("quantisation", "double_quantisation", "freeze_tower")), ("full", ("freeze_tower",), ("rank", "targets", "quantisation")), ("qlora", ("quantisation", "rank"), ("freeze_embeddings",))):
+        run = RunDir(tmp_path / name)
+        run.write_config(RunConfig(suite="s.yaml", method={"name": name}).to_yaml())
+        shown = yaml.safe_load(config_text(run))
+        assert shown["method"]["name"] == name and set(kept) <= set(shown["method"]) and not set(left_out) & set(shown["method"])
+        assert {**shown, "method": None} == {**yaml.safe_load(run.config_path.read_text()), "method": None}, "the rest stays"
+        assert set(left_out) <= set(config_text(run).splitlines()[-1].rpartition(": ")[2].split(", "))
 
 
 def test_the_page_asks_nobody_for_anything(experiment):

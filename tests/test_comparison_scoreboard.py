@@ -24,6 +24,7 @@ from qwen2vl_sft.comparison.report import material_of, write_report
 from qwen2vl_sft.comparison.samples import ORIGINAL, cells_from, checked_accuracies, class_figures, imported_cells, precision_at, prepared_folder, speed_figures, validation_choice
 from qwen2vl_sft.comparison.scoreboard import LATEX, Scoreboard, cells_text, csv_text, difference, display_width, latex_table, latex_text, markdown_table, means_text, shortened, text_table, top_cells
 from qwen2vl_sft.comparison.statistics import mcnemar
+from qwen2vl_sft.config import RunConfig
 from qwen2vl_sft.core import InputError
 from qwen2vl_sft.data.audit import smallest_difference as audited_difference
 from qwen2vl_sft.rundir import RunDir
@@ -749,6 +750,20 @@ def test_pairs_without_the_best_row_that_differ_in_several_settings_are_named_to
 def test_recipes_that_differ_in_one_setting_are_comparable(board, experiment):
     assert "several settings" not in topics(board)  # mix and full differ in method.name alone
     assert differing({"run": "a", "method": {"name": "x"}}, {"run": "b", "method": {"name": "y"}}) == ["method.name"]
+
+
+def test_settings_of_other_methods_are_no_difference():
+    method = RunConfig(suite="s.yaml").method.model_dump()
+    qlora, lora, full = ({"method": {**method, "name": name}, "schedule": {"steps": 10}} for name in ("qlora", "lora", "full"))
+    for one in (lora, full):
+        one["method"] |= {"quantisation": "int8", "double_quantisation": False}  # says nothing of a model that isn't quantised
+    full["method"] |= {"rank": 64, "freeze_tower": False}
+    assert differing(qlora, lora) == differing(lora, full) == ["method.name"]
+    assert differing(qlora, qlora | {"method": {**qlora["method"], "quantisation": "int8"}}) == ["method.quantisation"]
+    assert differing(full, full | {"method": {**full["method"], "freeze_merger": False}}) == ["method.freeze_merger"]
+    again = {**lora, "method": {**lora["method"], "rank": 8}}
+    table = settings_table({"qlora": qlora, "lora": lora, "again": again, "full": full})
+    assert list(table.index) == ["method.name", "method.rank"] and list(table.loc["method.rank", ["qlora", "lora", "again"]]) == [16, 16, 8] and pd.isna(table.loc["method.rank", "full"])
 
 
 def test_tasks_lost_against_the_untuned_model_are_badged(tmp_path):

@@ -136,6 +136,11 @@ def test_both_rules_lie_side_by_side_and_their_disagreement_is_kept(project, pre
     heads, *lines = [one.split() for one in said[said.index("rules.csv") :].splitlines()[1:]]
     shown = {tuple(line[:3]): dict(zip(heads[3:], map(float, line[3:]), strict=True)) for line in lines}  # the same in the terminal, a line a task
     assert shown.keys() == set(table.index) and shown["lora", "step-4", "colour"] == pytest.approx(line.to_dict(), abs=5e-4)
+    assert "for want of free answers" not in said
+    for part in RunDir(run.path.parent / "base").prediction_parts("base", "colour", "free"):
+        part.unlink()
+    experiment.report_rules(run.path.parent)
+    assert "not in it, for want of free answers: base (colour); `qwen2vl-sft score toy --rule both` gives them" in capsys.readouterr().out
 
 
 def test_a_changed_picture_or_label_is_scored_again_and_no_other_row(project, prepared):

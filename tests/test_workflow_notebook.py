@@ -295,3 +295,6 @@ def test_plain_papermill_runs_the_notebooks_too(project):
     command = [papermill, source, project / "out.ipynb", "-p", "experiment", "nowhere", "--no-progress-bar"]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
     assert done.returncode != 0 and "no experiment 'nowhere'" in done.stderr
+    cells = nbformat.read(project / "out.ipynb", as_version=4).cells
+    (error,) = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs if output.output_type == "error"]
+    assert error.traceback == [f"InputError: {error.evalue}"] and "\n" not in error.evalue, "one line, as the command's"

@@ -115,6 +115,37 @@ def test_a_damaged_run_elsewhere_stops_no_plan(toy):
     assert list(plan_table(plan_sweep(load_sweep(write_sweep(toy, matrix={"seed": [0]})))).state) == ["missing"]
 
 
+HOLDER = "import sys; from qwen2vl_sft.rundir import RunDir\nwith RunDir(sys.argv[1]).running('training'):\n    print('', flush=True); sys.stdin.readline()\n    if sys.argv[2] == 'interrupted': raise KeyboardInterrupt"
+REFUSED = """import subprocess, sys
+from qwen2vl_sft.core import RunFailure
+from qwen2vl_sft.rundir import RunDir, refuse_if_held
+run, ends, number = RunDir(sys.argv[1]), sys.argv[2], sys.argv[3]
+if number == "1":
+    holder = subprocess.Popen([sys.executable, "-c", sys.argv[4], str(run.path), ends], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    holder.stdout.readline()
+    try:
+        refuse_if_held(run)
+    except RunFailure as error:
+        print(f"error: {error}")
+    holder.communicate(b"go")
+if number == "2" or ends == "finished":
+    (run.path / "checkpoints/step-3").mkdir(parents=True)
+sys.exit(number == "1")
+"""
+
+
+@pytest.mark.parametrize(("ends", "started"), [("finished", 1), ("interrupted", 2)])
+def test_a_training_refused_by_one_that_ends_in_that_instant_is_not_failed(toy, monkeypatch, capsys, ends, started):
+    """The refusal is real; when the sweep looks, nobody works in the run any more. Done is done; what was interrupted goes on."""
+    (one,) = plan_sweep(load_sweep(write_sweep(toy, runs=[{"run": "a"}])))
+    one.run.write_config(one.config.to_yaml())
+    starts = []
+    monkeypatch.setattr(sweep_room, "training_command", lambda planned: starts.append(planned) or [sys.executable, "-c", REFUSED, str(planned.run.path), ends, str(len(starts)), HOLDER])
+    assert run_in_slots(load_sweep(toy / "sweep.yaml"), [one]) == {"a": 0} and len(starts) == started
+    assert "1/1 a: done" in capsys.readouterr().out and (one.state, one.notes) == ("done", "")
+    assert "is working in this run directory" in (one.run.path / "train.log").read_text()
+
+
 def test_early_stopping_has_ended_a_run_whose_scoring_failed(toy):
     file = write_sweep(toy, settings={"steps": 40, "validate_every": 2, "early_stopping_patience": 2}, runs=[{"run": "a"}])
     (one,) = plan_sweep(load_sweep(file))

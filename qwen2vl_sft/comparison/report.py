@@ -9,11 +9,11 @@ __all__ = ['ROWS_DEPLOYED', 'CAPTIONS', 'GOOD_TO_KNOW', 'SAMPLES_HELD', 'TEXTS_H
            'automatic_share', 'too_few_text', 'rows_text', 'automatic_text', 'tiles_html', 'summary_html',
            'differences', 'difference_html', 'task_line', 'table_html', 'classes_html', 'open_html', 'task_html',
            'data_html', 'steps_html', 'whole_text', 'training_html', 'queue_html', 'deployment_html', 'speed_text',
-           'cost_text', 'task_deployment_html', 'decision_cells', 'run_dirs', 'state_of', 'troubles_of', 'run_html',
-           'versions', 'audit_html', 'settings_html', 'provenance_html', 'policy', 'verdict_styles', 'scoreboard_html',
-           'page', 'write_report', 'material_of', 'publish']
+           'cost_text', 'task_deployment_html', 'decision_cells', 'run_dirs', 'state_of', 'troubles_of', 'config_text',
+           'run_html', 'versions', 'audit_html', 'settings_html', 'provenance_html', 'policy', 'verdict_styles',
+           'scoreboard_html', 'page', 'write_report', 'material_of', 'publish']
 
-# %% ../../nbs/69_comparison.report.ipynb #07daba6d
+# %% ../../nbs/69_comparison.report.ipynb #30ba851d
 import base64
 import hashlib
 import html
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from .board import Standing, against, best_row, choice_table, lead, not_beaten, row_of_kind, settings_table, standing_interval, standings, step_table
+from .board import Standing, against, best_row, choice_table, idle_settings, lead, not_beaten, row_of_kind, settings_table, standing_interval, standings, step_table
 from .browser import BROWSER_SCRIPT, BROWSER_STYLE, browser_data, thumbnails
 from .deployment import Terms, confidence_table, cost_table, fewest_decided, speed_table, thresholds
 from .findings import findings, in_words, number, question_findings, rule_text
@@ -46,9 +46,9 @@ from qwen2vl_sft.comparison.plots import (
     reliability_diagram,
     task_differences,
 )
-from .samples import class_figures, kind_of, prepared_folder
+from .samples import class_figures, kind_of, prepared_folder, read_config
 from .scoreboard import Scoreboard, breakable, cells_text, html_table, latex_table, markdown_table, means_text, open_figures, open_heads, verdict_text
-from ..core import say, sha256_of, write_atomically
+from ..core import InputError, say, sha256_of, write_atomically
 from ..rundir import RunDir
 from ..scoring.metrics import OUTCOMES
 
@@ -518,7 +518,7 @@ def decision_cells(one: Mapping | None, positive: bool) -> list[str]:
     found = f"{number(one['recall'])}<small>at precision {number(one['precision_at_recall'])}, threshold {one['recall_threshold']:.3f}</small>"
     return [*cells, *([found if pd.notna(one["recall_threshold"]) else "–"] if positive else [])]
 
-# %% ../../nbs/69_comparison.report.ipynb #e2992f0d
+# %% ../../nbs/69_comparison.report.ipynb #fd03ba77
 def run_dirs(
     folder: Path,
     models: list[str],  # in the scoreboard's order
@@ -543,9 +543,23 @@ def troubles_of(runs: list[RunDir]) -> list[str]:
     return [f"Run {run.name} is {state_of(run)}; its rows may be incomplete." for run, status in bad if status.state not in ("finished", "created")]
 
 
+def config_text(run: RunDir) -> str:
+    "A run's `config.yaml` without the settings of other methods than its own, which it names at the end."
+    text = run.config_path.read_text(encoding="utf-8", errors="replace") if run.config_path.is_file() else "no config.yaml"
+    try:
+        idle = [name.removeprefix("method.") for name in idle_settings(read_config(run))]
+    except InputError:  # damaged: as it stands
+        idle = []
+    if not idle:
+        return text
+    lines = rf"^  (?:{'|'.join(idle)}):.*\n(?:(?:   |  - ).*\n)*"  # a setting, and the list or mapping under it
+    shown = re.sub(r"^method:\n(?: .*\n)+", lambda block: re.sub(lines, "", block[0], flags=re.MULTILINE), f"{text.rstrip()}\n", flags=re.MULTILINE)
+    return f"{shown}# left out, without effect with this method: {', '.join(idle)}"
+
+
 def run_html(run: RunDir) -> str:
     "A run's state and configuration."
-    config = run.config_path.read_text(encoding="utf-8", errors="replace") if run.config_path.is_file() else "no config.yaml"
+    config = config_text(run)
     facts = " · ".join(filter(None, [kind_of(run), state_of(run), ", ".join(f"step {step}" for step in run.checkpoints())]))
     return f"<details><summary>{breakable(run.name)} <small>{html.escape(facts)}</small></summary><pre>{html.escape(config)}</pre></details>"
 

@@ -8,12 +8,13 @@ __all__ = ['DECODERS', 'Group', 'groups_of', 'Loaded', 'load_group', 'passes', '
            'decoded_ahead', 'one_pass', 'first_parts', 'test_models', 'tested_by', 'output_bytes', 'open_caches',
            'score_candidates', 'candidates_of', 'candidate_at', 'base_hash', 'untuned_candidate', 'checked_encoder',
            'read_config', 'score_run', 'score_untuned', 'trained_runs', 'untuned_settings', 'shared_data',
-           'rules_table', 'report_rules', 'progress_of', 'with_longest_answer', 'score_experiment']
+           'rules_table', 'without_free_answers', 'report_rules', 'progress_of', 'with_longest_answer',
+           'score_experiment']
 
-# %% ../../nbs/45_scoring.experiment.ipynb #3b2b7e4c
+# %% ../../nbs/45_scoring.experiment.ipynb #8dba0845
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -27,9 +28,9 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-# %% ../../nbs/45_scoring.experiment.ipynb #19cc1faf
+# %% ../../nbs/45_scoring.experiment.ipynb #dae03448
 from ..config import MethodConfig, ModelConfig, PreprocessingConfig, RunConfig, ScoringConfig, check_same_base, read_yaml, same_test_set, validated
-from ..core import InputError, RunFailure, pick_device, process_count, process_rank, project_root, say, write_atomically
+from ..core import InputError, RunFailure, pick_device, process_count, process_rank, project_root, say, table_text, write_atomically
 from ..data.pixels import PixelCache
 from ..data.prepare import Prepared, prepare
 from ..encoding.prompt import Encoder, check_contract, load_encoder
@@ -668,7 +669,7 @@ def shared_data(
     prepared = prepare(load_suite(suite))
     return prepared if fold is None else prepared.holding_out(fold)
 
-# %% ../../nbs/45_scoring.experiment.ipynb #ef37201e
+# %% ../../nbs/45_scoring.experiment.ipynb #fca053cc
 def rules_table(
     experiment: Path,  # runs/<experiment>
     split: str = "test",
@@ -684,6 +685,21 @@ def rules_table(
     return pd.DataFrame(rows)
 
 
+def without_free_answers(
+    experiment: Path,
+    tasks: Collection[str],
+    split: str = "test",
+) -> list[str]:  # such as mix/step-100 (digit)
+    "Models that have closed predictions on these tasks and no free answers, so that `rules_table` can't show them."
+    found = []
+    for run in (RunDir(path) for path in sorted(experiment.iterdir()) if path.is_dir() and path.name not in ("majority", "nearest_neighbour")):
+        closed = [one for one in run.predicted(split) if one[1] in tasks and run.rules(*one, split) == ["closed"]]
+        for checkpoint in dict.fromkeys(name for name, _ in closed):
+            where = run.name if checkpoint == run.name else f"{run.name}/{checkpoint}"
+            found.append(f"{where} ({', '.join(task for name, task in closed if name == checkpoint)})")
+    return found
+
+
 def report_rules(
     experiment: Path,
     split: str = "test",
@@ -693,7 +709,9 @@ def report_rules(
     if len(table):
         path = write_atomically(experiment / ("rules.csv" if split == "test" else f"rules-{split}.csv"), table.to_csv(index=False))
         say(f"what a model believes (closed) and what it writes (free): {path}")
-        print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+        if left_out := without_free_answers(experiment, set(table["task"]), split):
+            say(f"not in it, for want of free answers: {', '.join(left_out)}; `qwen2vl-sft score {experiment.name} --rule both{'' if split == 'test' else f' --split {split}'}` gives them")
+        print(table_text(table, float_format="{:.3f}".format))
 
 # %% ../../nbs/45_scoring.experiment.ipynb #a377be5a
 def progress_of(

@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'WHOLE_NUMBERS', 'run_line', 'runs', 'runs_text', 'difference', 'folder_bytes', 'delete', 'untidy', 'tidy',
            'difference_text', 'clear']
 
-# %% ../../nbs/72_workflow.runs.ipynb #d612408a
+# %% ../../nbs/72_workflow.runs.ipynb #162e1646
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +18,7 @@ import yaml
 
 import qwen2vl_sft.watch  # gives a run its `watch`
 from ..config import flattened
-from ..core import InputError, project_root, sole_use
+from ..core import InputError, project_root, sole_use, table_text
 from ..rundir import Run, RunDir
 from .notebook import experiment_folder
 
@@ -71,7 +71,7 @@ def runs(
     lines = [run_line(RunDir(path)) for path in sorted(files)]
     return pd.DataFrame(lines, columns=COLUMNS).astype(dict.fromkeys(WHOLE_NUMBERS, "Int64"))
 
-# %% ../../nbs/72_workflow.runs.ipynb #8c771a1d
+# %% ../../nbs/72_workflow.runs.ipynb #9a1ccb7c
 def runs_text(
     table: pd.DataFrame,  # from `runs`
 ) -> str:
@@ -82,7 +82,7 @@ def runs_text(
     shown = table.drop(columns=empty)
     for name in set(WHOLE_NUMBERS) & set(shown):
         shown[name] = ["" if pd.isna(value) else str(value) for value in shown[name]]
-    return shown.to_string(index=False, na_rep="", float_format="{:.3g}".format)
+    return table_text(shown, na_rep="", float_format="{:.3g}".format)
 
 # %% ../../nbs/72_workflow.runs.ipynb #56cbde9b
 def difference(
@@ -151,12 +151,12 @@ def tidy(
             shutil.rmtree(gone)
     return freed
 
-# %% ../../nbs/72_workflow.runs.ipynb #3bd9fdd1
+# %% ../../nbs/72_workflow.runs.ipynb #95fd2060
 def difference_text(
     table: pd.DataFrame,  # from `difference`
 ) -> str:
     "The table for a terminal."
-    return "no setting differs" if table.empty else table.to_string(index=False, na_rep="-")
+    return "no setting differs" if table.empty else table_text(table, na_rep="-")
 
 
 def clear(
