@@ -1005,6 +1005,26 @@ MUTATIONS: list[Mutation] = [
         'samples = [Sample(one, picture.pixels) for one, picture in zip(encoded, readable, strict=True)]',
         ('tests/test_scoring_labeler.py::test_two_tasks_run_the_tower_once',),
     ),
+    Mutation(
+        'labels', "a file that no labelling wrote is replaced", 'qwen2vl_sft/scoring/labeler.py',
+        '    if not note:\n', '    if not note and replace:\n',
+        ('tests/test_scoring_labeler.py::test_only_an_earlier_labelling_is_replaced', 'tests/test_scoring_labeler.py::test_a_wrong_path_is_refused_with_a_suggestion_before_weights_load'),
+    ),
+    Mutation(
+        'labels', "another checkpoint's labels are replaced unasked", 'qwen2vl_sft/scoring/labeler.py',
+        'note["checkpoint"] != checkpoint and not replace', 'note["checkpoint"] != checkpoint and replace is None',
+        ('tests/test_scoring_labeler.py::test_only_an_earlier_labelling_is_replaced', 'tests/test_scoring_labeler.py::test_labels_of_a_version_without_notes_are_known_by_their_parts'),
+    ),
+    Mutation(
+        'calibration', "too few rows for a wanted precision aren't said", 'qwen2vl_sft/scoring/calibration.py',
+        'if needed is None or seen < needed:', 'if needed is None:',
+        ('tests/test_scoring_calibration.py::test_too_few_rows_for_a_wanted_precision_are_said',),
+    ),
+    Mutation(
+        'score', "the tower's time is left out where its output is shared", 'qwen2vl_sft/scoring/suite.py',
+        'started + rate * sum(shared))', 'started + 0 * rate * sum(shared))',
+        ('tests/test_scoring_suite.py::test_seconds_hold_the_towers_part_also_where_its_output_is_shared_or_cached',),
+    ),
 ]
 
 
