@@ -284,7 +284,7 @@ def suite_data(
         rows = {}
     return Data(stated, tasks, others, rows)
 
-# %% ../nbs/06_import_config.ipynb #fdef7047
+# %% ../nbs/06_import_config.ipynb #68cb4512
 def _data(theirs: dict[str, Any], found: Imported, data: Data) -> None:
     names = _names(theirs)
     found.put("suite", data.suite or f"suites/{_word(names[0])}.yaml", f"dataset {', '.join(names)}")
@@ -299,7 +299,7 @@ def _data(theirs: dict[str, Any], found: Imported, data: Data) -> None:
     if theirs.get("val_size") or theirs.get("eval_dataset"):
         found.not_mapped.append("val_size, eval_dataset: the suite's validation split is used")
     if (template := theirs.get("template", "qwen2_vl")) == "qwen2_vl":
-        found.no_effect.append("template qwen2_vl: the model's own template is used, byte for byte the same")
+        found.no_effect.append("template qwen2_vl: the model's own template is used, which is that one")
     else:
         found.not_mapped.append(f"template {template}: the model's own template is used")
 
