@@ -1470,6 +1470,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                       'qwen2vl_sft/data/sources.py'),
                                           'qwen2vl_sft.data.sources.short_label': ( 'data.sources.html#short_label',
                                                                                     'qwen2vl_sft/data/sources.py'),
+                                          'qwen2vl_sft.data.sources.sound_batches': ( 'data.sources.html#sound_batches',
+                                                                                      'qwen2vl_sft/data/sources.py'),
                                           'qwen2vl_sft.data.sources.source_contents': ( 'data.sources.html#source_contents',
                                                                                         'qwen2vl_sft/data/sources.py'),
                                           'qwen2vl_sft.data.sources.source_files': ( 'data.sources.html#source_files',

@@ -330,8 +330,8 @@ def test_a_planted_collapse_is_flagged_and_a_learner_is_not():
 
 def test_collapse_needs_mixed_targets_and_enough_answers():
     assert collapse(["a"] * 100, ["a"] * 100) is None  # nothing else was asked
-    assert collapse(["a"] * 100, ["a"] * 96 + ["b"] * 4) is None  # four samples are too few to say
-    assert collapse(["a"] * 100, ["a"] * 95 + ["b"] * 5) == "a"
+    assert collapse(["a"] * 100, ["a"] * 98 + ["b"] * 2) is None  # two samples are too few to say
+    assert collapse(["a"] * 100, ["a"] * 97 + ["b"] * 3) == "a"
     assert collapse(["a"] * 9, ["a", "b", "c"] * 3) is None
     assert collapse([None] * 100, ["a", "b"] * 50) is None
 

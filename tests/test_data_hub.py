@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -174,6 +174,8 @@ def saved(tmp_path_factory):
 
 
 @BROKEN
+@example(0, 596, b"\t")  # a length that takes in what is no text
+@example(0, 593, b"\x01")  # a negative length
 @given(st.integers(0, 2), st.integers(0, 2000), st.binary(min_size=1, max_size=20))
 def test_a_damaged_saved_data_set_gives_its_rows_or_an_input_error(tmp_path, saved, which, place, content):
     shutil.rmtree(tmp_path / "d", ignore_errors=True)

@@ -15,10 +15,10 @@ __all__ = ['READERS', 'LAZY_READERS', 'COLUMNS', 'FILE_OPTIONS', 'IMAGE_SUFFIXES
            'dataset_entry', 'info_path', 'ChatFiles', 'chat_files', 'talk_of_alpaca', 'row_of_chat', 'chat_records',
            'csv_records', 'list_or_text', 'taken', 'rows_of_chat', 'chat_contents', 'read_llamafactory', 'read_llava',
            'llava_source', 'studio_path', 'studio_answers', 'studio_label', 'is_short', 'short_label',
-           'read_labelstudio', 'huggingface_dataset', 'undecoded', 'huggingface_contents', 'read_huggingface',
-           'code_hash', 'source_contents', 'source_remarks']
+           'read_labelstudio', 'huggingface_dataset', 'undecoded', 'sound_batches', 'huggingface_contents',
+           'read_huggingface', 'code_hash', 'source_contents', 'source_remarks']
 
-# %% ../../nbs/20_data.sources.ipynb #58152002
+# %% ../../nbs/20_data.sources.ipynb #26f3ad4b
 import base64
 import binascii
 import codecs
@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import InputError, did_you_mean, near_file, sha256_of
+from ..core import InputError, did_you_mean, first_line, near_file, sha256_of
 
 # %% ../../nbs/20_data.sources.ipynb #47a33be3
 @dataclass
@@ -889,7 +889,7 @@ def huggingface_dataset(source: dict, folder: Path):
         found = found[split]
     return found
 
-# %% ../../nbs/20_data.sources.ipynb #756c2d5b
+# %% ../../nbs/20_data.sources.ipynb #835eff44
 def undecoded(dataset):
     "The dataset with images as {bytes, path} and labels of a ClassLabel by name."
     import datasets
@@ -906,6 +906,27 @@ def undecoded(dataset):
     return dataset, names
 
 
+def sound_batches(
+    dataset,
+    place: Path,  # what to name in an error
+    rows: int = 64,  # at a time
+) -> Iterator[dict[str, list]]:  # column -> cells
+    "The dataset's rows. Arrow trusts the lengths and texts that a file states: they are checked, InputError where they can't be."
+    import pyarrow as pa
+
+    tables = dataset.with_format("arrow").iter(batch_size=rows)
+    while True:
+        try:
+            table = next(tables, None)
+            if table is None:
+                return
+            table.validate(full=True)
+            batch = table.to_pydict()
+        except (pa.ArrowException, ValueError, OverflowError, SystemError) as error:
+            raise InputError(f"{place}: a file of this data set is damaged: {first_line(error)[:300]}; fetch or save it again") from None
+        yield batch
+
+
 def huggingface_contents(source: dict, folder: Path) -> list:
     "Names, sizes and times of a local dataset's files; of one on the hub only what the source says."
     local = Path(folder) / str(source.get("path"))
@@ -920,13 +941,13 @@ def read_huggingface(source: dict, folder: Path) -> Iterator[Row]:
     place = Path(folder) / str(source["path"])
     names = column_names(source, list(dataset.features), place)
     number = 0
-    for batch in dataset.select_columns(sorted(set(names.values()))).iter(batch_size=64):
+    for batch in sound_batches(dataset.select_columns(sorted(set(names.values()))), place):
         for cells in zip(*batch.values(), strict=True):
             number += 1
             record = dict(zip(batch, cells, strict=True))
             for column in classes.keys() & record.keys():
                 index = record[column]
-                record[column] = classes[column][index] if index is not None and index >= 0 else None
+                record[column] = classes[column][index] if index is not None and 0 <= index < len(classes[column]) else None
             yield row_of_record(record, names, place / "dataset", number, source, Path(folder))
 
 # %% ../../nbs/20_data.sources.ipynb #abdbd802
