@@ -683,7 +683,7 @@ h1{font-size:1.7rem;line-height:1.2;margin:.2em 0}h2{font-size:1.25rem;margin:2.
 h3{font-size:1.05rem;margin:1.4em 0 .4em}.careful h3{margin-top:0}
 nav{display:flex;flex-wrap:wrap;gap:.3em 1.1em;margin:.6em 0 1.2em}a{color:var(--link)}
 .about{color:var(--soft);margin:.2em 0}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:0 0 1.2em}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(134px,1fr));gap:10px;margin:0 0 1.2em}
 .tiles div{border:1px solid var(--line);border-top:3px solid var(--link);border-radius:6px;padding:.5em .8em;min-width:0}
 @media (min-width:700px){.tiles div:first-child{grid-column:span 2}}
 .tiles dt{color:var(--soft);font-size:.85rem}.tiles dd{margin:0;font-size:1.5rem;font-weight:650;line-height:1.25}.tiles small{display:block;color:var(--soft);font-size:.82rem;font-weight:400}
