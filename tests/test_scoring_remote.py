@@ -2,6 +2,7 @@
 
 import asyncio
 import http.server
+import itertools
 import io
 import json
 import logging
@@ -632,15 +633,18 @@ def test_after_429_the_waits_are_more_than_a_minute_and_keep_the_attempts():
     assert [tries.wait(failure) for failure in asked_to] == [90, 600]
 
 
-class LimitedThrice(http.server.BaseHTTPRequestHandler):
-    "429 without Retry-After to the first three requests, then answers."
+class LimitedOnce(http.server.BaseHTTPRequestHandler):
+    "429 without Retry-After to the first request; the two beside it are answered a little later, all others at once."
 
     times: ClassVar[list] = []
+    numbers: ClassVar[itertools.count] = itertools.count()
 
     def do_POST(self):
         self.rfile.read(int(self.headers["content-length"]))
         self.times.append(time.monotonic())
-        status, content = (429, {"error": {"message": "slow down"}}) if len(self.times) <= 3 else (200, {"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]})
+        number = next(self.numbers)
+        time.sleep(0.5 if number in (1, 2) else 0)
+        status, content = (200, {"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]}) if number else (429, {"error": {"message": "slow down"}})
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")
@@ -653,18 +657,17 @@ class LimitedThrice(http.server.BaseHTTPRequestHandler):
 
 
 def test_after_429_all_workers_pause_and_errors_keep_their_attempts(project, key):
-    LimitedThrice.times.clear()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), LimitedThrice)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), LimitedOnce)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        config = config_for(f"http://127.0.0.1:{server.server_port}", concurrency=3, attempts=1, first_wait=0.6)
+        config = config_for(f"http://127.0.0.1:{server.server_port}", concurrency=3, attempts=1, first_wait=2.0)
         session, reasons = asked(config, project / "store.sqlite", numbered(range(1, 7)))
     finally:
         server.shutdown()
         server.server_close()
-    times = LimitedThrice.times
-    assert reasons == {} and len(times) == 9 and session.counts["retried"] == 3
-    assert times[3] - times[2] > 0.25  # nobody asks in the pause
+    times = LimitedOnce.times
+    assert reasons == {} and len(times) == 7 and session.counts["retried"] == 1
+    assert times[3] - times[0] > 0.8  # those that were answered after 0.5 s don't ask on in the pause of 1 to 2 s
 
 
 def test_a_pause_beyond_the_time_ends_the_run():
