@@ -63,7 +63,7 @@ def explain(
 NOT_TEXT = " (YAML reads yes, no and 7 as something else)"
 WANTED = {"string_type": "text", "invalid_key": "text", "dict_type": "a mapping", "model_type": "a mapping", "list_type": "a list"}
 
-
+# %% ../nbs/01_config.ipynb #cca77ee2
 def _without_key(problem: Any) -> tuple[list[str | int], bool]:
     "Where the problem is, and whether that is a key of the mapping there: pydantic gives those as a number, `[key]` or none."
     path, kind = list(problem["loc"]), problem["type"]

@@ -382,7 +382,7 @@ def imported(
     found.differs += [*ALWAYS_DIFFERS, *[FROZEN_DIFFERS] * _tower_is_frozen(found)]
     return found
 
-
+# %% ../nbs/06_import_config.ipynb #d1850dc2
 def _note_the_rest(theirs: dict[str, Any], found: Imported) -> None:
     "A note for each of their settings that has none yet."
     noted = set(re.findall(r"\w+", " ".join(found.notes)))

@@ -484,7 +484,7 @@ def is_about(run: RunDir, checkpoint: str, task: str, rule: str, fingerprint: st
     "Whether predictions are answers to a task as it is now (its `Task.fingerprint`: question, labels, wordings); True where nothing was noted."
     return decided_parts(run, checkpoint, task, rule, split).get("task", fingerprint) == fingerprint
 
-
+# %% ../nbs/03_rundir.ipynb #27e13342
 def note_decided(
     run: RunDir,
     checkpoint: str,

@@ -246,7 +246,7 @@ def paired_values(
             found[task] = (first.loc[ids, "right"] - second.loc[ids, "right"]).to_numpy(), first.loc[ids, "cluster"].to_numpy()
     return found
 
-
+# %% ../../nbs/62_comparison.board.ipynb #c028d65a
 def against(
     board: "Board",
     row: str,

@@ -107,7 +107,7 @@ def ship_findings(board: Board) -> list[Finding]:
             f"{one.rows[0]}, the first that is fully scored, stands for the recipe below. Picking the best seed on these test sets would be optimistic.")
     return [Finding("ship", text)]
 
-
+# %% ../../nbs/63_comparison.findings.ipynb #c910d5a7
 def runner_up_findings(board: Board) -> list[Finding]:
     "How sure the lead over the next recipe is; recipes with several seeds by the mean over them."
     best, *rest = standings(board)

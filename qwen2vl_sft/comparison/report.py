@@ -237,7 +237,7 @@ def automatic_text(material: Material) -> str:
     more = f" Not known: {few}." if few else ""
     return f"At {100 * material.terms.precision:g} % precision {material.best} would decide {number(share)} % of the images of {len(own)} task{'s' * (len(own) > 1)} with a label set by itself ({basis}); people would see the rest.{more}"
 
-
+# %% ../../nbs/69_comparison.report.ipynb #66490cac
 def tiles_html(material: Material) -> str:
     "The figures to decide from, large."
     board, best = material.board, material.best

@@ -567,7 +567,7 @@ def pairs_of_small(words: np.ndarray, order: np.ndarray, ends: np.ndarray, most:
         found.append(np.stack([one[close], other[close]], 1))
     return found
 
-
+# %% ../../nbs/22_data.audit.ipynb #9f3cc14c
 def near_components(hashes: np.ndarray, most: int) -> np.ndarray:
     "Component number of each of the hashes, uint8 [n, bytes], where those that differ in at most `most` bits are connected."
     words, rows = hash_words(hashes), np.arange(len(hashes))
@@ -827,6 +827,7 @@ class Tally:
     with_labels: bool = True
 
     def add(self, record: Checked) -> None:
+        "Count a row."
         self.verdicts[record.verdict] += 1
         if record.reason:
             self.reasons[record.reason] += 1

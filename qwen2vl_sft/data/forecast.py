@@ -125,7 +125,7 @@ def published_plan(base: str, settings: PreprocessingConfig) -> Plan | None:
     encoder = Encoder(own or small.encoder.tokenizer, images, settings)
     return Plan(base, encoder, shape_of(PUBLISHED[base], PUBLISHED_TOWER), stand_in=own is None)
 
-
+# %% ../../nbs/19_data.forecast.ipynb #0cd83017
 def own_tokenizer(base: str) -> Any:
     "The tokenizer of a hub model where its files are on this machine already; else None."
     from transformers.utils import cached_file
@@ -161,7 +161,7 @@ def check_hub(base: str, seconds: float = 5) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"model '{base}' is not on this machine, and {address} can't be reached ({getattr(error, 'reason', error)}); give its folder, or download it first") from None
 
-
+# %% ../../nbs/19_data.forecast.ipynb #f0d6feb5
 def usual_plans() -> list[Plan]:
     "The small model, and the published ones at the pixel budget of the recipes (3,136 to 571,536)."
     budget = PreprocessingConfig(min_pixels=3136, max_pixels=571_536)

@@ -471,7 +471,7 @@ def divide(
         else:
             record.split = names[given[at]]
 
-
+# %% ../../nbs/23_data.prepare.ipynb #02cf3441
 def wanted_split(there: np.ndarray) -> str | None:
     "Where most of a unit's pictures lie in other tasks; test where it is even, None where none does."
     counts = np.bincount(there[there >= 0], minlength=len(SPLITS))[::-1]

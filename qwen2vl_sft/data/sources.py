@@ -905,7 +905,7 @@ def undecoded(dataset):
             names[column] = kind.names
     return dataset, names
 
-
+# %% ../../nbs/20_data.sources.ipynb #e53f0185
 def sound_batches(
     dataset,
     place: Path,  # what to name in an error
@@ -926,7 +926,7 @@ def sound_batches(
             raise InputError(f"{place}: a file of this data set is damaged: {first_line(error)[:300]}; fetch or save it again") from None
         yield batch
 
-
+# %% ../../nbs/20_data.sources.ipynb #8cb05fb1
 def huggingface_contents(source: dict, folder: Path) -> list:
     "Names, sizes and times of a local dataset's files; of one on the hub only what the source says."
     local = Path(folder) / str(source.get("path"))

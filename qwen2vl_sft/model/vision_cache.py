@@ -202,7 +202,7 @@ def on_cpu(features: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     "The same on the CPU, fetched in one go."
     return features if features[0].device.type == "cpu" else torch.cat(list(features)).cpu().split([len(one) for one in features])
 
-
+# %% ../../nbs/31_model.vision_cache.ipynb #effa7aad
 def fill(
     cache: VisionCache,
     model: nn.Module,

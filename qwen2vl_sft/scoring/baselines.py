@@ -88,7 +88,7 @@ def baseline_predictions(
         seconds=seconds, tokens_in=0, tokens_out=0, cost=0.0,
     )  # fmt: skip
 
-
+# %% ../../nbs/44_scoring.baselines.ipynb #e5530b36
 def _score_baseline(run: RunDir, prepared: Prepared, data: TestSet) -> None:
     "What was scored before stays in the table when fewer rows are asked for."
     decided, where, ids = fingerprint([prepared.audit.get("fingerprint"), data.rule]), (run.name, data.task.name, data.rule), data.rows.column("id")

@@ -554,7 +554,7 @@ def candidate_at(
     "The checkpoint in a folder."
     return Candidate(run, folder.name, folder, weights_hash(folder), base_hash(config.model, config.method), config.model, config.method)
 
-
+# %% ../../nbs/45_scoring.experiment.ipynb #16ba34a8
 def base_hash(
     model: ModelConfig,
     method: MethodConfig,

@@ -187,7 +187,7 @@ def add_features(
     for sample in samples:
         sample.features = sample.features.to(device)
 
-
+# %% ../../nbs/43_scoring.suite.ipynb #4a49f4ef
 def now_on(device: torch.device) -> float:
     "The clock, once a GPU has done what it was given."
     if device.type == "cuda":
@@ -250,7 +250,7 @@ def batch_tokens(
     values = 4 * text.num_hidden_layers * width + 3 * text.intermediate_size + 10 * text.hidden_size  # cache twice, a layer's activations
     return int(min(BATCH_TOKENS, max(1024, free_bytes(inner.device) / 3 / (values * max(2, inner.dtype.itemsize)))))
 
-
+# %% ../../nbs/43_scoring.suite.ipynb #7057aa37
 def for_scoring(
     model: nn.Module,
     encoder: Encoder,
