@@ -34,6 +34,31 @@ class Mutation:
 
 MUTATIONS: list[Mutation] = [
     Mutation(
+        '5.13.shared', "a second question's positions go on after the first one's", 'qwen2vl_sft/scoring/labels.py',
+        'self.depths.append(self.depths[node] + 1 if node >= 0 else 0)', 'self.depths.append(len(self.depths))',
+        ('tests/test_correctness.py::test_5_13_tasks_about_one_picture_share_its_beginning_and_equal_stock_forwards[base]',),
+    ),
+    Mutation(
+        '5.13.shared', "prompts that begin otherwise are taken to begin alike", 'qwen2vl_sft/model/prefill.py',
+        'return tuple(ids[: ids.index(encoder.image_token_id)])', 'return ()',
+        ('tests/test_correctness.py::test_5_13_tasks_about_one_picture_share_its_beginning_and_equal_stock_forwards[question first]',),
+    ),
+    Mutation(
+        '5.13.shared', "a free answer behind a shared beginning starts at the question's position", 'qwen2vl_sft/model/prefill.py',
+        'return replace(longer, positions=prompts.positions + count, last=hidden[:, -1])', 'return replace(longer, positions=prompts.positions, last=hidden[:, -1])',
+        ('tests/test_correctness.py::test_5_13_branches_of_a_beginning_do_not_see_each_other',),
+    ),
+    Mutation(
+        '5.13.shared', "a branch's tokens stay in the beginnings' cache", 'qwen2vl_sft/model/prefill.py',
+        'keys_values.layers = [copy.copy(layer) for layer in keys_values.layers]', 'pass',
+        ('tests/test_correctness.py::test_5_13_branches_of_a_beginning_do_not_see_each_other',),
+    ),
+    Mutation(
+        '5.13.shared', "each task reads the beginning for itself", 'qwen2vl_sft/scoring/labeler.py',
+        'for tasks in sharing(labeler, own):', 'for tasks in ([task] for task in labeler.tasks):',
+        ('tests/test_correctness.py::test_5_13_tasks_about_one_picture_share_its_beginning_and_equal_stock_forwards[base]',),
+    ),
+    Mutation(
         '5.12', "a merge's rotary frequencies are rounded with its weights", 'qwen2vl_sft/model/load.py',
         'weight.data = weight.data.to(dtype)', 'module.to(dtype)',
         ('tests/test_export.py::test_the_gate_judges_what_a_reader_will_load',),
@@ -1001,8 +1026,8 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '8.label', 'the tower runs once a task', 'qwen2vl_sft/scoring/labeler.py',
-        'samples = [Sample(one, features=value) for one, value in zip(encoded, features, strict=True)]',
-        'samples = [Sample(one, picture.pixels) for one, picture in zip(encoded, readable, strict=True)]',
+        'Sample(one, features=features[number])',
+        'Sample(one, readable[number].pixels)',
         ('tests/test_scoring_labeler.py::test_two_tasks_run_the_tower_once',),
     ),
     Mutation(

@@ -4,7 +4,9 @@ Reference values come from stock transformers: its chat template, image processo
 tests/mutants.py breaks one line of the package for each point and expects the test named here to turn red.
 """
 
+import copy
 import io
+import itertools
 import json
 import shutil
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
@@ -19,6 +22,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditiona
 from qwen2vl_sft.config import MethodConfig, ModelConfig, PreprocessingConfig, RunConfig, ScoringConfig
 from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.data.prepare import prepare
+from qwen2vl_sft.data.sources import Row
 from qwen2vl_sft.data.toy import write_toy_suite
 from qwen2vl_sft.encoding.batch import Sample, pack, pad, with_pixel_values
 from qwen2vl_sft.encoding.images import header_size, open_image
@@ -29,12 +33,13 @@ from qwen2vl_sft.model.export import export_merged, merged
 from qwen2vl_sft.model.load import (
     base_location, changes_outputs, load_adapter, load_base, load_checkpoint, trainable, unwrapped,
 )
-from qwen2vl_sft.model.prefill import prefill
+from qwen2vl_sft.model.prefill import beginning, ending, prefill
 from qwen2vl_sft.model.vision_cache import forward_inputs
 from qwen2vl_sft.scoring.labels import LabelTree, label_log_probabilities, label_tree, read_tree, score_labels, walks
+from qwen2vl_sft.scoring.labeler import Decision, Labeler, Picture, label_pictures
 from qwen2vl_sft.scoring.suite import Scorer, self_test, test_set
 from qwen2vl_sft.scoring.text import write_answers
-from qwen2vl_sft.tasks import load_suite
+from qwen2vl_sft.tasks import Task, load_suite
 from qwen2vl_sft.training.loss import averaged, token_losses
 from qwen2vl_sft.training.trainer import train
 
@@ -72,12 +77,13 @@ def three_samples(encoder: Encoder, answers: bool = True) -> list[Sample]:
     return [sample_of(encoder, q, a if answers else None, w, h, seed) for seed, (q, a, w, h) in enumerate(rows)]
 
 
-def stock_inputs(encoder: Encoder, question: str, answer: str | None, image: Image.Image) -> tuple[dict, str]:
+def stock_inputs(encoder: Encoder, question: str, answer: str | None, image: Image.Image, image_first: bool = True) -> tuple[dict, str]:
     "What stock transformers makes of a conversation: its template, its image processor, its tokenizer. Also the text."
     processor = AutoImageProcessor.from_pretrained(LOCATION, backend="pil")
     tokenizer = AutoTokenizer.from_pretrained(LOCATION)
     vision = processor(image, return_tensors="pt")
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content if image_first else content[::-1]}]
     messages += [] if answer is None else [{"role": "assistant", "content": answer}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
     text = text.replace("<|image_pad|>", "<|image_pad|>" * int(vision["image_grid_thw"].prod() // processor.merge_size**2))
@@ -86,9 +92,9 @@ def stock_inputs(encoder: Encoder, question: str, answer: str | None, image: Ima
     return {"input_ids": ids, "mm_token_type_ids": kinds, **vision}, text
 
 
-def stock_loss(stock, encoder: Encoder, question: str, answer: str, image: Image.Image) -> tuple[torch.Tensor, int]:
+def stock_loss(stock, encoder: Encoder, question: str, answer: str, image: Image.Image, image_first: bool = True) -> tuple[torch.Tensor, int]:
     "The stock loss of one conversation, supervised where LLaMA-Factory's mask and DESIGN 5.2 agree, and its tokens."
-    inputs, text = stock_inputs(encoder, question, answer, image)
+    inputs, text = stock_inputs(encoder, question, answer, image, image_first)
     tokenizer = AutoTokenizer.from_pretrained(LOCATION)
     prompt = tokenizer(text[: text.rindex(answer + "<|im_end|>")])["input_ids"]
     labels = inputs["input_ids"].clone()
@@ -457,8 +463,8 @@ LABELS = {
 }
 
 
-def stock_label_log_probability(stock, encoder, question, wording, image) -> float:
-    loss, count = stock_loss(stock, encoder, question, wording, image)
+def stock_label_log_probability(stock, encoder, question, wording, image, image_first=True) -> float:
+    loss, count = stock_loss(stock, encoder, question, wording, image, image_first)
     return -loss.item() * count
 
 
@@ -493,6 +499,77 @@ def test_5_13_label_sets_of_every_kind_equal_stock_forwards(encoder, stock, labe
         with torch.no_grad():
             theirs = stock_label_log_probability(stock, encoder, "What is it?", labels[column], picture(48, 32))
         assert ours[0, column].item() == pytest.approx(theirs, abs=1e-4)
+
+
+QUESTIONS = {  # about one picture: labels that begin alike, one and thirty tokens, two wordings, an open answer, the same question with other labels
+    "weapon": Task(name="weapon", question="Is there a weapon?", labels=["no", "no weapon", "违规信息"], aliases={"违规信息": ["违规"]}),
+    "long": Task(name="long", question="Is there anything else that should be told to somebody? Answer in one of two ways.", labels=["a", LONG]),
+    "text": Task(name="text", question="Which number is written here, from left to right?", answer="text"),
+    "again": Task(name="again", question="Is there a weapon?", labels=["yes", "no"]),
+}
+
+
+def adapted(stock) -> torch.nn.Module:
+    "The stock model with an adapter that changes its outputs, as PEFT makes it."
+    torch.manual_seed(1)
+    return get_peft_model(copy.deepcopy(stock), LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*(q|k|v|o|gate|up|down)_proj", init_lora_weights=False)).eval()
+
+
+def beginnings_read(model: torch.nn.Module, monkeypatch) -> list[int]:
+    "Prompts of every pass of the language model that starts without a cache."
+    inner, read = unwrapped(model).model.language_model, []
+    real = inner.forward
+
+    def forward(*args, **named):
+        if not (named.get("past_key_values") and named["past_key_values"].get_seq_length()):
+            read.append(len(named["inputs_embeds"]))
+        return real(*args, **named)
+
+    monkeypatch.setattr(inner, "forward", forward)
+    return read
+
+
+@pytest.mark.parametrize(("has_adapter", "image_first"), [(False, True), (True, True), (False, False)], ids=["base", "adapter", "question first"])
+def test_5_13_tasks_about_one_picture_share_its_beginning_and_equal_stock_forwards(stock, monkeypatch, has_adapter, image_first):
+    "One reading of each picture for all tasks that begin alike; every label's probability, and the free answer, is that of separate stock passes."
+    encoder = load_encoder(LOCATION, PreprocessingConfig(image_first=image_first))
+    reference = adapted(stock) if has_adapter else stock
+    images = [picture(w, h, seed) for seed, (w, h) in enumerate([(96, 64), (32, 32), (40, 120)])]
+    labeler = Labeler(copy.deepcopy(reference), encoder, list(QUESTIONS.values()), dict.fromkeys(QUESTIONS, Decision()), "c", "w", max_new_tokens=6)
+    read = beginnings_read(labeler.model, monkeypatch)
+    rows = label_pictures(labeler, [Picture(Row(str(i)), encoder.images.squares(image), image.size) for i, image in enumerate(images)])
+    assert read == [len(images)] * (1 if image_first else 3), "a beginning is read once; with the question first, once a question"
+    for row, (task, image) in zip(rows, itertools.product(QUESTIONS.values(), images), strict=True):
+        inputs, _ = stock_inputs(encoder, task.question, None, image, image_first)
+        if not task.is_closed:
+            written = reference.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            assert row["label"] == encoder.tokenizer.decode(written, skip_special_tokens=True)
+            continue
+        ours = np.log(list(json.loads(row["probabilities"]).values())) + np.log(row["in_set_mass"])
+        with torch.no_grad():
+            each = [[stock_label_log_probability(reference, encoder, task.question, wording, image, image_first) for wording in wordings] for wordings in task.wordings.values()]
+        np.testing.assert_allclose(ours, [np.logaddexp.reduce(one) for one in each], atol=1e-4)
+
+
+def test_5_13_branches_of_a_beginning_do_not_see_each_other(encoder, stock):
+    "Cut, selected and continued apart: the beginnings stay as they were, and so does a second branch."
+    samples = [sample_of(encoder, "Digit?", None, w, h, seed) for seed, (w, h) in enumerate([(96, 64), (32, 32)])]
+    shared = prefill(stock, encoder, [beginning(sample) for sample in samples])
+    before = [layer.keys.clone() for layer in shared.keys_values.layers]
+    first = shared.followed_by(stock, ending(samples[0])).last
+    one = shared.branch().only([1])
+    assert len(one) == 1 and one.keys_values.get_seq_length() == shared.keys_values.get_seq_length()
+    shared.followed_by(stock, tuple(encoder.text_ids("something else")))
+    assert all(torch.equal(layer.keys, was) for layer, was in zip(shared.keys_values.layers, before, strict=True))
+    assert torch.equal(shared.followed_by(stock, ending(samples[0])).last, first)
+    inputs, _ = stock_inputs(encoder, "Digit?", None, picture(32, 32, 1))
+    token = torch.tensor([encoder.text_ids("7")[:1]])
+    inputs |= {name: torch.cat([inputs[name], more], dim=1) for name, more in (("input_ids", token), ("mm_token_type_ids", token * 0))}
+    with torch.no_grad():
+        theirs = stock.model(**inputs).last_hidden_state[0, -2:]
+    whole = one.followed_by(stock, ending(samples[1]))
+    after = whole.read_on(stock, token, torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool))
+    torch.testing.assert_close(torch.stack([whole.last[0], after[0, 0]]), theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_5_13_what_is_read_off_the_tree_is_what_stock_generates(encoder, stock):

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['UNDECIDED', 'EMPTY', 'DECODERS', 'TABLE_ROWS', 'FLUSH_SECONDS', 'FLUSH_ROWS', 'Checkpoint', 'find_checkpoint',
            'suite_of', 'exported_model', 'exported_candidate', 'Decision', 'decided_labels', 'decision_for', 'Picture',
-           'Labeler', 'read_picture', 'load_labeler', 'label_pictures', 'label_fitting', 'tower_outputs', 'fitting',
-           'task_answers', 'stamp_of', 'label_rows', 'label', 'table_records', 'images_of', 'image_columns',
-           'label_to_file', 'label_into', 'parts_of', 'note_written', 'read_note', 'check_labelling', 'stamps_of',
-           'held_parts', 'write_part', 'read_parts', 'finished', 'assembled']
+           'Labeler', 'read_picture', 'load_labeler', 'label_pictures', 'sharing', 'label_fitting', 'tower_outputs',
+           'fitting', 'shared_answers', 'answers_to', 'decided_rows', 'written_rows', 'stamp_of', 'label_rows', 'label',
+           'table_records', 'images_of', 'image_columns', 'label_to_file', 'label_into', 'parts_of', 'note_written',
+           'read_note', 'check_labelling', 'stamps_of', 'held_parts', 'write_part', 'read_parts', 'finished',
+           'assembled']
 
-# %% ../../nbs/49_scoring.labeler.ipynb #c6f89fa5
+# %% ../../nbs/49_scoring.labeler.ipynb #b4d1da07
 import json
 import os
 import time
@@ -37,12 +38,12 @@ from ..encoding.batch import Sample
 from ..encoding.prompt import Encoder, check_contract, load_encoder, preprocessing_contract
 from ..model.load import base_location, checkpoint_kind, load_base, load_checkpoint, stored_contract, unwrapped
 from ..model.memory import AtOnce, in_halves
-from ..model.prefill import prefill
+from ..model.prefill import Prefill, before_picture, beginning, ending, prefill
 from ..model.vision_cache import tower_features
 from ..rundir import RunDir
 from .calibration import calibration_for, scaled_probabilities
 from .experiment import base_hash, candidate_at
-from .labels import LabelTree, label_tree, score_labels
+from .labels import Asked, LabelScores, LabelTree, label_tree, read_trees, room_beside, scores_of
 from .suite import BATCH_TOKENS, Candidate, batch_tokens, cut_reason, for_scoring, scoring_model, stated, tower_passes, weights_hash
 from .text import answer_ends, answer_text, greedy_tokens
 from ..tasks import Suite, Task, load_suite
@@ -249,7 +250,7 @@ def load_labeler(
 
 Labeler.load = staticmethod(load_labeler)
 
-# %% ../../nbs/49_scoring.labeler.ipynb #67966ee6
+# %% ../../nbs/49_scoring.labeler.ipynb #c1c1dbcf
 def label_pictures(
     labeler: Labeler,
     pictures: list[Picture],
@@ -257,14 +258,31 @@ def label_pictures(
     "Label one batch, in as few passes as memory allows."
     readable, rows = [picture for picture in pictures if picture.pixels is not None], []
     features = tower_outputs(labeler, [picture.pixels for picture in readable])
+    answers: dict[tuple[int, str], dict[str, Any]] = {}  # by the readable picture's number, and task
+    for own in dict.fromkeys(picture.row.question for picture in readable):  # a row's own question, or None
+        numbers = [number for number, picture in enumerate(readable) if picture.row.question == own]
+        for tasks in sharing(labeler, own):
+            encoded = {task.name: [labeler.encoder.encode(own or task.question, readable[number].size) for number in numbers] for task in tasks}
+            samples = {name: [Sample(one, features=features[number]) for one, number in zip(some, numbers, strict=True)] for name, some in encoded.items()}
+            for name, found in shared_answers(labeler, tasks, samples).items():
+                answers |= {(number, name): answer for number, answer in zip(numbers, found, strict=True)}
     for task in labeler.tasks:
-        encoded = [labeler.encoder.encode(picture.row.question or task.question, picture.size) for picture in readable]
-        samples = [Sample(one, features=value) for one, value in zip(encoded, features, strict=True)]
-        answers = iter([answer for part in fitting(samples, labeler.tokens) for answer in task_answers(labeler, task, part)])
+        left = iter(range(len(readable)))
         for picture in pictures:
-            answer = next(answers) if picture.pixels is not None else {"label": None, "reason": picture.reason}
+            answer = answers[next(left), task.name] if picture.pixels is not None else {"label": None, "reason": picture.reason}
             rows.append({"image": picture.row.id, "task": task.name, **EMPTY, **answer, "checkpoint": labeler.name, "follows_from": labeler.follows_from[task.name], "stamp": picture.stamp})
     return rows
+
+
+def sharing(
+    labeler: Labeler,
+    own: str | None = None,  # a question that is asked instead of the tasks'
+) -> list[list[Task]]:
+    "The tasks, those together whose prompts have the same tokens before the picture."
+    found: dict[tuple[int, ...], list[Task]] = {}
+    for task in labeler.tasks:
+        found.setdefault(before_picture(labeler.encoder, own or task.question), []).append(task)
+    return list(found.values())
 
 # %% ../../nbs/49_scoring.labeler.ipynb #50cd997d
 def label_fitting(
@@ -280,42 +298,78 @@ def label_fitting(
 
 EMPTY = {"label": None, "probability": np.nan, "most_probable": None, "calibrated": False, "in_set_mass": np.nan, "probabilities": None, "reason": ""}
 
-# %% ../../nbs/49_scoring.labeler.ipynb #22f803dc
+# %% ../../nbs/49_scoring.labeler.ipynb #4ff67fe8
 def tower_outputs(labeler: Labeler, pixels: list[np.ndarray]) -> list[Any]:  # a picture: [tokens, hidden]
     "The tower over all pictures, no more of them in a pass than in scoring."
     images, device = labeler.encoder.images, unwrapped(labeler.model).device
     return [value for places in tower_passes(pixels) for value in tower_features(labeler.model, *images.patches(pixels[places], device))]
 
 
-def fitting(samples: list[Sample], tokens: int) -> Iterator[list[Sample]]:
-    "The samples in order, in parts that have no more tokens, padded, or a single sample."
-    part: list[Sample] = []
-    for sample in samples:
-        if part and max(len(one.encoded) for one in [*part, sample]) * (len(part) + 1) > tokens:
-            yield part
-            part = []
-        part.append(sample)
-    if part:
-        yield part
+def fitting(lengths: list[int], tokens: int) -> Iterator[slice]:
+    "Samples of these lengths in order, in parts that have no more tokens, padded, or a single sample."
+    start = 0
+    for end in range(1, len(lengths) + 1):
+        if end == len(lengths) or max(lengths[start : end + 1]) * (end + 1 - start) > tokens:
+            yield slice(start, end)
+            start = end
 
-# %% ../../nbs/49_scoring.labeler.ipynb #a6d8c986
-def task_answers(labeler: Labeler, task: Task, samples: list[Sample]) -> list[dict[str, Any]]:
-    "Labels of a closed task, or the text of an open one."
-    if not task.is_closed:
-        prompts = prefill(labeler.model, labeler.encoder, samples)
-        written = greedy_tokens(labeler.model, prompts, answer_ends(labeler.encoder), labeler.max_new_tokens)
-        texts = [answer_text(labeler.encoder, tokens) for tokens in written]
-        reasons = [cut_reason(labeler.encoder, tokens) or ("" if text.strip() else "empty answer") for text, tokens in zip(texts, written, strict=True)]
-        return [{"label": text, "most_probable": text, "reason": reason} for text, reason in zip(texts, reasons, strict=True)]
-    scores, decision = score_labels(labeler.model, labeler.encoder, samples, labeler.trees[task.name]), labeler.decisions[task.name]
+# %% ../../nbs/49_scoring.labeler.ipynb #d5c1422c
+def shared_answers(
+    labeler: Labeler,
+    tasks: list[Task],  # that share the beginnings of their prompts
+    samples: dict[str, list[Sample]],  # of each task, about the same pictures
+) -> dict[str, list[dict[str, Any]]]:  # by task
+    "All tasks' answers, in parts that have room. A single task's prompts are read whole."
+    found: dict[str, list[dict[str, Any]]] = {task.name: [] for task in tasks}
+    deepest = {name: max(tree.depths) + 1 for name, tree in labeler.trees.items()} if len(tasks) > 1 else {}
+    lengths = [max(len(samples[task.name][i].encoded) + deepest.get(task.name, 0) for task in tasks) for i in range(len(samples[tasks[0].name]))]
+    for part in fitting(lengths, labeler.tokens):
+        for name, answers in answers_to(labeler, tasks, {name: some[part] for name, some in samples.items()}).items():
+            found[name] += answers
+    return found
+
+
+def answers_to(
+    labeler: Labeler,
+    tasks: list[Task],
+    samples: dict[str, list[Sample]],
+) -> dict[str, list[dict[str, Any]]]:
+    "What all tasks answer to one batch: the beginnings in one pass, the closed tasks' questions and labels behind them, then open tasks one by one."
+    model, encoder, first, whole = labeler.model, labeler.encoder, samples[tasks[0].name], len(tasks) == 1
+    prompts = prefill(model, encoder, first if whole else [beginning(sample) for sample in first])
+    behind = {task.name: () if whole else ending(samples[task.name][0]) for task in tasks}
+    closed, found = [task for task in tasks if task.is_closed], {}
+    if closed:
+        room = None if whole else room_beside(prompts, labeler.tokens)
+        readings = read_trees(model, encoder, prompts, [Asked(behind[task.name], labeler.trees[task.name]) for task in closed], room)
+        found = {task.name: decided_rows(labeler, task, scores_of(reading, encoder, labeler.trees[task.name])) for task, reading in zip(closed, readings, strict=True)}
+    for task in tasks:
+        if not task.is_closed:
+            found[task.name] = written_rows(labeler, prompts if whole else prompts.followed_by(model, behind[task.name]))
+    return found
+
+# %% ../../nbs/49_scoring.labeler.ipynb #23549866
+def decided_rows(labeler: Labeler, task: Task, scores: LabelScores) -> list[dict[str, Any]]:
+    "The labels of a closed task."
+    decision, made = labeler.decisions[task.name], []
     values = scaled_probabilities(scores.probabilities, decision.temperature) if decision.calibrated else scores.probabilities
     labels, best = decided_labels(task, values, decision.threshold), values.argmax(axis=1)
-    made = []
     for i, label in enumerate(labels):
         most = task.labels[best[i]]
         shown = values[i, task.labels.index(label)] if label != UNDECIDED else values[i, best[i]]
         made.append({"label": label, "probability": float(shown), "most_probable": most, "calibrated": decision.calibrated, "in_set_mass": float(scores.in_set_mass[i]), "probabilities": stated(task.labels, values[i])})
     return made
+
+
+def written_rows(
+    labeler: Labeler,
+    prompts: Prefill,  # whole; used up
+) -> list[dict[str, Any]]:
+    "The texts of an open task."
+    written = greedy_tokens(labeler.model, prompts, answer_ends(labeler.encoder), labeler.max_new_tokens)
+    texts = [answer_text(labeler.encoder, tokens) for tokens in written]
+    reasons = [cut_reason(labeler.encoder, tokens) or ("" if text.strip() else "empty answer") for text, tokens in zip(texts, written, strict=True)]
+    return [{"label": text, "most_probable": text, "reason": reason} for text, reason in zip(texts, reasons, strict=True)]
 
 
 def stamp_of(row: Row) -> str:
