@@ -34,6 +34,31 @@ class Mutation:
 
 MUTATIONS: list[Mutation] = [
     Mutation(
+        '5.13.shared', "rows of tasks that begin otherwise are scored together", 'qwen2vl_sft/scoring/experiment.py',
+        'first.setdefault((images[place], before(own[place])), (data, place))', 'first.setdefault((images[place], ()), (data, place))',
+        ('tests/test_scoring_suite.py::test_rows_of_no_common_picture_or_beginning_do_not_ride',),
+    ),
+    Mutation(
+        '5.13.shared', "a task's own part files take the numbers of those it rode in", 'qwen2vl_sft/scoring/experiment.py',
+        'max(following.get(name, 0) for name in others)', '0',
+        ('tests/test_scoring_suite.py::test_tasks_about_the_same_pictures_are_scored_together_as_they_are_alone',),
+    ),
+    Mutation(
+        '5.13.shared', "of two processes one scores again what rode with the other's rows", 'qwen2vl_sft/scoring/experiment.py',
+        'taken = {(other.task.name, place) for rows in work.riders.values() for other, place in rows}', 'taken = set()',
+        ('tests/test_scoring_suite.py::test_two_processes_share_tasks_about_the_same_pictures',),
+    ),
+    Mutation(
+        '5.13.shared', "a task about some of the pictures gets the first ones' answers", 'qwen2vl_sft/scoring/suite.py',
+        'prompts.branch().only(list(rows))', 'prompts.branch().only(list(range(len(rows))))',
+        ('tests/test_scoring_suite.py::test_tasks_about_the_same_pictures_are_scored_together_as_they_are_alone',),
+    ),
+    Mutation(
+        '5.14.shared', "the self-test asks one task alone where several are scored together", 'qwen2vl_sft/scoring/suite.py',
+        'found = Apart(tokens=max(tree.depths) + 2)\n    if others and share_ending(samples):', 'found = Apart(tokens=max(tree.depths) + 2)\n    if False:',
+        ('tests/test_scoring_suite.py::test_the_self_test_asks_beside_the_other_tasks',),
+    ),
+    Mutation(
         '5.13.shared', "a second question's positions go on after the first one's", 'qwen2vl_sft/scoring/labels.py',
         'self.depths.append(self.depths[node] + 1 if node >= 0 else 0)', 'self.depths.append(len(self.depths))',
         ('tests/test_correctness.py::test_5_13_tasks_about_one_picture_share_its_beginning_and_equal_stock_forwards[base]',),

@@ -18,6 +18,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -35,12 +36,12 @@ from qwen2vl_sft.encoding.prompt import load_encoder
 from qwen2vl_sft.model.load import base_location, load_base, trainable
 from qwen2vl_sft.model.prefill import logits_of
 from qwen2vl_sft.rundir import RunDir, Status
-from qwen2vl_sft.scoring import experiment, suite
+from qwen2vl_sft.scoring import experiment, labels, suite
 from qwen2vl_sft.scoring.experiment import score_experiment, score_run
 from qwen2vl_sft.scoring.remote import ApiConfig
 from qwen2vl_sft.scoring.labels import LabelScores, TreeReading, label_tree, path_sums
 from qwen2vl_sft.scoring.suite import test_set
-from qwen2vl_sft.tasks import Task, load_suite
+from qwen2vl_sft.tasks import Suite, Task, load_suite
 from qwen2vl_sft.training.trainer import train
 
 SETTINGS = ScoringConfig(max_new_tokens=4, batch=4)
@@ -499,7 +500,7 @@ def test_free_memory_decides_how_often_the_data_is_gone_over(two_models, encoder
 
 def test_without_a_vision_cache_two_passes_decode_a_picture_once(project, prepared, two_models, encoder, monkeypatch):
     colour = test_set(prepared, prepared.suite.task("colour"), SETTINGS)
-    monkeypatch.setattr(experiment, "test_models", lambda held, scorer, tests: None)
+    monkeypatch.setattr(experiment, "test_models", lambda *_: None)
     decoded = counted(monkeypatch, suite, "open_image"), counted(monkeypatch, pixels, "open_image")
     experiment.score_candidates(two_models, suite.Scorer(encoder, SETTINGS), [colour], 0.0, most=1)
     assert sum(map(len, decoded)) == len(colour) and all(len(one.run.predictions(one.checkpoint, "colour")) == len(colour) for one in two_models)
@@ -653,3 +654,157 @@ def test_seconds_hold_the_towers_part_also_where_its_output_is_shared_or_cached(
     scorer.towers, scorer.cache = [], SimpleNamespace(seconds_a_token=1.0)
     cached = suite.score_batch(model, scorer, colour, [2, 3], samples, tree)["seconds"].iloc[0]
     assert cached == pytest.approx(len(samples[0].features), abs=0.2)
+
+
+# --- several tasks about the same pictures -----------------------------------------------------------------
+
+
+@pytest.fixture
+def about_the_same(project, encoder):
+    "Test sets: a closed task by both rules, one about eight of its twelve pictures, an open one about eight of them and eight others, one whose rows have questions of their own."
+    folder = write_toy_suite(project / "toy", rows=12).parent
+    rows = [line.split(",") for line in (folder / "test.csv").read_text().splitlines()[1:]]
+    (folder / "red.csv").write_text("image,label\n" + "".join(f"{image},{'yes' if label == 'red' else 'no'}\n" for image, label in rows[2:10]))
+    (folder / "own.csv").write_text("image,label,question\n" + "".join(f"{image},{label},Which colour is number {i}?\n" for i, (image, label) in enumerate(rows)))
+    words = [line.split(",") for line in (folder / "word-test.csv").read_text().splitlines()[1:9]]
+    (folder / "say.csv").write_text("image,label\n" + "".join(f"{image},{label}\n" for image, label in [*rows[4:], *words]))
+    name = lambda table, **more: {"test": {"format": "csv", "path": table, **more}}
+    tasks = [
+        Task(name="colour", question="Which colour is it?", labels=["red", "green", "blue"], sources=name("test.csv")),
+        Task(name="red", question="Is it red?", labels=["yes", "no"], sources=name("red.csv")),
+        Task(name="say", question="Which colour?", answer="text", sources=name("say.csv")),
+        Task(name="own", question="Which?", labels=["red", "green", "blue"], sources=name("own.csv", question="question")),
+    ]
+    ready = prepare(Suite(name="same", tasks=tasks, folder=folder), project / "prepared" / "same")
+    return [test_set(ready, task, SETTINGS.model_copy(update={"rule": "both"})) for task in tasks]
+
+
+@pytest.fixture
+def three_models(tmp_path):
+    "The untuned model and an adapter in one group, and full weights with a tower of their own; in a run folder of a name."
+    torch.manual_seed(3)
+    tuned = get_peft_model(load_base(CPU), LoraConfig(r=4, target_modules=r".*language_model.*_proj", init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "adapter")
+    model = load_base(CPU)
+    model.model.visual.merger.mlp[2].weight.data *= 1.1
+    model.save_pretrained(tmp_path / "full")
+    own = MethodConfig(name="full", freeze_tower=False, freeze_merger=False)
+    return lambda name: [
+        suite.Candidate(RunDir(tmp_path / name / "base"), "base", None, "w", config=CPU),
+        suite.Candidate(RunDir(tmp_path / name / "lora"), "step-1", tmp_path / "adapter", "v", config=CPU, method=MethodConfig(name="lora")),
+        suite.Candidate(RunDir(tmp_path / name / "full"), "step-2", tmp_path / "full", "u", config=CPU, method=own),
+    ]
+
+
+def predicted(candidates, tests) -> dict:
+    return {(str(one), data.task.name, rule): one.run.predictions(one.checkpoint, data.task.name, rule).set_index("id").loc[data.column("id")] for one in candidates for data in tests for rule in data.rules}
+
+
+def test_tasks_about_the_same_pictures_are_scored_together_as_they_are_alone(about_the_same, three_models, encoder, monkeypatch, capsys):
+    "By every model, with every rule; a picture's prompts are read once a model, and rows with questions of their own as before."
+    together, apart = three_models("together"), three_models("apart")
+    for data in about_the_same:
+        experiment.score_candidates(apart, suite.Scorer(encoder, SETTINGS), [data], 0.0)
+    capsys.readouterr()
+    monkeypatch.setattr(experiment, "test_models", lambda *_: None)
+    read = counted(monkeypatch, suite, "prefill")
+    experiment.score_candidates(together, suite.Scorer(encoder, SETTINGS), about_the_same, 0.0)
+    assert sum(len(samples) for _, _, samples in read) == 3 * (12 + 8 + 12), "a model reads twelve beginnings, eight prompts about other pictures and twelve with questions of their own"
+    ours, theirs = predicted(together, about_the_same), predicted(apart, about_the_same)
+    for key, table in theirs.items():
+        same = ["target", "prediction", "outcome", "reason", "text", "tokens_in", "tokens_out", "sample"]
+        assert ours[key][same].equals(table[same]) and (ours[key]["seconds"] > 0).all(), key
+        if key[2] == "closed":
+            for one, other in zip(ours[key]["probabilities"], table["probabilities"], strict=True):
+                assert json.loads(one) == pytest.approx(json.loads(other), abs=1e-4)
+    before = [part_times(one.run) for one in together]
+    experiment.score_candidates(together, suite.Scorer(encoder, SETTINGS), about_the_same, 0.0)
+    assert [part_times(one.run) for one in together] == before and "3 models, all scored" in capsys.readouterr().out
+
+
+def test_what_is_missing_of_tasks_that_ride_is_scored_and_nothing_else(about_the_same, three_models, encoder, monkeypatch):
+    "Cut off after a batch; then one model lacks a task that others have."
+    models, scorer = three_models("some")[:2], suite.Scorer(encoder, SETTINGS)
+    real = experiment.Parts.publish
+    monkeypatch.setattr(experiment.Parts, "publish", lambda self, number: real(self, number) if number < 2 else (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        experiment.score_candidates(models, scorer, about_the_same, 0.0)
+    monkeypatch.setattr(experiment.Parts, "publish", real)
+    kept = [part_times(one.run) for one in models]
+    assert all(len(one.run.predictions(one.checkpoint, "colour")) == 2 + 4 for one in models)  # two rows that nothing rides on, then a batch of four
+    experiment.score_candidates(models, scorer, about_the_same, 0.0)
+    assert all(was.items() <= part_times(one.run).items() for was, one in zip(kept, models, strict=True))
+    whole = predicted(models, about_the_same)
+    assert all(table.index.is_unique and len(table) == len(data) for data in about_the_same for key, table in whole.items() if key[1] == data.task.name)
+    for part in models[1].run.prediction_parts("step-1", "red", "closed"):
+        part.unlink()
+    scored = counted(monkeypatch, experiment, "score_shared"), counted(monkeypatch, experiment, "score_batch")
+    experiment.score_candidates(models, scorer, about_the_same, 0.0)
+    assert not scored[0] and sum(len(args[3]) for args in scored[1]) == 8, "a task alone is read whole"
+    again = predicted(models, about_the_same)
+    assert all(again[key]["prediction"].equals(table["prediction"]) for key, table in whole.items())
+
+
+def test_two_processes_share_tasks_about_the_same_pictures(about_the_same, three_models, encoder, monkeypatch):
+    "Each takes every second batch, riders included; no part file is another's."
+    models = three_models("two")[:1]
+    begun, real = {}, experiment.first_parts
+
+    def first_parts(work, candidates, data):  # the first process finds them, the second gets the same
+        if data.task.name not in begun:
+            begun[data.task.name] = real(work, candidates, data)
+        return begun[data.task.name]
+
+    monkeypatch.setattr(experiment, "first_parts", first_parts)
+    works = [experiment.work_for(models, suite.Scorer(encoder, SETTINGS), about_the_same) for _ in range(2)]
+    held = [experiment.load_group(experiment.groups_of(models)[0], encoder)]
+    monkeypatch.setattr(experiment, "process_count", lambda: 2)
+    for rank, work in enumerate(works):
+        monkeypatch.setattr(experiment, "process_rank", lambda rank=rank: rank)
+        work.riders = experiment.riders_of(work, models)
+        with tqdm(disable=True) as bar:
+            experiment.one_pass(work, held, bar)
+        assert 0 < work.done < work.answers
+    for data in about_the_same:
+        for rule in data.rules:
+            found = models[0].run.predictions("base", data.task.name, rule)
+            assert sorted(found["id"]) == sorted(data.column("id")), (data.task.name, rule)
+
+
+def test_pictures_that_do_not_fit_are_read_in_halves_with_all_their_tasks(about_the_same, three_models, encoder, monkeypatch, capsys):
+    models, sizes, real = three_models("halves")[:1], [], experiment.score_shared
+
+    def tight(model, scorer, wanted):
+        pictures = {number for one in wanted for number in one.pictures}
+        sizes.append(len(pictures))
+        if len(pictures) > 2:
+            raise MemoryError
+        return real(model, scorer, wanted)
+
+    monkeypatch.setattr(experiment, "score_shared", tight)
+    experiment.score_candidates(models, suite.Scorer(encoder, SETTINGS), about_the_same, 0.0)
+    assert sizes == [4, 2, 2, 2, 2, 2] and "score colour: out of memory; 2 samples at a time instead of 4" in capsys.readouterr().out
+    assert all(table.index.is_unique and len(table) >= 8 for table in predicted(models, about_the_same).values())
+
+
+def test_the_self_test_asks_beside_the_other_tasks(about_the_same, three_models, encoder, monkeypatch):
+    "A model whose label depends on another task's question is stopped."
+    models = three_models("self")[:1]
+    work = experiment.work_for(models, suite.Scorer(encoder, SETTINGS), about_the_same)
+    riders = experiment.riders_of(work, models)
+    assert {name for name, _ in riders} == {"colour"} and sorted({other.task.name for rows in riders.values() for other, _ in rows}) == ["red", "say"]
+    held = [experiment.load_group(experiment.groups_of(models)[0], encoder)]
+    experiment.test_models(held, work.scorer, about_the_same, riders)
+    real = labels.sight
+    monkeypatch.setattr(labels, "sight", lambda tree, part: np.tril(np.ones((len(part), len(part)), dtype=bool)) if len(tree) > 20 else real(tree, part))
+    experiment.test_models(held, work.scorer, about_the_same, {})
+    with pytest.raises(RunFailure, match=r"self-test: sample \d of colour is '.*' alone and '.*' in a batch"):
+        experiment.test_models(held, work.scorer, about_the_same, riders)
+
+
+def test_rows_of_no_common_picture_or_beginning_do_not_ride(about_the_same, three_models, prepared):
+    models = three_models("none")[:1]
+    riding = lambda tests, **settings: experiment.riders_of(experiment.work_for(models, suite.Scorer(load_encoder(base_location("small"), PreprocessingConfig(**settings)), SETTINGS), tests), models)
+    assert len(riding(about_the_same)) == 10
+    assert riding(about_the_same, image_first=False) == {}
+    assert riding([test_set(prepared, task, SETTINGS) for task in prepared.suite.tasks]) == {}

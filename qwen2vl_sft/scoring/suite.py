@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['BATCH_TOKENS', 'TOWER_BYTES', 'WALKED', 'NOT_DECIDING', 'STEP', 'NEAR_TIE', 'SELF_TEST', 'SELF_TEST_TOKENS',
            'TestSet', 'test_set', 'Scorer', 'tower_passes', 'add_features', 'now_on', 'stored', 'batches', 'free_bytes',
-           'batch_tokens', 'for_scoring', 'stated', 'closed_rows', 'cut_reason', 'free_row', 'free_tokens', 'answers',
-           'score_batch', 'Candidate', 'scoring_model', 'computed_in', 'weights_hash', 'deciding_parts', 'decided_by',
-           'what_changed', 'missing_places', 'predicted_samples', 'present_ids', 'drop_leftovers', 'start_predictions',
-           'near_ties', 'is_near_tie', 'explained_by_rounding', 'Apart', 'self_test', 'labels_apart', 'answers_apart',
-           'next_token']
+           'batch_tokens', 'for_scoring', 'stated', 'closed_rows', 'cut_reason', 'free_row', 'free_tokens', 'is_walked',
+           'answers', 'Wanted', 'score_batch', 'same_pictures', 'score_shared', 'Candidate', 'scoring_model',
+           'computed_in', 'weights_hash', 'deciding_parts', 'decided_by', 'what_changed', 'missing_places',
+           'predicted_samples', 'present_ids', 'drop_leftovers', 'start_predictions', 'near_ties', 'is_near_tie',
+           'explained_by_rounding', 'Apart', 'self_test', 'share_ending', 'labels_apart', 'answers_apart', 'next_token']
 
-# %% ../../nbs/43_scoring.suite.ipynb #0d53f87e
+# %% ../../nbs/43_scoring.suite.ipynb #a40e4828
 import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -39,10 +39,10 @@ from ..encoding.prompt import Encoder, preprocessing_contract
 from ..model.fused import fuse_lora, fuse_tower
 from ..model.load import check_token_ids, compute_dtype, unwrapped
 from ..model.memory import empty_device_cache
-from ..model.prefill import Prefill, logits_of, prefill
+from ..model.prefill import Prefill, beginning, ending, logits_of, prefill
 from ..model.vision_cache import VisionCache, tower_features
 from ..rundir import RunDir
-from .labels import LabelScores, LabelTree, label_tree, score_labels
+from .labels import Asked, LabelScores, LabelTree, label_tree, read_trees, room_beside, score_labels, scores_of
 from .metrics import fields_match, judge, parsed_label, similarity
 from .text import answer_ends, answer_text, greedy_tokens
 from ..tasks import Task
@@ -104,7 +104,7 @@ def test_set(
 
 test_set.__test__ = False
 
-# %% ../../nbs/43_scoring.suite.ipynb #efa2bfd5
+# %% ../../nbs/43_scoring.suite.ipynb #d98d6c2c
 BATCH_TOKENS = 32 * 1024  # padded, in one forward pass
 
 
@@ -139,6 +139,12 @@ class Scorer:
             made.append(Sample(encoded, None if features is not None else decoded[row], features))
         return made
 
+    def about(self, data: TestSet, place: int, other: Sample) -> Sample:
+        "A row's prompt about the picture of another sample."
+        row = data.chosen[place]
+        question, size = data.rows.column("question")[row] or data.task.question, (data.rows.column("width")[row], data.rows.column("height")[row])
+        return replace(other, encoded=self.encoder.encode(question, size))
+
     def pixels(self, data: TestSet, row: int, reading: AbstractContextManager = nullcontext()) -> np.ndarray:  # noqa: B008 (holds nothing)
         "The decoded picture of a row; threads share a lock for `reading` its bytes."
         name = f"{data.task.name}, row {row}"
@@ -162,7 +168,7 @@ def tower_passes(
         yield slice(start, start + count)
         start += count
 
-# %% ../../nbs/43_scoring.suite.ipynb #025fa1d4
+# %% ../../nbs/43_scoring.suite.ipynb #647771c3
 def add_features(
     scorer: Scorer,
     model: nn.Module,
@@ -187,7 +193,7 @@ def add_features(
     for sample in samples:
         sample.features = sample.features.to(device)
 
-# %% ../../nbs/43_scoring.suite.ipynb #4a49f4ef
+# %% ../../nbs/43_scoring.suite.ipynb #d249e1f2
 def now_on(device: torch.device) -> float:
     "The clock, once a GPU has done what it was given."
     if device.type == "cuda":
@@ -210,15 +216,16 @@ def stored(
         say(f"vision cache {cache.path}: {error}; going on without storing more")
         return False
 
-# %% ../../nbs/43_scoring.suite.ipynb #67f72780
+# %% ../../nbs/43_scoring.suite.ipynb #0545c1c3
 def batches(
     data: TestSet,
     scorer: Scorer,
     places: set[int],
+    beside: int = 0,  # tokens that a pass must have room for besides the picture's
 ) -> Iterator[list[int]]:
     "Places in batches, longest samples first."
     widths, heights = data.column("width"), data.column("height")
-    tokens = {place: scorer.encoder.images.tokens(widths[place], heights[place]) for place in places}
+    tokens = {place: scorer.encoder.images.tokens(widths[place], heights[place]) + beside for place in places}
     batch: list[int] = []
     for place in sorted(places, key=lambda place: -tokens[place]):
         if batch and (len(batch) == scorer.settings.batch or tokens[batch[0]] * (len(batch) + 1) > scorer.tokens):
@@ -250,7 +257,7 @@ def batch_tokens(
     values = 4 * text.num_hidden_layers * width + 3 * text.intermediate_size + 10 * text.hidden_size  # cache twice, a layer's activations
     return int(min(BATCH_TOKENS, max(1024, free_bytes(inner.device) / 3 / (values * max(2, inner.dtype.itemsize)))))
 
-# %% ../../nbs/43_scoring.suite.ipynb #7057aa37
+# %% ../../nbs/43_scoring.suite.ipynb #a8f4846f
 def for_scoring(
     model: nn.Module,
     encoder: Encoder,
@@ -309,46 +316,77 @@ def free_row(
         "fields": json.dumps(fields_match(text, target, task)) if task.fields else None,
     }  # fmt: skip
 
-# %% ../../nbs/43_scoring.suite.ipynb #a4e7231d
+# %% ../../nbs/43_scoring.suite.ipynb #00f29609
 WALKED = 256  # nodes; a larger tree costs more than the few tokens that it would save from being decoded
 
 
 def free_tokens(
     model: nn.Module,
     scorer: Scorer,
-    prompts: Prefill,  # used up
+    prompts: Callable[[list[int]], Prefill],  # some rows' prompts, to be used up
     known: list[list[int] | None],  # what the label tree says is written
 ) -> list[list[int]]:
     "What greedy decoding writes after each prompt."
     most, rest = scorer.settings.max_new_tokens, [i for i, tokens in enumerate(known) if tokens is None]
     written = [tokens and tokens[:most] for tokens in known]
     if rest:
-        decoded = greedy_tokens(model, prompts.only(rest) if len(rest) < len(known) else prompts, answer_ends(scorer.encoder), most)
-        for i, tokens in zip(rest, decoded, strict=True):
+        for i, tokens in zip(rest, greedy_tokens(model, prompts(rest), answer_ends(scorer.encoder), most), strict=True):
             written[i] = tokens
     return written
 
 
+def is_walked(
+    tree: LabelTree | None,
+    rules: tuple[str, ...],
+) -> bool:
+    "Whether the label tree is read."
+    return tree is not None and ("closed" in rules or len(tree) <= WALKED)
+
+# %% ../../nbs/43_scoring.suite.ipynb #907c2cc8
 def answers(
     model: nn.Module,
     scorer: Scorer,
     task: Task,
     targets: list[str],
-    samples: list[Sample],
-    tree: LabelTree | None,
+    scores: LabelScores | None,  # where the label tree was read
+    prompts: Callable[[list[int]], Prefill],  # some rows' prompts, to be used up
     rules: tuple[str, ...],
 ) -> list[list[dict[str, Any]]]:  # a rule, a sample
     "One model's answers to a batch, by each rule."
-    prompts = prefill(model, scorer.encoder, samples)
-    walked = tree is not None and ("closed" in rules or len(tree) <= WALKED)
-    scores = score_labels(model, scorer.encoder, samples, tree, prompts) if walked else None
     found = [closed_rows(scores, targets, task)] if "closed" in rules else []
     if "free" in rules:
-        written = free_tokens(model, scorer, prompts, scores.walks if scores else [None] * len(samples))
+        written = free_tokens(model, scorer, prompts, scores.walks if scores else [None] * len(targets))
         found.append([free_row(scorer.encoder, tokens, target, task) for tokens, target in zip(written, targets, strict=True)])
     return found
 
-# %% ../../nbs/43_scoring.suite.ipynb #5e27cd7e
+# %% ../../nbs/43_scoring.suite.ipynb #25760107
+@dataclass
+class Wanted:
+    "What one model is asked: rows of a test set, by some rules."
+
+    data: TestSet
+    rules: tuple[str, ...]
+    tree: LabelTree | None
+    places: list[int] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)  # of these places
+    pictures: list[int] = field(default_factory=list)  # of each, which picture of a batch it is about; where rows share them
+
+    @property
+    def targets(self) -> list[str]:
+        values = self.data.rows.column("label")
+        return [values[self.data.chosen[place]] for place in self.places]
+
+    def table(self, found: list[list[dict[str, Any]]], seconds: float, tower_rate: float) -> pd.DataFrame:
+        "The answers, a rule and a sample, as rows; `seconds` is what all took, without the tower."
+        names, keys, rows = self.data.rows.column("id"), self.data.row_keys, [self.data.chosen[place] for place in self.places]
+        tower = tower_rate * sum(0 if sample.features is None else len(sample.features) for sample in self.samples)
+        share = (seconds + tower) / (len(rows) * len(self.rules))
+        return pd.DataFrame([
+            {"id": names[row], "target": target, "split": self.data.split, **answer, "seconds": share, "tokens_in": len(sample.encoded), "cost": 0.0, "sample": keys[row]}
+            for some in found for row, target, answer, sample in zip(rows, self.targets, some, self.samples, strict=True)
+        ])  # fmt: skip
+
+# %% ../../nbs/43_scoring.suite.ipynb #60fec5e9
 def score_batch(
     model: nn.Module,
     scorer: Scorer,
@@ -359,16 +397,55 @@ def score_batch(
     rules: tuple[str, ...] | None = None,  # None: the test set's
 ) -> pd.DataFrame:  # DESIGN section 4
     "Predictions of one model for some samples, by each rule. `seconds` is a sample's share of the batch and of the rules; the tower's part is in it also where models share its output."
-    chosen, columns = [data.chosen[place] for place in places], (data.rows.column("id"), data.rows.column("label"), data.row_keys)
-    names, targets, keys = ([values[row] for row in chosen] for values in columns)
-    rules, started = rules or data.rules, time.perf_counter()
-    found = answers(model, scorer, data.task, targets, samples, tree, rules)
-    shared, rate = [0 if sample.features is None else len(sample.features) for sample in samples], scorer.tower_rate
-    seconds = (time.perf_counter() - started + rate * sum(shared)) / (len(places) * len(rules))
-    return pd.DataFrame([
-        {"id": name, "target": target, "split": data.split, **row, "seconds": seconds, "tokens_in": len(sample.encoded), "cost": 0.0, "sample": key}
-        for rows in found for name, target, key, row, sample in zip(names, targets, keys, rows, samples, strict=True)
-    ])  # fmt: skip
+    wanted = Wanted(data, rules or data.rules, tree, places, samples)
+    started = time.perf_counter()
+    prompts = prefill(model, scorer.encoder, samples)
+    scores = score_labels(model, scorer.encoder, samples, tree, prompts) if is_walked(tree, wanted.rules) else None
+    whole = lambda rest: prompts.only(rest) if len(rest) < len(places) else prompts
+    found = answers(model, scorer, data.task, wanted.targets, scores, whole, wanted.rules)
+    return wanted.table(found, time.perf_counter() - started, scorer.tower_rate)
+
+# %% ../../nbs/43_scoring.suite.ipynb #7ae6d877
+def same_pictures(
+    wanted: list[Wanted],
+    rows: dict[int, int],  # picture -> row of the prompts that were read
+) -> dict[tuple[int, ...], list[tuple[int, tuple[int, ...], list[int]]]]:  # rows -> of each that asks about just these: number of its `Wanted`, tokens, which of its samples
+    "Who asks the same tokens about which pictures."
+    found: dict[tuple[int, ...], list[tuple[int, tuple[int, ...], list[int]]]] = {}
+    for number, one in enumerate(wanted):
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for i, sample in enumerate(one.samples):
+            alike.setdefault(ending(sample), []).append(i)
+        for tokens, index in alike.items():
+            found.setdefault(tuple(rows[one.pictures[i]] for i in index), []).append((number, tokens, index))
+    return found
+
+
+def score_shared(
+    model: nn.Module,
+    scorer: Scorer,
+    wanted: list[Wanted],  # samples about one picture have the same beginning
+) -> list[pd.DataFrame]:  # one for each
+    "Predictions of one model for rows of several test sets about the same pictures; see `score_batch`."
+    device, tables = unwrapped(model).device, [[] for _ in wanted]
+    first = {number: beginning(sample) for one in wanted for number, sample in zip(one.pictures, one.samples, strict=True)}
+    started = now_on(device)
+    prompts = prefill(model, scorer.encoder, list(first.values()))
+    once = (now_on(device) - started) / len(first)
+    for rows, asking in same_pictures(wanted, {number: row for row, number in enumerate(first)}).items():
+        own = prompts if rows == tuple(range(len(prompts))) else prompts.branch().only(list(rows))
+        parts = [replace(wanted[number], places=[wanted[number].places[i] for i in index], samples=[wanted[number].samples[i] for i in index]) for number, _, index in asking]
+        asked = [Asked(tokens, part.tree) for part, (_, tokens, _) in zip(parts, asking, strict=True) if is_walked(part.tree, part.rules)]
+        started = now_on(device)
+        readings = iter(read_trees(model, scorer.encoder, own, asked, room_beside(own, scorer.tokens)) if asked else [])
+        read = (now_on(device) - started) / max(1, len(asked))
+        for part, (number, tokens, _) in zip(parts, asking, strict=True):
+            started, walked = time.perf_counter(), is_walked(part.tree, part.rules)
+            scores = scores_of(next(readings), scorer.encoder, part.tree) if walked else None
+            whole = lambda rest, own=own, tokens=tokens: own.branch().only(rest).followed_by(model, tokens)
+            found = answers(model, scorer, part.data.task, part.targets, scores, whole, part.rules)
+            tables[number].append(part.table(found, once * len(rows) + read * walked + time.perf_counter() - started, scorer.tower_rate))
+    return [pd.concat(some, ignore_index=True) for some in tables]
 
 # %% ../../nbs/43_scoring.suite.ipynb #1082d08c
 @dataclass
@@ -583,7 +660,7 @@ def explained_by_rounding(
     "How far rounding to bfloat16 may move a label's log-probability."
     return STEP * math.sqrt(2 * unwrapped(model).config.text_config.num_hidden_layers * tokens)
 
-# %% ../../nbs/43_scoring.suite.ipynb #3983b5f2
+# %% ../../nbs/43_scoring.suite.ipynb #2c164aba
 @dataclass
 class Apart:
     "What differs between samples alone and in a batch."
@@ -600,10 +677,11 @@ def self_test(
     data: TestSet,
     rule: str = "closed",
     samples: list[Sample] | None = None,  # None: the first few of the test set
+    others: Sequence[Asked] = (),  # what other tasks ask about the same pictures, where they are scored together
 ) -> float:  # the largest difference in a probability: of a label, or of an answer's first token
     "Raises `RunFailure` if what a sample is answered with depends on its batch."
     samples = samples or scorer.samples(data, list(range(min(SELF_TEST, len(data)))), cached=False)
-    apart, exact = (labels_apart if rule == "closed" else answers_apart)(model, scorer, data.task, samples), unwrapped(model).dtype is torch.float32
+    apart, exact = (labels_apart if rule == "closed" else answers_apart)(model, scorer, data.task, samples, others), unwrapped(model).dtype is torch.float32
     remedy = "so scores can't be trusted; set model.attention=eager or sdpa in the run's config.yaml, or model.dtype=float32, and score again"
     for i, alone, together, low, high in apart.differing:
         if high - low > 1e-4 if exact else not is_near_tie(low, high):
@@ -612,11 +690,21 @@ def self_test(
         raise RunFailure(f"self-test: a label's log-probability in {data.task.name} is {apart.moved:.1f} nats higher or lower in a batch than alone, more than the {most:.1f} that rounding explains, {remedy}")
     return apart.largest
 
-# %% ../../nbs/43_scoring.suite.ipynb #94808a94
-def labels_apart(model: nn.Module, scorer: Scorer, task: Task, samples: list[Sample]) -> Apart:
-    "The closed rule alone and in a batch."
+# %% ../../nbs/43_scoring.suite.ipynb #343fb1e0
+def share_ending(samples: list[Sample]) -> bool:
+    "Whether all ask the same."
+    return len({ending(sample) for sample in samples}) == 1
+
+
+def labels_apart(model: nn.Module, scorer: Scorer, task: Task, samples: list[Sample], others: Sequence[Asked] = ()) -> Apart:
+    "The closed rule alone and in a batch; where other tasks share the pictures, as one of several questions."
     tree = label_tree(scorer.encoder, task.wordings)
-    together, found = score_labels(model, scorer.encoder, samples, tree), Apart(tokens=max(tree.depths) + 2)
+    found = Apart(tokens=max(tree.depths) + 2)
+    if others and share_ending(samples):
+        shared = prefill(model, scorer.encoder, [beginning(sample) for sample in samples])
+        together = scores_of(read_trees(model, scorer.encoder, shared, [*others, Asked(ending(samples[0]), tree)])[-1], scorer.encoder, tree)
+    else:
+        together = score_labels(model, scorer.encoder, samples, tree)
     for i, sample in enumerate(samples):
         alone = score_labels(model, scorer.encoder, [sample], tree)
         found.largest = max(found.largest, float(np.abs(alone.probabilities[0] - together.probabilities[i]).max()))
@@ -626,11 +714,14 @@ def labels_apart(model: nn.Module, scorer: Scorer, task: Task, samples: list[Sam
             found.differing.append((i, alone.predictions[0], together.predictions[i], low, high))
     return found
 
-# %% ../../nbs/43_scoring.suite.ipynb #b7ba27a3
-def answers_apart(model: nn.Module, scorer: Scorer, task: Task, samples: list[Sample]) -> Apart:
-    "The free rule alone and in a batch."
+# %% ../../nbs/43_scoring.suite.ipynb #137cc81a
+def answers_apart(model: nn.Module, scorer: Scorer, task: Task, samples: list[Sample], others: Sequence[Asked] = ()) -> Apart:
+    "The free rule alone and in a batch; where other tasks share the pictures, behind the beginning that they share."
     ends, most, found = answer_ends(scorer.encoder), min(SELF_TEST_TOKENS, scorer.settings.max_new_tokens), Apart()
-    prompts = prefill(model, scorer.encoder, samples)
+    if others and share_ending(samples):
+        prompts = prefill(model, scorer.encoder, [beginning(sample) for sample in samples]).followed_by(model, ending(samples[0]))
+    else:
+        prompts = prefill(model, scorer.encoder, samples)
     first, together = next_token(model, prompts), greedy_tokens(model, prompts, ends, most)
     for i, sample in enumerate(samples):
         prompts = prefill(model, scorer.encoder, [sample])
