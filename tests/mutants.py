@@ -65,7 +65,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '5.13.shared', "prompts that begin otherwise are taken to begin alike", 'qwen2vl_sft/model/prefill.py',
-        'return tuple(ids[: ids.index(encoder.image_token_id)])', 'return ()',
+        'return tuple(ids[:place]), tuple(ids[place + 1 :])', 'return (), tuple(ids[place + 1 :])',
         ('tests/test_correctness.py::test_5_13_tasks_about_one_picture_share_its_beginning_and_equal_stock_forwards[question first]',),
     ),
     Mutation(
