@@ -1072,7 +1072,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         'score', "the tower's time is left out where its output is shared", 'qwen2vl_sft/scoring/suite.py',
-        'started + rate * sum(shared))', 'started + 0 * rate * sum(shared))',
+        'tower = tower_rate * sum(', 'tower = 0 * tower_rate * sum(',
         ('tests/test_scoring_suite.py::test_seconds_hold_the_towers_part_also_where_its_output_is_shared_or_cached',),
     ),
 ]
