@@ -2,12 +2,17 @@
 
     python benchmarks/scoring.py            pictures of 756 x 756 on the model of ratio_model.py, about five minutes
     python benchmarks/scoring.py --tiny     everything once, small: shows that it runs
+    python benchmarks/scoring.py --only several_tasks_on_one_picture     that section; the others' figures in the file stay
 
 Both sides start from the JPEG bytes with all weights in memory and end with every answer (ours: written to part files,
 label probabilities too). Stock is transformers' `generate`: sdpa, the largest batch that is not slower, early stop by
 its own eos, as many new tokens as the longest label has, adapters merged beforehand. The contenders take turns within a
 round; float32; the written answers of both sides are compared. First pass: empty vision cache, its fill included.
 Second pass: other checkpoints of the same base, later.
+
+Several tasks on one picture: labelling 1, 4 and 20 tasks of two labels, from JPEG bytes to labels; ours with the
+prompts' common beginning read once, ours with every task's prompts read whole (the tower once in both), and stock
+`generate`, task after task, the pictures decoded and resized once for all.
 """
 import argparse
 import copy
@@ -31,6 +36,7 @@ from transformers import AutoImageProcessor, Qwen2VLForConditionalGeneration, __
 
 from qwen2vl_sft.config import MethodConfig, ModelConfig, ScoringConfig
 from qwen2vl_sft.data.prepare import Prepared, prepare
+from qwen2vl_sft.data.sources import Row
 from qwen2vl_sft.encoding.batch import Sample, pad
 from qwen2vl_sft.encoding.images import open_image
 from qwen2vl_sft.encoding.prompt import Encoder, load_encoder
@@ -40,7 +46,8 @@ from qwen2vl_sft.model.vision_cache import forward_inputs
 from qwen2vl_sft.rundir import RunDir
 from qwen2vl_sft.scoring import experiment
 from qwen2vl_sft.scoring.labels import label_tree, path_sums, read_tree, score_labels
-from qwen2vl_sft.scoring.suite import Candidate, Scorer, test_set, weights_hash
+from qwen2vl_sft.scoring.labeler import Decision, Labeler, Picture, label_pictures, read_picture, shared_answers, tower_outputs
+from qwen2vl_sft.scoring.suite import Candidate, Scorer, batch_tokens, test_set, weights_hash
 from qwen2vl_sft.tasks import Suite, Task
 
 LABELS = ["cat", "dog", "a red car", "a street at night", "flowers", "a city by the sea", "people", "food on a table", "snow", "none"]
@@ -222,6 +229,81 @@ def against_forwards(base: Path, side: int, pictures: int, counts: tuple[int, ..
     return found
 
 
+SUBJECTS = ["a weapon", "a person", "a vehicle", "any written text", "an animal", "a building at night", "food or drink", "water", "a telephone number", "the sky"]
+QUESTIONS = [f"{ask} {subject}? Answer yes or no." for subject in SUBJECTS for ask in ("Does the picture show", "Is the largest thing in the foreground of the picture")]
+
+
+def labeler_of(base: Path, adapter: Path, count: int, batch: int) -> Labeler:
+    "The adapter as a labeler of that many tasks."
+    tasks = [Task(name=f"task{number}", question=question, labels=["yes", "no"]) for number, question in enumerate(QUESTIONS[:count])]
+    model = PeftModel.from_pretrained(load_base(ModelConfig(base=str(base), device="cpu")), adapter)
+    return Labeler(model, load_encoder(str(base)), tasks, {task.name: Decision() for task in tasks}, "adapter", "weights", batch, tokens=batch_tokens(model))
+
+
+def pictures_of(labeler: Labeler, contents: list[bytes]) -> list[Picture]:
+    return [read_picture(labeler.encoder, Row(str(number), image=content)) for number, content in enumerate(contents)]
+
+
+def nats(row: dict) -> np.ndarray:
+    return np.log(list(json.loads(row["probabilities"]).values())) + np.log(row["in_set_mass"])
+
+
+def labelled(labeler: Labeler, contents: list[bytes]) -> dict[tuple[str, str], np.ndarray]:
+    "Picture and task -> log-probabilities of the labels, from what `label` states."
+    batches = [contents[start : start + labeler.batch] for start in range(0, len(contents), labeler.batch)]
+    return {(f"{number} {row['image']}", row["task"]): nats(row) for number, some in enumerate(batches) for row in label_pictures(labeler, pictures_of(labeler, some))}
+
+
+def labelled_task_by_task(labeler: Labeler, contents: list[bytes]) -> dict[tuple[str, str], np.ndarray]:
+    "The same with the tower once, and every task's prompts read whole."
+    found, batches = {}, [contents[start : start + labeler.batch] for start in range(0, len(contents), labeler.batch)]
+    for number, some in enumerate(batches):
+        pictures = pictures_of(labeler, some)
+        features = tower_outputs(labeler, [picture.pixels for picture in pictures])
+        for task in labeler.tasks:
+            samples = [Sample(labeler.encoder.encode(task.question, picture.size), features=value) for picture, value in zip(pictures, features, strict=True)]
+            rows = shared_answers(labeler, [task], {task.name: samples})[task.name]
+            found |= {(f"{number} {picture.row.id}", task.name): nats(row) for picture, row in zip(pictures, rows, strict=True)}
+    return found
+
+
+@torch.no_grad()
+def generated(model: torch.nn.Module, encoder: Encoder, processor: object, contents: list[bytes], batch: int, count: int) -> list[str]:
+    "Stock `generate` for that many tasks; a label has one token, and its end is another."
+    texts, most = [], 1 + max(len(encoder.text_ids(label)) for label in ("yes", "no"))
+    for start in range(0, len(contents), batch):
+        some = contents[start : start + batch]
+        inputs = stock_inputs(encoder, processor, some)
+        for question in QUESTIONS[:count]:
+            ids = torch.from_numpy(encoder.encode(question, Image.open(io.BytesIO(some[0])).size).input_ids).expand(len(some), -1)
+            inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == encoder.image_token_id).int()}
+            written = model.generate(**inputs, max_new_tokens=most, do_sample=False, eos_token_id=encoder.end_id, pad_token_id=encoder.pad_id)
+            texts += [encoder.tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True) for row in written]
+    return texts
+
+
+def several_tasks(base: Path, adapter: Path, side: int, pictures: int, counts: tuple[int, ...], rounds: int, batch: int) -> dict:
+    "Seconds of all three for so many tasks on the same pictures, in interleaved rounds, and how far shared and whole readings are apart."
+    encoder, processor = load_encoder(str(base)), AutoImageProcessor.from_pretrained(base, backend="pil")
+    stock = PeftModel.from_pretrained(Qwen2VLForConditionalGeneration.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa"), adapter).merge_and_unload().eval()
+    contents, found = [draw(700 + number, side) for number in range(pictures)], {"pictures": pictures, "batch": batch}
+    for count in counts:
+        labeler, seconds, apart = labeler_of(base, adapter, count, batch), {"stock": [], "task by task": [], "shared": []}, 0.0
+        work = {"stock": lambda count=count: generated(stock, encoder, processor, contents, batch, count),
+                "task by task": lambda labeler=labeler: labelled_task_by_task(labeler, contents), "shared": lambda labeler=labeler: labelled(labeler, contents)}
+        for number in range(rounds + 1):  # the first warms up
+            spent = {name: timed(do) for name, do in work.items()}
+            for name, (took, _) in spent.items() if number else ():
+                seconds[name].append(took)
+            ours, theirs = (spent[name][1] for name in ("shared", "task by task"))
+            assert ours.keys() == theirs.keys() and len(ours) == pictures * count
+            apart = max(apart, *(float(np.abs(values - theirs[key]).max()) for key, values in ours.items()))
+        ratio = lambda slow, fast, seconds=seconds: spread([a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)])
+        found[f"{count} tasks"] = {"seconds": seconds, "shared_against_task_by_task": ratio("task by task", "shared"), "shared_against_stock": ratio("stock", "shared"),
+                                   "task_by_task_against_stock": ratio("stock", "task by task"), "largest_difference_nats": apart}
+    return found
+
+
 @torch.no_grad()
 def batched_suffixes(model: torch.nn.Module, encoder: Encoder, prompts: Prefill, labels: list[str], rows: int = 512) -> torch.Tensor:
     "The tree's rival: every label a row of its own, over copies of the prompt's cache."
@@ -286,10 +368,11 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small pictures, one round")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scoring.json")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", help="one section")
     options = parser.parse_args()
     tiny, rounds = options.tiny, 1 if options.tiny else options.rounds
     side, pictures = (112, 4) if tiny else (756, 8)
-    result: dict = {"setting": {
+    result: dict = json.loads(options.out.read_text()) if options.only else {"setting": {
         "side": side, "rounds": rounds, "dtype": "float32", "threads": torch.get_num_threads(), "processor": platform.machine(),
         "torch": torch.__version__, "transformers": transformers, "device": "cpu"}}  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
@@ -301,14 +384,17 @@ def main() -> None:
             "against_generate": lambda: against_generate(folder, base, adapters, prepared, rounds, (2, 4) if tiny else (2, 4, 8)),
             "tree_or_suffixes": lambda: tree_or_suffixes(base, side, 2 if tiny else 8, (2, 10) if tiny else (2, 10, 100, 1000), rounds),
             "against_one_forward_a_label": lambda: against_forwards(base, side, 2, (2, 6) if tiny else (2, 10, 30), rounds),
+            "several_tasks_on_one_picture": lambda: several_tasks(base, adapters[0], side, pictures, (1, 3) if tiny else (1, 4, 20), rounds, 2 if tiny else 4),
             "bfloat16": lambda: bfloat16_deviation(base, 112 if tiny else 224, 4 if tiny else 48),
         }
         for section, work in sections.items():
+            if options.only not in (None, section):
+                continue
             spent, result[section] = timed(work)
             print(f"{section}: {spent:.0f} s", flush=True)
             result["targets"] = targets(result["against_generate"])
             options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["targets"], indent=1))
+    print(json.dumps(result[options.only] if options.only else result["targets"], indent=1))
 
 
 if __name__ == "__main__":

@@ -23,12 +23,14 @@ from qwen2vl_sft.data.prepare import prepare
 from qwen2vl_sft.data.sources import Row
 from qwen2vl_sft.data.toy import write_toy_suite
 from qwen2vl_sft.model.memory import AtOnce
+from qwen2vl_sft.model.prefill import Prefill
 from qwen2vl_sft.rundir import RunDir
 from qwen2vl_sft.scoring import labeler as room
 from qwen2vl_sft.scoring import suite as scoring_suite
 from qwen2vl_sft.scoring.calibration import Wanted, calibrate_run, calibration_path
 from qwen2vl_sft.scoring.experiment import score_experiment
 from qwen2vl_sft.scoring.labeler import Labeler, find_checkpoint, fitting, images_of, label_to_file, label_pictures, read_picture
+from qwen2vl_sft.scoring.labels import room_beside
 from qwen2vl_sft.tasks import Task, load_suite
 from qwen2vl_sft.training.trainer import train
 
@@ -151,6 +153,8 @@ def test_many_pictures_go_through_the_tower_in_parts_with_the_same_labels(home, 
     assert [(row["image"], row["task"], row["label"]) for row in parts] == [(row["image"], row["task"], row["label"]) for row in whole]
     lengths = [4, 3, 9, 2, 2]
     assert [lengths[part] for part in fitting(lengths, 9)] == [[4, 3], [9], [2, 2]]
+    read = lambda length: Prefill(None, torch.ones(32, length), None, torch.ones(32, 1))
+    assert [room_beside(read(length), 32 * 1024) for length in (24, 760, 2000)] == [1000, 264, 1], "what is kept of the beginnings counts"
 
 
 def test_two_tasks_run_the_tower_once(home):
