@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'PUBLISHED_TOWER', 'METHODS', 'STAND_IN', 'PART', 'ModelShape', 'shape_of', 'memory_gigabytes', 'Sample',
            'Plan', 'small_plan', 'plan_of_folder', 'published_plan', 'own_tokenizer', 'encoder_files', 'check_hub',
-           'usual_plans', 'plan_of_recipe', 'sequence_lengths', 'histogram', 'forecast_plan', 'forecast',
+           'usual_plans', 'plan_of_recipe', 'sequence_lengths', 'histogram', 'quantile', 'forecast_plan', 'forecast',
            'gigabytes_text', 'forecast_lines', 'forecast_table', 'histogram_svg']
 
-# %% ../../nbs/19_data.forecast.ipynb #1b4880a0
+# %% ../../nbs/19_data.forecast.ipynb #b05ca03d
 import json
 import math
 import os
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -113,7 +114,7 @@ def plan_of_folder(name: str, folder: Path, settings: PreprocessingConfig) -> Pl
     text = config.get("text_config") or config
     return Plan(name, load_encoder(str(folder), settings), shape_of(text, config["vision_config"]))
 
-# %% ../../nbs/19_data.forecast.ipynb #7a66b983
+# %% ../../nbs/19_data.forecast.ipynb #f484374a
 def published_plan(base: str, settings: PreprocessingConfig) -> Plan | None:
     "The plan for a published model, by its written shape and the small model's tokenizer."
     small = small_plan()
@@ -125,7 +126,7 @@ def published_plan(base: str, settings: PreprocessingConfig) -> Plan | None:
     encoder = Encoder(own or small.encoder.tokenizer, images, settings)
     return Plan(base, encoder, shape_of(PUBLISHED[base], PUBLISHED_TOWER), stand_in=own is None)
 
-# %% ../../nbs/19_data.forecast.ipynb #0cd83017
+# %% ../../nbs/19_data.forecast.ipynb #644b0c29
 def own_tokenizer(base: str) -> Any:
     "The tokenizer of a hub model where its files are on this machine already; else None."
     from transformers.utils import cached_file
@@ -161,7 +162,7 @@ def check_hub(base: str, seconds: float = 5) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"model '{base}' is not on this machine, and {address} can't be reached ({getattr(error, 'reason', error)}); give its folder, or download it first") from None
 
-# %% ../../nbs/19_data.forecast.ipynb #f0d6feb5
+# %% ../../nbs/19_data.forecast.ipynb #1ece8519
 def usual_plans() -> list[Plan]:
     "The small model, and the published ones at the pixel budget of the recipes (3,136 to 571,536)."
     budget = PreprocessingConfig(min_pixels=3136, max_pixels=571_536)
@@ -202,30 +203,39 @@ def _counts(texts: set[str], count: Any) -> dict[str, int]:
             found[text] = -1
     return found
 
-# %% ../../nbs/19_data.forecast.ipynb #fa11d248
-def histogram(lengths: np.ndarray, bins: int = 24) -> list[list[int]]:
-    "Rows a bin as [from, to, rows], bins of equal width, `to` not included."
+# %% ../../nbs/19_data.forecast.ipynb #f94e5fa6
+def histogram(lengths: np.ndarray, bins: int = 24, rows: np.ndarray | None = None) -> list[list[int]]:
+    "Rows a bin as [from, to, rows], bins of equal width, `to` not included; `rows`: of each length, None: 1."
     if not len(lengths):
         return []
     low, high = int(lengths.min()), int(lengths.max()) + 1
     width = max(1, math.ceil((high - low) / bins))
-    counts = np.bincount((lengths - low) // width)
+    counts = np.bincount((lengths - low) // width, weights=rows)
     return [[low + i * width, low + (i + 1) * width, int(n)] for i, n in enumerate(counts)]
 
 
 STAND_IN = "small, as a stand-in"
 
 
-def forecast_plan(every: np.ndarray, train: int, plan: Plan) -> dict[str, Any]:
-    "What doesn't fit, steps and memory of one plan, from `sequence_lengths` and the number of train samples."
-    lengths = every[every >= 0]
+def quantile(lengths: np.ndarray, rows: np.ndarray, share: float) -> float:
+    "What `np.quantile` gives for ascending lengths that are repeated so many times."
+    ends = np.cumsum(rows)
+    place = share * (ends[-1] - 1)
+    low, high = lengths[np.searchsorted(ends, [math.floor(place), math.ceil(place)], "right")]
+    return float(np.quantile([low, high], place - math.floor(place)))
+
+
+def forecast_plan(counts: Counter[int], train: int, plan: Plan) -> dict[str, Any]:
+    "What doesn't fit, steps and memory of one plan, from how often each of `sequence_lengths` occurs and the number of train samples."
+    lengths = np.array(sorted(length for length in counts if length >= 0), np.int64)
+    rows = np.array([counts[length] for length in lengths.tolist()], np.int64)
     longest = int(min(lengths.max(initial=0), plan.max_tokens))
     images = plan.encoder.images
     return {
         "min_pixels": images.min_pixels, "max_pixels": images.max_pixels, "max_tokens": plan.max_tokens,
-        "tokens": {name: int(np.quantile(lengths, q)) if len(lengths) else 0 for name, q in (("median", 0.5), ("p95", 0.95), ("max", 1))},
-        "histogram": histogram(lengths), "too_long": int((lengths > plan.max_tokens).sum()),
-        "special_tokens": int((every < 0).sum()), "tokenizer": STAND_IN if plan.stand_in else plan.name,
+        "tokens": {name: int(quantile(lengths, rows, q)) if len(lengths) else 0 for name, q in (("median", 0.5), ("p95", 0.95), ("max", 1))},
+        "histogram": histogram(lengths, rows=rows), "too_long": int(rows[lengths > plan.max_tokens].sum()),
+        "special_tokens": counts[-1], "tokenizer": STAND_IN if plan.stand_in else plan.name,
         "batch": plan.batch, "micro_batch": plan.micro_batch, "steps_per_epoch": math.ceil(train / plan.batch),
         "gigabytes": {method: round(memory_gigabytes(plan.shape, method, longest * plan.micro_batch, plan.rank), 2) for method in METHODS},
     }
@@ -237,13 +247,13 @@ PART = 2048  # samples that are in memory at a time
 def forecast(samples: Iterable[Sample], plans: list[Plan] | None = None) -> dict[str, dict]:
     "Model -> its forecast; empty where there are no samples or no tokenizer."
     rest, train = iter(samples), 0
-    lengths: dict[str, list[np.ndarray]] = {}
+    lengths: dict[str, Counter[int]] = {}
     while part := list(islice(rest, PART)):
         plans = usual_plans() if plans is None else plans
         train += sum(sample.split == "train" for sample in part)
         for plan in plans:
-            lengths.setdefault(plan.name, []).append(sequence_lengths(part, plan.encoder))
-    return {plan.name: forecast_plan(np.concatenate(lengths[plan.name]), train, plan) for plan in plans or [] if lengths}
+            lengths.setdefault(plan.name, Counter()).update(sequence_lengths(part, plan.encoder).tolist())
+    return {plan.name: forecast_plan(lengths[plan.name], train, plan) for plan in plans or [] if lengths}
 
 # %% ../../nbs/19_data.forecast.ipynb #4b56b513
 def gigabytes_text(number: float) -> str:

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'FEATURES', 'SCHEMA', 'GROUP_ROWS', 'GROUP_BYTES', 'SHARD_BYTES', 'LEAVES', 'STORAGE', 'CHUNK_ROWS',
-           'CHUNK_BYTES', 'CHUNK', 'ROWS_BEFORE_WORKERS', 'FRACTIONS', 'RANKS', 'PAGE', 'FORMAT', 'TABLE_ROWS',
-           'ASSIGNED', 'FORMER', 'stored_row', 'ShardWriter', 'close_shard', 'chunks_of', 'write_chunk', 'records_of',
-           'images_of', 'end_with_parent', 'Workers', 'start', 'stop', 'read_split', 'read_task', 'check_fractions',
-           'parts_to_draw', 'units_of', 'Units', 'divided', 'joining_rows', 'quarantine_joining', 'Some', 'Elsewhere',
-           'dealt', 'agreeing', 'divide', 'wanted_split', 'keep_place', 'draw_folds', 'settle_splits', 'rows_of_split',
-           'write_task', 'Progress', 'finish_task', 'finished_task', 'prepare_task', 'prepare_tasks', 'content_of',
-           'is_current', 'folds_of', 'Places', 'previous_places', 'table_of', 'assignment', 'former_places',
-           'write_tables', 'join_audits', 'prepare', 'made_from_another', 'write_suite', 'Rows', 'select', 'read_group',
-           'image', 'without_images', 'Prepared', 'counts', 'quarantine', 'set_forecast', 'fold', 'is_drawn',
-           'holding_out', 'stream', 'prepared_html', 'pictures_html', 'load_split']
+           'CHUNK_BYTES', 'CHUNK', 'ROWS_BEFORE_WORKERS', 'FRACTIONS', 'RANKS', 'PAGE', 'FORMAT', 'FORMER_FILES',
+           'TABLE_ROWS', 'TABLE_GROUP', 'ASSIGNED', 'FORMER', 'stored_row', 'ShardWriter', 'close_shard', 'chunks_of',
+           'write_chunk', 'records_of', 'chunk_path', 'images_of', 'end_with_parent', 'Workers', 'start', 'stop',
+           'read_split', 'named', 'read_task', 'check_fractions', 'parts_to_draw', 'units_of', 'Units', 'divided',
+           'joining_rows', 'quarantine_joining', 'Some', 'Elsewhere', 'dealt', 'agreeing', 'divide', 'wanted_place',
+           'keep_place', 'draw_folds', 'settle_splits', 'rows_of_split', 'write_task', 'Progress', 'finish_task',
+           'finished_task', 'prepare_task', 'prepare_tasks', 'content_of', 'each_named', 'is_current', 'folds_of',
+           'Places', 'former_rows', 'previous_places', 'table_of', 'write_rows', 'drawn_rows', 'Drawn',
+           'assigned_folds', 'assignment', 'Former', 'write_tables', 'join_audits', 'prepare', 'made_from_another',
+           'write_suite', 'Rows', 'select', 'read_group', 'image', 'without_images', 'Prepared', 'counts', 'quarantine',
+           'set_forecast', 'fold', 'is_drawn', 'holding_out', 'stream', 'prepared_html', 'pictures_html', 'load_split']
 
-# %% ../../nbs/23_data.prepare.ipynb #c01d16bc
+# %% ../../nbs/23_data.prepare.ipynb #03913a95
 import errno
 import json
 import multiprocessing
@@ -25,10 +26,11 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from html import escape
 from itertools import islice, pairwise
@@ -43,9 +45,9 @@ import yaml
 from tqdm import tqdm
 
 from ..core import InputError, RunFailure, fingerprint, project_root, say, sha256_of, sole_use, write_atomically
-from .audit import (FORECAST, Audit, Checked, Limits, Records, assign_groups, columns_of, connected, counts_of, differing_bits, edited, forecast_html, hash_bytes, hash_words,
-                                    inspect_row, is_kept, note_duplicates, note_two_labels, number_duplicate_ids, quarantine_leaks, shared_between_tasks, summary,
-                                    task_remarks, thumbnail)
+from .audit import (BLOCK, FORECAST, Audit, Checked, Limits, Records, Spill, assign_groups, blocks_of, buckets, columns_of, counts_of, differing_bits, edited,
+                                    filled, forecast_html, hash_bytes, hash_words, inspect_row, is_kept, join, joined, note_duplicates, note_two_labels,
+                                    number_duplicate_ids, numbers_of, quarantine_leaks, shared_between_tasks, summary, task_remarks, thumbnail, zeros)
 from .sources import Row, read_rows, source_contents, source_remarks
 from ..tasks import SPLITS, Suite, Task, load_suite
 
@@ -143,7 +145,7 @@ def write_chunk(path: Path, rows: list[Row], task: Task, split: str, limits: Lim
     unfinished.rename(path)
     return records
 
-# %% ../../nbs/23_data.prepare.ipynb #a04e34da
+# %% ../../nbs/23_data.prepare.ipynb #cee9643d
 def records_of(path: Path) -> list[Checked] | None:
     "The records of a stored chunk; None where there is no whole one."
     try:
@@ -152,6 +154,10 @@ def records_of(path: Path) -> list[Checked] | None:
             return [Checked(**json.loads(text)) for text in table["record"].to_pylist()]
     except (OSError, pa.ArrowInvalid):
         return None
+
+
+def chunk_path(store: Path, split: str, number: int) -> Path:
+    return store / f"{split}-{number:06}.arrow"
 
 
 def images_of(paths: Iterable[Path]) -> Iterator[bytes | None]:
@@ -211,7 +217,7 @@ def stop(workers: Workers, *_) -> None:
 
 Workers.start, Workers.__enter__, Workers.__exit__ = start, lambda workers: workers, stop
 
-# %% ../../nbs/23_data.prepare.ipynb #feacee50
+# %% ../../nbs/23_data.prepare.ipynb #1671cf2e
 def read_split(task: Task, split: str, rows: Iterable[Row], limits: Limits, store: Path, workers: Workers) -> Iterator[tuple[Path, list[Checked]]]:
     "Chunk after chunk: its file and records. Few chunks are under way at a time."
     under_way: deque[tuple[Path, Future | list[Checked]]] = deque()
@@ -222,7 +228,7 @@ def read_split(task: Task, split: str, rows: Iterable[Row], limits: Limits, stor
 
     try:
         for number, chunk in enumerate(chunks_of(rows)):
-            path = store / f"{split}-{number:06}.arrow"
+            path = chunk_path(store, split, number)
             found = records_of(path)
             if found is None or len(found) != len(chunk):
                 found = workers.submit(len(chunk), write_chunk, path, chunk, task, split, limits)
@@ -235,24 +241,30 @@ def read_split(task: Task, split: str, rows: Iterable[Row], limits: Limits, stor
         raise RunFailure(f"task {task.name}, {split}: a worker process died, probably for lack of memory; "
                          "prepare again with fewer workers, it continues where it was") from None
 
-# %% ../../nbs/23_data.prepare.ipynb #99ef7734
-def read_task(task: Task, folder: Path, limits: Limits, store: Path, workers: Workers) -> tuple[Records, list[Path]]:
-    "Audit each row of a task by itself: its record, and the chunks that hold the images."
+# %% ../../nbs/23_data.prepare.ipynb #c9aae0ee
+@contextmanager
+def named(task: Task, split: str) -> Iterator[None]:
+    "An InputError names the task and split."
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"task {task.name}, {split}: {error}") from error
+
+
+def read_task(task: Task, folder: Path, limits: Limits, store: Path, workers: Workers, spill: Spill | None = None) -> tuple[Records, dict[str, int]]:
+    "Audit each row of a task by itself: its record, and how many chunks hold the images of each split."
     if not task.sources:
         raise InputError(f"task {task.name} has no sources; add train, validation and test, or all, to the suite")
     store.mkdir(parents=True, exist_ok=True)
-    records = Records()
-    chunks: list[Path] = []
+    records, chunks = Records(spill=spill), Counter()
     with tqdm(desc=task.name, unit=" rows", mininterval=0.5) as bar:
         for split, source in task.sources.items():
             before = len(records)
-            try:
-                for path, found in read_split(task, split, read_rows(source, folder), limits, store, workers):
+            with named(task, split):
+                for _, found in read_split(task, split, read_rows(source, folder), limits, store, workers):
                     records.extend(found)
-                    chunks.append(path)
+                    chunks[split] += 1
                     bar.update(len(found))
-            except InputError as error:
-                raise InputError(f"task {task.name}, {split}: {error}") from error
             if len(records) == before:
                 raise InputError(f"task {task.name}, {split}: the source {source} has no rows")
     return records, chunks
@@ -281,19 +293,20 @@ def parts_to_draw(task: Task, fractions: dict[str, float]) -> tuple[str | None, 
         return pool, {"train": 1.0}
     return pool, {split: share / total for split, share in parts.items() if share}
 
-# %% ../../nbs/23_data.prepare.ipynb #a6ba3c0d
+# %% ../../nbs/23_data.prepare.ipynb #1c6b4f89
 def units_of(records: Sequence[Checked]) -> np.ndarray:
     "The number of each record's unit: joined by equal group or equal source, directly or through others; in order of first appearance."
-    columns = columns_of(records, group=lambda record: record.group, source=lambda record: record.source)
-    pairs = []
-    for name in columns.dtype.names:
-        rows = np.flatnonzero(columns[name] != hash(None))
-        _, first, code = np.unique(columns[name][rows], return_index=True, return_inverse=True)
-        pairs.append(np.stack([rows, rows[first[code]]], 1))
-    _, first, unit = np.unique(connected(len(records), np.concatenate(pairs)), return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[unit]
+    columns = columns_of(records, group=lambda record: record.group, grouped=lambda record: record.group is not None,
+                         source=lambda record: record.source, sourced=lambda record: record.source is not None)
+    component = np.arange(len(records), dtype=np.int32)  # its smallest row
+    for name, stated in (("group", "grouped"), ("source", "sourced")):
+        for rows in buckets(columns[name], columns[stated]):
+            _, first, code = np.unique(columns[name][rows], return_index=True, return_inverse=True)
+            join(component, [np.stack([rows, rows[first[code]]], 1)])
+    begins = component == np.arange(len(component), dtype=np.int32)
+    return (np.cumsum(begins, dtype=np.int32) - 1)[component]
 
-# %% ../../nbs/23_data.prepare.ipynb #f1df685b
+# %% ../../nbs/23_data.prepare.ipynb #3db89eb2
 @dataclass
 class Units:
     "Rows of a task in units: arrays over the rows, sorted by unit, and over the units."
@@ -310,13 +323,13 @@ class Units:
 
 def divided(records: Sequence[Checked], previous: Mapping[str, object], stratified: bool) -> Units:
     "Records with group and label as `Units`; `previous`: sha256 -> split or fold of the last preparation."
-    unit, places = units_of(records), sorted(set(previous.values()))
+    unit, places, folder = units_of(records), sorted(set(previous.values())), getattr(records, "folder", None)
     code = {place: number for number, place in enumerate(places)}
-    kind = [("sha256", "S64"), ("label", np.int64), ("place", np.int16)]
-    columns = np.fromiter(((r.sha256.encode(), hash(r.label) if stratified else 0, code.get(previous.get(r.sha256), -1)) for r in records), kind, len(records))
-    rows = np.argsort(unit, kind="stable")
-    start = np.append(np.unique(unit[rows], return_index=True)[1], len(rows))
-    label, key = np.empty(len(start) - 1, np.int64), np.empty(len(start) - 1, "S32")
+    columns = zeros(len(records), [("sha256", "S64"), ("label", np.int64), ("place", np.int16)], folder)
+    filled(((r.sha256.encode(), hash(r.label) if stratified else 0, code.get(previous.get(r.sha256), -1)) for r in records), columns)
+    rows = np.argsort(unit, kind="stable").astype(np.int32)
+    start = np.concatenate([[0], np.cumsum(np.bincount(unit))])
+    label, key = zeros(len(start) - 1, np.int64, folder), zeros(len(start) - 1, "S32", folder)
     for number, (low, high) in enumerate(pairwise(start)):
         mine = columns[rows[low:high]]
         label[number] = mine["label"][0] if high - low == 1 else Counter(mine["label"].tolist()).most_common(1)[0][0]
@@ -348,14 +361,16 @@ def joining_rows(unit: list[Checked], place: list[str | None], most: int) -> lis
         component[at], reached[at] = at, places
     return left_out
 
-# %% ../../nbs/23_data.prepare.ipynb #062218a2
+# %% ../../nbs/23_data.prepare.ipynb #b2a689cf
 def quarantine_joining(records: Sequence[Checked], rows: np.ndarray, parts: dict[str, float], previous: Mapping[str, str], limits: Limits) -> bool:
     "Quarantine new ones among these rows that connect old ones of different splits; whether there are any."
     some = Some(records, rows)
-    unit = units_of(some)
-    place = np.fromiter((SPLITS.index(split) if (split := previous.get(record.sha256)) in parts else -1 for record in some), np.int8, len(rows))
-    known = np.unique(np.stack([unit, place], 1)[place >= 0], axis=0)[:, 0]
-    several = np.intersect1d(known[1:][np.diff(known) == 0], unit[place < 0])
+    unit, place = units_of(some), np.empty(len(rows), np.int8)
+    filled((SPLITS.index(split) if (split := previous.get(record.sha256)) in parts else -1 for record in some), place)
+    lowest, highest = (np.full(unit.max(initial=-1) + 1, value, np.int8) for value in (len(SPLITS), -1))
+    np.minimum.at(lowest, unit, np.where(place < 0, len(SPLITS), place).astype(np.int8))
+    np.maximum.at(highest, unit, place)
+    several = np.unique(unit[(place < 0) & (lowest < highest)[unit]])  # with rows of several splits, and new ones
     joining: dict[int, str] = {}
     for number in several:
         members = np.flatnonzero(unit == number)
@@ -371,7 +386,7 @@ class Some(Sequence):
     "Some of the records, by their numbers, ascending; to be read."
 
     def __init__(self, records: Sequence[Checked], rows: np.ndarray):
-        self.records, self.rows = records, rows
+        self.records, self.rows, self.folder = records, rows, getattr(records, "folder", None)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -379,65 +394,77 @@ class Some(Sequence):
     def __getitem__(self, index: int) -> Checked:
         return self.records[int(self.rows[index])]
 
-# %% ../../nbs/23_data.prepare.ipynb #fbaad8cc
+# %% ../../nbs/23_data.prepare.ipynb #be0e2658
 class Elsewhere:
-    "In which split other tasks have a picture, in 9 bytes a picture; of several tasks the first that is added counts."
+    "In which split (a number in SPLITS) other tasks have a picture; of several tasks the first that is added counts."
 
-    def __init__(self):
-        self.pictures, self.splits = np.empty(0, np.int64), np.empty(0, np.int8)  # hashes of sha256, sorted; numbers in SPLITS
+    def __init__(self, parts: Iterable[tuple[np.ndarray, np.ndarray]] = ()):
+        self.parts = list(parts)  # sorted hashes of sha256, and where each picture is
 
-    def add(self, pictures: np.ndarray, splits: np.ndarray) -> None:
-        pictures, splits = np.concatenate([self.pictures, pictures]), np.concatenate([self.splits, splits])
-        self.pictures, first = np.unique(pictures, return_index=True)
-        self.splits = splits[first]
+    def add(self, pictures: np.ndarray, split: int, folder: Path | None = None) -> None:
+        "Pictures that are all there; beyond BUCKET they lie in a file of the folder."
+        known = zeros(len(pictures), np.int64, folder)
+        known[:] = pictures
+        known.sort()
+        self.parts.append((known, np.broadcast_to(np.int16(split), len(known))))
 
     def add_records(self, records: Sequence[Checked]) -> None:
         "The kept rows of a task that has its splits."
         columns = columns_of(records, kept=is_kept, sha256=lambda record: record.sha256, split=lambda record: record.split)
-        columns = columns[columns["kept"] == 1]
         for number, split in enumerate(SPLITS):
-            mine = columns["sha256"][columns["split"] == hash(split)]
-            self.add(mine, np.full(len(mine), number, np.int8))
+            wanted = (columns["kept"] == 1) & (columns["split"] == hash(split))
+            self.add(columns["sha256"][wanted], number, getattr(records, "folder", None))
 
-    def splits_of(self, records: Sequence[Checked]) -> np.ndarray:
-        "The number in SPLITS, or -1, for each row's picture."
-        if not len(self.pictures):
-            return np.full(len(records), -1, np.int8)
-        wanted = columns_of(records, sha256=lambda record: record.sha256)["sha256"]
-        at = np.minimum(np.searchsorted(self.pictures, wanted), len(self.pictures) - 1)
-        return np.where(self.pictures[at] == wanted, self.splits[at], -1)
+    def places_of(self, records: Sequence[Checked]) -> np.ndarray:
+        "Where each row's picture is, or -1."
+        found = np.full(len(records), -1, np.int16)
+        parts = [(pictures, places) for pictures, places in self.parts if len(pictures)]
+        wanted = columns_of(records, sha256=lambda record: record.sha256)["sha256"] if parts else None
+        for pictures, places in parts:
+            for rows in blocks_of(len(records)):
+                at = np.minimum(np.searchsorted(pictures, wanted[rows]), len(pictures) - 1)
+                new = (pictures[at] == wanted[rows]) & (found[rows] < 0)
+                found[rows] = np.where(new, places[at], found[rows])
+        return found
 
-# %% ../../nbs/23_data.prepare.ipynb #eec7bc83
-RANKS = {"train": ("train", None, "validation", "test"), "test": ("test", None, "validation", "train")}
+# %% ../../nbs/23_data.prepare.ipynb #f440843e
+RANKS = {0: (0, -1, 1, 2), 2: (2, -1, 1, 0)}  # of SPLITS: whose pictures are taken first, -1: nobody's
 
 
-def dealt(sizes: list[int], parts: dict[str, float], placed: Counter, total: int) -> list[str]:
-    "The split of each unit, in this order: the one that is furthest below its share of `total` rows. Adds to `placed`."
-    splits = []
-    for size in sizes:
-        splits.append(max(parts, key=lambda split: (parts[split] * total - placed[split], SPLITS.index(split))))
-        placed[splits[-1]] += size
+def dealt(sizes: np.ndarray, parts: dict[str, float], placed: Counter, total: int) -> np.ndarray:
+    "The split (number in SPLITS) of each unit, in this order: the one that is furthest below its share of `total` rows. Adds to `placed`."
+    splits = np.empty(len(sizes), np.int16)
+    for unit, size in enumerate(sizes):
+        split = max(parts, key=lambda split: (parts[split] * total - placed[split], SPLITS.index(split)))
+        splits[unit] = SPLITS.index(split)
+        placed[split] += int(size)
     return splits
 
 
-def agreeing(sizes: list[int], splits: list[str], wanted: list[str | None]) -> list[str]:
-    "The splits among the units so that they agree with what other tasks do, with the same number of rows in each split as far as sizes allow."
-    if not any(wanted):
-        return splits
-    left, given = Counter(), [None] * len(sizes)
-    for size, split in zip(sizes, splits, strict=True):
-        left[split] += size
-    for split in (split for split in RANKS if split in left):
-        for unit in sorted(range(len(sizes)), key=lambda unit: (RANKS[split].index(wanted[unit]), unit)):
-            if given[unit] is None and sizes[unit] <= left[split]:
-                given[unit] = split
-                left[split] -= sizes[unit]
-    for unit in (unit for unit in range(len(sizes)) if given[unit] is None):
+def agreeing(
+    sizes: np.ndarray,  # rows of each unit
+    places: np.ndarray,  # dealt to them
+    wanted: np.ndarray,  # where other tasks have their pictures, or -1
+    ranks: dict[int, Sequence[int]],  # place -> what was `wanted` by those that it takes first, second, ...; places that are missing get the rest
+) -> np.ndarray:
+    "The places among the units so that they agree with what other tasks do, with the same number of rows in each as far as sizes allow."
+    if (wanted < 0).all():
+        return places
+    found, first = np.unique(places, return_index=True)
+    left = {int(found[number]): int(sizes[places == found[number]].sum()) for number in np.argsort(first)}  # rows
+    given = np.full(len(sizes), -1, np.int16)
+    for place in (place for place in ranks if place in left):
+        rank = np.argsort(ranks[place])[np.searchsorted(np.sort(ranks[place]), wanted)]
+        for unit in np.argsort(rank, kind="stable"):
+            if given[unit] < 0 and sizes[unit] <= left[place]:
+                given[unit] = place
+                left[place] -= int(sizes[unit])
+    for unit in np.flatnonzero(given < 0):
         given[unit] = max(left, key=left.get)
-        left[given[unit]] -= sizes[unit]
+        left[int(given[unit])] -= int(sizes[unit])
     return given
 
-# %% ../../nbs/23_data.prepare.ipynb #d046b87c
+# %% ../../nbs/23_data.prepare.ipynb #c4aaa9d7
 def divide(
     records: Sequence[Checked],  # with group and label; their split is set
     parts: dict[str, float],  # split -> share
@@ -448,37 +475,35 @@ def divide(
 ) -> None:
     "Give every record a split; units stay together, and stay where they were."
     rows = np.arange(len(records)) if rows is None else rows
-    units = divided(Some(records, rows), previous, stratified)
-    names = list(parts)
-    given = np.full(len(rows), -1, np.int16)  # number in `names`; -1: left out
+    some = Some(records, rows)
+    units = divided(some, previous, stratified)
+    given = np.full(len(rows), -1, np.int8)  # number in SPLITS; -1: left out
     torn: dict[int, str] = {}  # rows that are left out -> the splits they join
-    there = (elsewhere or Elsewhere()).splits_of(Some(records, rows))[units.rows]
+    there = (elsewhere or Elsewhere()).places_of(some)[units.rows]
     for label in np.unique(units.label):
-        placed, new, total = Counter(), [], 0
-        for unit in np.flatnonzero(units.label == label):
-            members = units.members(unit)
-            total += members.stop - members.start
-            if not keep_place(units, members, parts, placed, given, names, torn):
-                new.append(unit)
-        slices = [units.members(unit) for unit in sorted(new, key=lambda unit: units.key[unit])]
-        sizes = [members.stop - members.start for members in slices]
-        splits = agreeing(sizes, dealt(sizes, parts, placed, total), [wanted_split(there[members]) for members in slices])
-        for members, split in zip(slices, splits, strict=True):
-            given[units.rows[members]] = names.index(split)
+        mine, placed = np.flatnonzero(units.label == label), Counter()
+        new = np.array([not keep_place(units, units.members(unit), parts, placed, given, torn) for unit in mine], bool)
+        total = int((units.start[mine + 1] - units.start[mine]).sum())
+        mine = mine[new][np.argsort(units.key[mine[new]], kind="stable")]
+        sizes = units.start[mine + 1] - units.start[mine]
+        wanted = np.fromiter((wanted_place(there[units.members(unit)]) for unit in mine), np.int16, len(mine))
+        splits = agreeing(sizes, dealt(sizes, parts, placed, total), wanted, RANKS)
+        for unit, split in zip(mine, splits, strict=True):
+            given[units.rows[units.members(unit)]] = split
     for at, (_, record) in enumerate(edited(records, rows)):
         if at in torn:
             record.quarantine("joins_splits", f"nearly equals pictures of {torn[at]}")
         else:
-            record.split = names[given[at]]
+            record.split = SPLITS[given[at]]
 
-# %% ../../nbs/23_data.prepare.ipynb #02cf3441
-def wanted_split(there: np.ndarray) -> str | None:
-    "Where most of a unit's pictures lie in other tasks; test where it is even, None where none does."
-    counts = np.bincount(there[there >= 0], minlength=len(SPLITS))[::-1]
-    return SPLITS[len(SPLITS) - 1 - int(counts.argmax())] if counts.any() else None
+# %% ../../nbs/23_data.prepare.ipynb #4b02da7f
+def wanted_place(there: np.ndarray) -> int:
+    "Where most of a unit's pictures lie in other tasks, the last of several (for splits: test); -1 where none does."
+    counts = np.bincount(there[there >= 0])[::-1]
+    return len(counts) - 1 - int(counts.argmax()) if counts.any() else -1
 
 
-def keep_place(units: Units, members: slice, parts: dict[str, float], placed: Counter, given: np.ndarray, names: list[str], torn: dict[int, str]) -> bool:
+def keep_place(units: Units, members: slice, parts: dict[str, float], placed: Counter, given: np.ndarray, torn: dict[int, str]) -> bool:
     "Put a unit where it was before; False if it is new."
     old = [units.places[place] if place >= 0 and units.places[place] in parts else None for place in units.place[members]]
     splits = sorted({*old} - {None})
@@ -486,36 +511,36 @@ def keep_place(units: Units, members: slice, parts: dict[str, float], placed: Co
         if len(splits) > 1 and split is None:
             torn[row] = " and ".join(splits)
             continue
-        given[row] = names.index(split or splits[0])
+        given[row] = SPLITS.index(split or splits[0])
         placed[split or splits[0]] += 1
     return bool(splits)
 
-# %% ../../nbs/23_data.prepare.ipynb #a2b174cc
-def draw_folds(records: Sequence[Checked], folds: int, previous: Mapping[str, int], stratified: bool = True) -> list[int | None]:
-    "The fold, from 0, of each record; `previous`: sha256 -> fold of the last preparation."
+# %% ../../nbs/23_data.prepare.ipynb #1426e9f6
+def draw_folds(records: Sequence[Checked], folds: int, previous: Mapping[str, int], stratified: bool = True) -> np.ndarray:
+    "The fold, from 0, of each record, or -1; `previous`: sha256 -> fold of the last preparation."
     units = divided(records, previous, stratified)
-    given: list[int | None] = [None] * len(records)
+    given = np.full(len(records), -1, np.int16)
     sizes: dict[int | None, Counter] = {label: Counter() for label in (*np.unique(units.label).tolist(), None)}  # None: of all labels
 
-    def place(unit: int, fold: int | None) -> None:
+    def place(unit: int, fold: int) -> None:
         members = units.members(unit)
-        for row, old in zip(units.rows[members].tolist(), units.place[members].tolist(), strict=True):
+        for row, old in zip(units.rows[members], units.place[members], strict=True):
             given[row] = units.places[old] if old >= 0 else fold
             for size in (sizes[int(units.label[unit])], sizes[None]):
-                size[given[row]] += 1
+                size[int(given[row])] += 1
 
-    new = []
-    for unit in range(len(units.key)):
-        members = units.members(unit)
-        if old := {units.places[place] for place in units.place[members].tolist() if place >= 0}:
-            place(unit, old.pop() if len(old) == 1 else None)
+    new = np.zeros(len(units.key), bool)
+    for unit in range(len(new)):
+        if old := {units.places[place] for place in units.place[units.members(unit)].tolist() if place >= 0}:
+            place(unit, old.pop() if len(old) == 1 else -1)
         else:
-            new.append((members.start - members.stop, units.key[unit], unit))
-    for *_, unit in sorted(new):
+            new[unit] = True
+    new = np.flatnonzero(new)
+    for unit in new[np.lexsort((units.key[new], units.start[new] - units.start[new + 1]))]:  # large ones first
         place(unit, min(range(folds), key=lambda fold: (sizes[int(units.label[unit])][fold], sizes[None][fold])))
     return given
 
-# %% ../../nbs/23_data.prepare.ipynb #d7a6b56d
+# %% ../../nbs/23_data.prepare.ipynb #eb40c801
 def settle_splits(
     task: Task, records: Sequence[Checked], limits: Limits, fractions: dict[str, float], previous: Mapping[str, str], elsewhere: Elsewhere | None = None
 ) -> list[str]:
@@ -542,7 +567,8 @@ def settle_splits(
 
 def rows_of_split(records: Sequence[Checked], split: str | None) -> np.ndarray:
     "Numbers of the kept rows of a split."
-    return np.flatnonzero(columns_of(records, drawn=lambda record: is_kept(record) and record.split == split)["drawn"])
+    drawn = columns_of(records, drawn=lambda record: is_kept(record) and record.split == split)["drawn"]
+    return numbers_of(drawn, getattr(records, "folder", None))
 
 # %% ../../nbs/23_data.prepare.ipynb #cb48f46d
 def write_task(folder: Path, records: Iterable[Checked], images: Iterable[bytes | None], pictured: set[int]) -> dict[int, str]:
@@ -558,7 +584,7 @@ def write_task(folder: Path, records: Iterable[Checked], images: Iterable[bytes 
         writer.close()
     return thumbnails
 
-# %% ../../nbs/23_data.prepare.ipynb #a6826420
+# %% ../../nbs/23_data.prepare.ipynb #cb326ce2
 class Progress:
     "What an unfinished preparation of `folder` has done."
 
@@ -574,6 +600,7 @@ class Progress:
             self.clear()
         self.next.mkdir(parents=True, exist_ok=True)
         write_atomically(self.state / "key", key)
+        self.spill = Spill(self.state)
 
     def clear(self) -> None:
         for leftover in (self.state, self.next, self.old):
@@ -587,25 +614,26 @@ class Progress:
         self.next.rename(self.folder)
         self.clear()
 
-# %% ../../nbs/23_data.prepare.ipynb #1ef8b703
+# %% ../../nbs/23_data.prepare.ipynb #542e2d62
 PAGE = pa.schema([("rows", pa.int32()), ("size", pa.int32()), ("page", pa.binary())])
 
 
 def finish_task(progress: Progress, number: int, audit: Audit) -> None:
-    "Note that the task of this number is written, and remove its chunks. Records go from memory to disk page by page."
+    "Note that the task of this number is written, and remove its chunks. Records are copied page by page."
     content = {"remarks": audit.remarks, "open_tasks": sorted(audit.open_tasks), "thumbnails": audit.thumbnails}
     path, schema = progress.state / f"{number:04}.arrow", PAGE.with_metadata({"audit": json.dumps(content)})
     unfinished = path.with_suffix(".part")
     with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-        for rows, (size, page) in zip(np.diff(audit.records.ends), audit.records.pages, strict=True):
-            writer.write_batch(pa.record_batch([[rows], [size], [page]], schema=schema))
+        for at, (before, end) in enumerate(pairwise(audit.records.ends)):
+            size, page = audit.records.stored(at)
+            writer.write_batch(pa.record_batch([[end - before], [size], [page]], schema=schema))
     os.replace(unfinished, path)
     shutil.rmtree(progress.state / f"{number:04}", ignore_errors=True)
 
 
 def finished_task(progress: Progress, number: int, suite: Suite) -> Audit | None:
     "The audit of a task that is written already, and whose files are whole."
-    records = Records()
+    records = Records(spill=progress.spill)
     try:
         with pa.memory_map(str(progress.state / f"{number:04}.arrow")) as file:
             reader = pa.ipc.open_file(file)
@@ -624,13 +652,14 @@ def finished_task(progress: Progress, number: int, suite: Suite) -> Audit | None
 
 Progress.finish_task, Progress.finished_task = finish_task, finished_task
 
-# %% ../../nbs/23_data.prepare.ipynb #771cc27a
+# %% ../../nbs/23_data.prepare.ipynb #fcb70a61
 def prepare_task(number: int, suite: Suite, progress: Progress, settings: dict, previous: dict, workers: Workers, elsewhere: Elsewhere | None = None) -> Audit:
     "Read, audit, split and write one task, unless that is done; InputError where no row is usable."
     task, limits = suite.tasks[number], Limits(**settings["limits"])
     if audit := progress.finished_task(number, suite):
         return audit
-    records, chunks = read_task(task, suite.folder, limits, progress.state / f"{number:04}", workers)
+    store = progress.state / f"{number:04}"
+    records, chunks = read_task(task, suite.folder, limits, store, workers, progress.spill)
     remarks = settle_splits(task, records, limits, settings["fractions"], previous.get(task.name, {}), elsewhere)
     remarks += [f"{split}: {remark}" for split, source in task.sources.items() for remark in source_remarks(source, suite.folder)]
     audit = Audit(suite.name, records, remarks={task.name: remarks}, open_tasks=set() if task.is_closed else {task.name})
@@ -640,26 +669,25 @@ def prepare_task(number: int, suite: Suite, progress: Progress, settings: dict, 
                          f"the first: {records[0].where}: {records[0].reason}: {records[0].detail}")
     pictured = {index for indices in audit.examples().values() for index in indices}
     shutil.rmtree(progress.next / task.name, ignore_errors=True)
-    audit.thumbnails = write_task(progress.next / task.name, records, images_of(chunks), pictured)
+    paths = (chunk_path(store, split, chunk) for split, count in chunks.items() for chunk in range(count))
+    audit.thumbnails = write_task(progress.next / task.name, records, images_of(paths), pictured)
     progress.finish_task(number, audit)
     return audit
 
-# %% ../../nbs/23_data.prepare.ipynb #341f25cb
+# %% ../../nbs/23_data.prepare.ipynb #018ecbb2
 def prepare_tasks(suite: Suite, progress: Progress, settings: dict, previous: dict, workers: Workers) -> list[Audit]:
     "The audit of each task, in the suite's order."
     elsewhere, audits, tasks = Elsewhere(), {}, suite.tasks
     draws = [bool(parts_to_draw(task, settings["fractions"])[1]) for task in tasks]
     for number in sorted(range(len(tasks)), key=draws.__getitem__):
-        others = Elsewhere()
-        others.add(elsewhere.pictures, elsewhere.splits)
-        for places in (places for name, places in previous.items() if name != tasks[number].name):
-            others.add(*places.pictures())
+        before = [places.pictures() for name, places in previous.items() if name != tasks[number].name]
+        others = Elsewhere([*elsewhere.parts, *before])
         audits[number] = prepare_task(number, suite, progress, settings, previous, workers, others)
         if len(tasks) > 1 and any(draws):
             elsewhere.add_records(audits[number].records)
     return [audits[number] for number in range(len(tasks))]
 
-# %% ../../nbs/23_data.prepare.ipynb #74c1bb06
+# %% ../../nbs/23_data.prepare.ipynb #eb972026
 FORMAT = 1  # of prepared data; a change prepares everything anew
 
 
@@ -668,11 +696,16 @@ def content_of(suite: Suite, limits: Limits, fractions: dict, folds: int | None 
     sources = []
     for task in suite.tasks:
         for split, source in task.sources.items():
-            try:
-                sources.append([task.name, split, source_contents(source, suite.folder)])
-            except InputError as error:
-                raise InputError(f"task {task.name}, {split}: {error}") from error
+            with named(task, split):
+                source, contents = source_contents(source, suite.folder)
+            sources.append([task.name, split, [source, each_named(contents, task, split) if isinstance(contents, Iterator) else contents]])
     return fingerprint([FORMAT, suite.model_dump(mode="json"), sources, asdict(limits), fractions, *([folds] if folds else [])])
+
+
+def each_named(contents: Iterator, task: Task, split: str) -> Iterator:
+    "The contents; an error on the way names the task and split."
+    with named(task, split):
+        yield from contents
 
 
 def is_current(folder: Path, wanted: str, suite: Suite) -> bool:
@@ -693,125 +726,176 @@ def folds_of(folder: Path) -> int:
     except (OSError, ValueError, KeyError):
         return 0
 
-# %% ../../nbs/23_data.prepare.ipynb #c6bb2e72
-class Places(Mapping):
-    "sha256 -> the split or fold of rows that were drawn before, in 66 bytes a row."
+# %% ../../nbs/23_data.prepare.ipynb #e8d16ed3
+class Places:
+    "The split or fold of pictures that were drawn before, in 10 bytes a picture (of more than BUCKET: in a file)."
 
-    def __init__(self, sha256: np.ndarray, places: Sequence):
-        self.names = sorted(set(places))
-        code = {name: number for number, name in enumerate(self.names)}
-        codes = np.fromiter((code[place] for place in places), np.int16, len(places))
-        self.sha256, last = np.unique(sha256[::-1], return_index=True)  # of rows with one picture the last counts
-        self.codes = codes[::-1][last]
+    def __init__(self, count: int, names: Iterable, folder: Path | None = None):
+        self.names, self.count = sorted(names), 0
+        self.hashes, self.codes = zeros(count, np.int64, folder), zeros(count, np.int16, folder)
 
-    def __getitem__(self, sha256: str) -> object:
-        at = np.searchsorted(self.sha256, key := sha256.encode())
-        if at == len(self.sha256) or self.sha256[at] != key:
-            raise KeyError(sha256)
-        return self.names[self.codes[at]]
+    def add(self, sha256: str, place: object) -> None:
+        self.hashes[self.count], self.codes[self.count] = hash(sha256), self.names.index(place)
+        self.count += 1
 
-    def __len__(self) -> int:
-        return len(self.sha256)
+    def settle(self) -> None:
+        "Make it ready for `get`; of rows with one picture the last counts."
+        order = np.argsort(self.hashes, kind="stable")
+        self.hashes[:], self.codes[:] = self.hashes[order], self.codes[order]
 
-    def __iter__(self) -> Iterator[str]:
-        return (sha256.decode() for sha256 in self.sha256)
+    def get(self, sha256: str) -> object:
+        "Where the picture was, or None."
+        at = np.searchsorted(self.hashes, key := hash(sha256), "right") - 1
+        return self.names[self.codes[at]] if at >= 0 and self.hashes[at] == key else None
 
     def values(self) -> list:
         "The splits or folds that occur, each once."
         return self.names
 
     def pictures(self) -> tuple[np.ndarray, np.ndarray]:
-        "For `Elsewhere`: hashes of the pictures, and the number in SPLITS of each."
-        numbers = np.array([SPLITS.index(name) for name in self.names] or [0], np.int8)
-        return np.fromiter(map(hash, self), np.int64, len(self)), numbers[self.codes]
+        "For `Elsewhere`: hashes of the pictures, and the place of each: of a split its number in SPLITS."
+        numbers = np.array([SPLITS.index(name) if name in SPLITS else name for name in self.names] or [0], np.int16)
+        return self.hashes, numbers[self.codes]
 
-    @property
-    def fingerprint(self) -> list[str]:
-        return [*map(str, self.names), sha256_of(self.sha256.tobytes() + self.codes.tobytes())]
+# %% ../../nbs/23_data.prepare.ipynb #01d22b1d
+FORMER_FILES = ("former-splits.parquet", "splits.parquet")
 
-# %% ../../nbs/23_data.prepare.ipynb #051a48f3
-def previous_places(folder: Path, column: str, setting: str, value: object) -> dict[str, Places]:
-    "Task -> sha256 -> split or fold of rows that were drawn before with the same setting; empty where there is nothing."
+
+def former_rows(folder: Path, column: str) -> Iterator[tuple[str, str, object]]:
+    "Task, sha256 and what a column says of the rows of prepared data that were drawn before, and have it."
+    for file in (folder / name for name in FORMER_FILES):
+        if file.exists() and column in (table := pq.ParquetFile(file)).schema_arrow.names:
+            for batch in table.iter_batches(BLOCK, columns=["task", "sha256", "drawn", column]):
+                cells = (batch[name].to_pylist() for name in ("task", "sha256", column, "drawn"))
+                yield from ((task, sha256, value) for task, sha256, value, drawn in zip(*cells, strict=True) if drawn and value is not None)
+
+
+def previous_places(folder: Path, column: str, setting: str, value: object, scratch: Path | None = None) -> dict[str, Places]:
+    "Task -> where pictures were drawn before with the same setting; empty where there is nothing. Long arrays lie in `scratch`."
     try:
-        report = json.loads((folder / "audit.json").read_text())
-        files = [file for name in ("former-splits", "splits") if (file := folder / f"{name}.parquet").exists()]
-        names = ["task", "sha256", "drawn", column]
-        table = pa.concat_tables((pq.read_table(file, columns=names) for file in files), promote_options="default")
+        if json.loads((folder / "audit.json").read_text()).get("settings", {}).get(setting) != value:
+            return {}
+        counts, names = Counter(), defaultdict(set)
+        for task, _, place in former_rows(folder, column):
+            counts[task] += 1
+            names[task].add(place)
+        found = {task: Places(count, names[task], scratch) for task, count in counts.items()}
+        for task, sha256, place in former_rows(folder, column):
+            found[task].add(sha256, place)
     except (OSError, ValueError, pa.ArrowException):
         return {}
-    if column not in table.column_names or report.get("settings", {}).get(setting) != value:
-        return {}
-    table = table.filter(pc.and_(table["drawn"], pc.is_valid(table[column])))
-    found = {}
-    for task in table["task"].unique().to_pylist():
-        mine = table.filter(pc.equal(table["task"], task))
-        sha256 = np.fromiter((cell.as_py().encode() for chunk in mine["sha256"].chunks for cell in chunk), "S64", mine.num_rows)
-        found[task] = Places(sha256, mine[column].to_pylist())
+    for places in found.values():
+        places.settle()
     return found
 
-# %% ../../nbs/23_data.prepare.ipynb #f438b012
-TABLE_ROWS = 1024  # that are Python objects at a time
+# %% ../../nbs/23_data.prepare.ipynb #08f2e36d
+TABLE_ROWS, TABLE_GROUP = 1024, 131_072  # that are Python objects at a time, and Arrow columns
 
 
-def table_of(records: Iterable[Checked], row_of: Callable[[Checked], dict], schema: pa.Schema) -> pa.Table:
-    "A table of what `row_of` gives for the records, in memory as Arrow columns only."
-    rest, parts = iter(records), []
+def table_of(rows: Iterable[dict], schema: pa.Schema) -> pa.Table:
+    "A table of the rows, in memory as Arrow columns only."
+    rest, parts = iter(rows), []
     while part := list(islice(rest, TABLE_ROWS)):
-        parts.append(pa.Table.from_pylist([row_of(record) for record in part], schema))
+        parts.append(pa.Table.from_pylist(part, schema))
     return pa.concat_tables(parts or [schema.empty_table()]).combine_chunks()
 
 
+def write_rows(file: Path, rows: Iterable[dict], schema: pa.Schema) -> int:
+    "Write rows as Parquet, a group at a time; returns how many."
+    rest, count = iter(rows), 0
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        while not count % TABLE_GROUP:
+            table = table_of(islice(rest, TABLE_GROUP), schema)
+            if not len(table) and count:
+                break
+            writer.write_table(table)
+            count += len(table)
+            if not count:
+                break
+    return count
+
+# %% ../../nbs/23_data.prepare.ipynb #419c375e
 ASSIGNED = pa.schema([*((name, pa.string()) for name in ("task", "split", "id", "sha256", "group", "source")), ("drawn", pa.bool_())])
 
 
-def assignment(suite: Suite, audit: Audit, previous: dict[str, Mapping[str, int]]) -> pa.Table:
-    "The rows of splits.parquet; adds remarks on folds to the audit."
-    settings, pools = audit.settings, {task.name: parts_to_draw(task, audit.settings["fractions"])[0] for task in suite.tasks}
+def drawn_rows(suite: Suite, fractions: dict[str, float]) -> Callable[[Checked], bool]:
+    "Whether a kept row's split was drawn, not given."
+    pools = {task.name: parts_to_draw(task, fractions)[0] for task in suite.tasks}
     given = {task.name: set(task.sources) - {pools[task.name]} for task in suite.tasks}
-    is_drawn = lambda record: bool(pools[record.task]) and record.split not in given[record.task]
-    row_of = lambda record: {name: getattr(record, name) for name in ASSIGNED.names[:-1]} | {"drawn": is_drawn(record)}
-    table = table_of(filter(is_kept, audit.records), row_of, ASSIGNED)
-    if not settings.get("folds"):
-        return table
-    folds: list[int | None] = [None] * table.num_rows
-    of = columns_of(audit.records, task=lambda record: record.task, kept=is_kept, drawn=lambda record: is_kept(record) and is_drawn(record))
-    place = np.cumsum(of["kept"]) - 1  # of each record in the table
-    for task in suite.tasks:
-        rows = np.flatnonzero((of["drawn"] == 1) & (of["task"] == hash(task.name)))
-        mine = draw_folds(Some(audit.records, rows), settings["folds"], previous.get(task.name, {}), task.is_closed)
-        for row, fold in zip(place[rows].tolist(), mine, strict=True):
-            folds[row] = fold
-        if left_out := mine.count(None):
-            audit.remarks[task.name].append(f"{left_out} rows join pictures of different folds and are in none")
-    return table.append_column("fold", pa.array(folds))
+    return lambda record: is_kept(record) and bool(pools[record.task]) and record.split not in given[record.task]
 
-# %% ../../nbs/23_data.prepare.ipynb #d7bf0348
+
+class Drawn:
+    "Of each task the rows whose split was drawn, and the pictures that they have, sorted."
+
+    def __init__(self, suite: Suite, audit: Audit):
+        self.is_drawn = drawn_rows(suite, audit.settings["fractions"])
+        columns = columns_of(audit.records, task=lambda record: record.task, drawn=self.is_drawn, sha256=lambda record: record.sha256)
+        self.rows, self.pictures, folder = {}, {}, audit.records.folder
+        for task in suite.tasks:
+            rows = numbers_of((columns["drawn"] == 1) & (columns["task"] == hash(task.name)), folder)
+            self.rows[task.name], self.pictures[task.name] = rows, zeros(len(rows), np.int64, folder)
+            self.pictures[task.name][:] = columns["sha256"][rows]
+            self.pictures[task.name].sort()
+
+    def has(self, task: str, sha256: str) -> bool:
+        pictures = self.pictures.get(task, ())
+        at = np.searchsorted(pictures, key := hash(sha256))
+        return at < len(pictures) and pictures[at] == key
+
+# %% ../../nbs/23_data.prepare.ipynb #8993711a
+def assigned_folds(suite: Suite, audit: Audit, drawn: Drawn, previous: dict[str, Places]) -> np.ndarray | None:
+    "The fold of each record, or -1; None without folds. Adds remarks to the audit."
+    if not audit.settings.get("folds"):
+        return None
+    folds = np.full(len(audit.records), -1, np.int16)
+    for task in suite.tasks:
+        rows = drawn.rows[task.name]
+        folds[rows] = draw_folds(Some(audit.records, rows), audit.settings["folds"], previous.get(task.name, {}), task.is_closed)
+        if left_out := int((folds[rows] < 0).sum()):
+            audit.remarks[task.name].append(f"{left_out} rows join pictures of different folds and are in none")
+    return folds
+
+
+def assignment(audit: Audit, drawn: Drawn, folds: np.ndarray | None) -> Iterator[dict]:
+    "The rows of splits.parquet."
+    for number, record in enumerate(audit.records):
+        if is_kept(record):
+            row = {name: getattr(record, name) for name in ASSIGNED.names[:-1]} | {"drawn": drawn.is_drawn(record)}
+            yield row if folds is None else row | {"fold": int(folds[number]) if folds[number] >= 0 else None}
+
+# %% ../../nbs/23_data.prepare.ipynb #b15c41e8
 FORMER = pa.schema([("task", pa.string()), ("sha256", pa.string()), ("drawn", pa.bool_()), ("split", pa.string()), ("fold", pa.int64())])
 
 
-def former_places(table: pa.Table, splits: dict[str, Places], folds: dict[str, Places]) -> list[dict]:
-    "Places (task -> sha256 -> split, fold) that none of the rows of splits.parquet has now."
-    found = []
-    for task in sorted({*splits, *folds}):
-        mine = table.filter(pc.and_(table["drawn"], pc.equal(table["task"], task)))["sha256"]
-        now = np.fromiter((cell.as_py().encode() for chunk in mine.chunks for cell in chunk), "S64", len(mine))
-        before = [places[task].sha256 for places in (splits, folds) if task in places]
-        gone = np.setdiff1d(np.concatenate(before), now)
-        found += [{"task": task, "sha256": sha256, "drawn": True, "split": splits.get(task, {}).get(sha256),
-                   "fold": folds.get(task, {}).get(sha256)} for sha256 in map(bytes.decode, gone)]
-    return found
+@dataclass
+class Former:
+    "What was prepared before, for what is prepared now."
+    folder: Path | None = None
+    splits: dict[str, Places] = field(default_factory=dict)
+    folds: dict[str, Places] = field(default_factory=dict)
+
+    def gone(self, drawn: Drawn) -> list[dict]:
+        "Places that none of the rows of splits.parquet has now: the one list that is held in memory as it is."
+        found = set()
+        for column, places in (("split", self.splits), ("fold", self.folds)):
+            if places:
+                found |= {(task, sha256) for task, sha256, _ in former_rows(self.folder, column) if not drawn.has(task, sha256)}
+        place = lambda places, task, sha256: places[task].get(sha256) if task in places else None
+        return [{"task": task, "sha256": sha256, "drawn": True, "split": place(self.splits, task, sha256),
+                 "fold": place(self.folds, task, sha256)} for task, sha256 in sorted(found)]
 
 
-def write_tables(staging: Path, audit: Audit, suite: Suite, splits: dict[str, Places], folds: dict[str, Places]) -> dict:
-    "splits.parquet, quarantine.parquet, audit.json, audit.html and suite.yaml; `splits` and `folds` are those before. Returns the report."
-    table = assignment(suite, audit, folds)
-    pq.write_table(table, staging / "splits.parquet", compression="zstd")
-    if former := former_places(table, splits, folds):
-        pq.write_table(pa.Table.from_pylist(former, FORMER), staging / "former-splits.parquet", compression="zstd")
+def write_tables(staging: Path, audit: Audit, suite: Suite, former: Former) -> dict:
+    "splits.parquet, quarantine.parquet, audit.json, audit.html and suite.yaml. Returns the report."
+    drawn = Drawn(suite, audit)
+    folds = assigned_folds(suite, audit, drawn, former.folds)
+    write_rows(staging / "splits.parquet", assignment(audit, drawn, folds), ASSIGNED if folds is None else ASSIGNED.append(pa.field("fold", pa.int64())))
+    if gone := former.gone(drawn):
+        write_rows(staging / "former-splits.parquet", gone, FORMER)
     names = ("task", "split", "id", "where", "reason", "detail", "label", "name", "sha256")
-    schema = pa.schema([(name, pa.string()) for name in names])
-    left_out = table_of((record for record in audit.records if record.reason), lambda record: {name: getattr(record, name) for name in names}, schema)
-    pq.write_table(left_out, staging / "quarantine.parquet", compression="zstd")
+    left_out = ({name: getattr(record, name) for name in names} for record in audit.records if record.reason)
+    write_rows(staging / "quarantine.parquet", left_out, pa.schema([(name, pa.string()) for name in names]))
     report = audit.to_json() | ({"suite_file": os.path.relpath(suite.file, staging.parent)} if suite.file else {})
     write_atomically(staging / "audit.json", json.dumps(report, indent=1, ensure_ascii=False))
     write_atomically(staging / "audit.html", audit.page(report))
@@ -819,20 +903,19 @@ def write_tables(staging: Path, audit: Audit, suite: Suite, splits: dict[str, Pl
     write_atomically(staging / "suite.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     return report
 
-# %% ../../nbs/23_data.prepare.ipynb #7fd8cdee
-def join_audits(suite: Suite, audits: list[Audit]) -> Audit:
-    "One audit of all tasks."
-    joined = Audit(suite.name, Records())
+# %% ../../nbs/23_data.prepare.ipynb #34eaf103
+def join_audits(suite: Suite, audits: list[Audit], spill: Spill) -> Audit:
+    "One audit of all tasks; their records lie in `spill`."
+    whole = Audit(suite.name, joined([audit.records for audit in audits], spill))
+    offset = 0
     for audit in audits:
-        offset = len(joined.records)
-        for rows, page in zip(np.diff(audit.records.ends).tolist(), audit.records.pages, strict=True):
-            joined.records.add_page(rows, page)
-        joined.open_tasks |= audit.open_tasks
-        joined.remarks |= audit.remarks
-        joined.thumbnails |= {offset + number: picture for number, picture in audit.thumbnails.items()}
-    for task, remarks in shared_between_tasks(joined.records).items():
-        joined.remarks[task] += remarks
-    return joined
+        whole.open_tasks |= audit.open_tasks
+        whole.remarks |= audit.remarks
+        whole.thumbnails |= {offset + number: picture for number, picture in audit.thumbnails.items()}
+        offset += len(audit.records)
+    for task, remarks in shared_between_tasks(whole.records).items():
+        whole.remarks[task] += remarks
+    return whole
 
 # %% ../../nbs/23_data.prepare.ipynb #4e83e08f
 def prepare(
@@ -878,24 +961,24 @@ def made_from_another(folder: Path, suite: Suite) -> Path | None:
     file = Path(os.path.normpath(folder.parent / stated))
     return file if suite.file and file.is_file() and not file.samefile(suite.file) else None
 
-# %% ../../nbs/23_data.prepare.ipynb #216f4f9c
+# %% ../../nbs/23_data.prepare.ipynb #24a29430
 def write_suite(suite: Suite, progress: Progress, settings: dict, wanted: str, anew: bool, workers: int | None) -> None:
     "Prepare all tasks; the folder appears or changes at the end. Takes up what was done, unless `anew`."
     folder = progress.folder
-    splits = previous_places(folder, "split", "fractions", settings["fractions"])
-    folds = previous_places(folder, "fold", "folds", settings.get("folds"))
     if other := made_from_another(folder, suite):
         say(f"{folder} was made from {other} and is replaced now; give one of the two suites another name to keep both")
     if anew:
         progress.clear()
-    progress.begin(fingerprint([wanted, *({task: places.fingerprint for task, places in each.items()} for each in (splits, folds))]))
+    progress.begin(fingerprint([wanted, *(sha256_of(folder / name) for name in FORMER_FILES if (folder / name).exists())]))
+    former = Former(folder, previous_places(folder, "split", "fractions", settings["fractions"], progress.state),
+                    previous_places(folder, "fold", "folds", settings.get("folds"), progress.state))
     say(f"preparing {suite.name}: {len(suite.tasks)} task{'s' * (len(suite.tasks) != 1)}")
     try:
         with Workers(workers) as pool:
-            audits = prepare_tasks(suite, progress, settings, splits, pool)
-        audit = join_audits(suite, audits)
+            audits = prepare_tasks(suite, progress, settings, former.splits, pool)
+        audit = join_audits(suite, audits, progress.spill)
         audit.settings, audit.fingerprint = settings, wanted
-        report = write_tables(progress.next, audit, suite, splits, folds)
+        report = write_tables(progress.next, audit, suite, former)
         progress.publish()
     except InputError:
         progress.clear()

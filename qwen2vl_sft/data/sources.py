@@ -7,18 +7,19 @@ __all__ = ['READERS', 'LAZY_READERS', 'COLUMNS', 'FILE_OPTIONS', 'IMAGE_SUFFIXES
            'OPENAI_TAGS', 'CHAT_OPTIONS', 'CHAT_SUFFIXES', 'CHAT_COLUMNS', 'STUDIO_FIELDS', 'Row', 'path_inside',
            'bytes_of_data_uri', 'locate_image', 'locate_text', 'Reader', 'reader', 'formats', 'reader_of', 'whole_text',
            'questions_of', 'rows_that_ask', 'read_rows', 'source_files', 'column_names', 'text_or_none',
-           'row_of_record', 'fits', 'check_encoding', 'text_lines', 'bad_line', 'table_contents', 'image_stamp',
-           'csv_table', 'read_delimited', 'read_csv', 'read_tsv', 'parsed', 'json_lines', 'json_records',
-           'not_a_record', 'rows_of_json', 'read_jsonl', 'read_json', 'folder_contents', 'loose_files', 'read_folder',
-           'classes_and_loose', 'files_below', 'class_names', 'read_parquet', 'parquet_records', 'Talk',
-           'without_placeholder', 'content_of_turn', 'turns_of', 'talk_of_messages', 'row_of_talk', 'mapping_of',
-           'dataset_entry', 'info_path', 'ChatFiles', 'chat_files', 'talk_of_alpaca', 'row_of_chat', 'chat_records',
-           'csv_records', 'list_or_text', 'taken', 'rows_of_chat', 'chat_contents', 'read_llamafactory', 'read_llava',
-           'llava_source', 'studio_path', 'studio_answers', 'studio_label', 'is_short', 'short_label',
-           'read_labelstudio', 'huggingface_dataset', 'undecoded', 'sound_batches', 'huggingface_contents',
-           'read_huggingface', 'code_hash', 'source_contents', 'source_remarks']
+           'row_of_record', 'fits', 'check_encoding', 'text_lines', 'text_blocks', 'text_pieces', 'bad_line',
+           'table_contents', 'image_stamp', 'csv_table', 'read_delimited', 'read_csv', 'read_tsv', 'parsed',
+           'json_lines', 'JsonText', 'json_records', 'is_one_value', 'not_a_record', 'rows_of_json', 'read_jsonl',
+           'read_json', 'folder_contents', 'loose_files', 'read_folder', 'classes_and_loose', 'files_below',
+           'class_names', 'read_parquet', 'parquet_records', 'Talk', 'without_placeholder', 'content_of_turn',
+           'turns_of', 'talk_of_messages', 'row_of_talk', 'mapping_of', 'dataset_entry', 'info_path', 'ChatFiles',
+           'chat_files', 'talk_of_alpaca', 'row_of_chat', 'chat_records', 'csv_records', 'list_or_text', 'taken',
+           'rows_of_chat', 'chat_contents', 'read_llamafactory', 'read_llava', 'llava_source', 'studio_path',
+           'studio_answers', 'studio_label', 'is_short', 'short_label', 'read_labelstudio', 'huggingface_dataset',
+           'undecoded', 'sound_batches', 'huggingface_contents', 'read_huggingface', 'code_hash', 'source_contents',
+           'source_remarks']
 
-# %% ../../nbs/20_data.sources.ipynb #26f3ad4b
+# %% ../../nbs/20_data.sources.ipynb #a6a72577
 import base64
 import binascii
 import codecs
@@ -29,10 +30,13 @@ import inspect
 import json
 import os
 import random
+import re
 import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 from ..core import InputError, did_you_mean, first_line, near_file, sha256_of
 
@@ -269,16 +273,26 @@ def check_encoding(file: Path, encoding: str) -> None:
         remedy = f"; it would read as {others[0]}: state `encoding: {others[0]}` in the source" if others else ""
         raise InputError(f"{file} is not {encoding} text{remedy}")
 
-# %% ../../nbs/20_data.sources.ipynb #e17ff20d
+# %% ../../nbs/20_data.sources.ipynb #a875ae9c
 def text_lines(file: Path, source: dict) -> Iterator[str]:
     "The file's lines in the source's encoding (UTF-8 unless stated); InputError where a byte doesn't fit."
+    return text_pieces(file, source, iter)
+
+
+def text_blocks(file: Path, source: dict) -> Iterator[str]:
+    "The same text, 64 kB at a time."
+    return text_pieces(file, source, lambda stream: iter(partial(stream.read, 65536), ""))
+
+
+def text_pieces(file: Path, source: dict, pieces: Callable[[TextIO], Iterator[str]]) -> Iterator[str]:
+    "What `pieces` makes of the file, opened in the source's encoding."
     encoding = str(source.get("encoding", "utf-8"))
     check_encoding(file, encoding)
     if codecs.lookup(encoding).name == "utf-8":
         encoding = "utf-8-sig"
     with open(file, encoding=encoding, newline="") as stream:
         try:
-            yield from stream
+            yield from pieces(stream)
         except UnicodeError as error:
             raise InputError(f"{file}{bad_line(file, encoding)}: not {encoding.removesuffix('-sig')} text ({error}); "
                              "state the file's encoding in the source, or save it as UTF-8") from None
@@ -290,11 +304,11 @@ def bad_line(file: Path, encoding: str) -> str:
         bad = (number for number, line in enumerate(stream, start=1) if not fits(line, encoding))
         return "" if "16" in encoding or "32" in encoding else f", line {next(bad, '?')}"
 
-# %% ../../nbs/20_data.sources.ipynb #3d25bbf1
-def table_contents(source: dict, folder: Path) -> list:
+# %% ../../nbs/20_data.sources.ipynb #1cd894b5
+def table_contents(source: dict, folder: Path) -> Iterator:
     "What a source of files holds, cheaply: each table's hash, and size and time of each image file it names."
-    tables = [sha256_of(file) for file in source_files(source, folder)]
-    return tables + [image_stamp(row) for row in read_rows(source, folder)]
+    yield from (sha256_of(file) for file in source_files(source, folder))
+    yield from map(image_stamp, read_rows(source, folder))
 
 
 def image_stamp(row: Row) -> list:
@@ -353,7 +367,7 @@ def read_tsv(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: tsv, path: train.tsv}`: cells separated by tabs."
     return read_delimited(source, folder, "\t")
 
-# %% ../../nbs/20_data.sources.ipynb #1241e81b
+# %% ../../nbs/20_data.sources.ipynb #b98d4140
 def parsed(text: str) -> object:
     "The value of a JSON text; InputError that says why it has none."
     try:
@@ -372,18 +386,102 @@ def json_lines(file: Path, source: dict) -> Iterator[tuple[int, object]]:
                 yield number, error
 
 
+class JsonText:
+    """A JSON text that is read value by value, as `json` reads it whole: of a long list one element is in memory.
+
+    (ijson 3.6 would do it, but reads half characters as "?" and refuses NaN and integers of more than 64 bits.)
+    """
+
+    SPACE, NEAR = re.compile(r"[ \t\n\r]*"), 12  # an escape or a literal that the end of what is read has cut is shorter
+
+    def __init__(self, pieces: Iterator[str]):
+        self.pieces, self.decode = pieces, json.JSONDecoder().raw_decode
+        self.text, self.at, self.ended = "", 0, False
+        self.line, self.column, self.characters = 1, 1, 0  # where `text` begins
+
+    def more(self) -> bool:
+        "Read on, at least as much as there is; False at the end."
+        gone, parts = self.text[: self.at], [self.text[self.at :]]
+        self.line += gone.count("\n")
+        self.column = len(gone) - gone.rfind("\n") if "\n" in gone else self.column + len(gone)
+        self.characters += len(gone)
+        while (size := sum(map(len, parts[1:]))) <= len(parts[0]) and not self.ended:
+            parts.append(next(self.pieces, ""))
+            self.ended = not parts[-1]
+        self.text, self.at = "".join(parts), 0
+        return size > 0
+
+    def next(self) -> str:
+        "The next character that isn't space; nothing at the end."
+        while (at := self.SPACE.match(self.text, self.at).end()) == len(self.text):
+            self.at = at
+            if not self.more():
+                return ""
+        self.at = at
+        return self.text[at]
+
+    def value(self) -> object:
+        "The value that begins here; ValueError that says why there is none."
+        self.next()
+        while True:
+            try:
+                found, end = self.decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                cut = error.pos + self.NEAR >= len(self.text) or error.msg.startswith("Unterminated")
+                if not cut or not self.more():
+                    raise self.error(error.msg, error.pos) from None
+            except RecursionError as error:
+                raise ValueError(str(error)) from None
+            else:
+                if end < len(self.text) or isinstance(found, dict | list | str) or not self.more():
+                    self.at = end
+                    return found
+
+    def error(self, why: str, at: int) -> ValueError:
+        "An error at a place in `text`, in the words of `json`."
+        before = self.text[:at]
+        column = at - before.rfind("\n") if "\n" in before else self.column + at
+        return ValueError(f"{why}: line {self.line + before.count(chr(10))} column {column} (char {self.characters + at})")
+
+    def elements(self) -> Iterator[object]:
+        "The elements of the list that begins here; ValueError where it breaks off or isn't all."
+        self.next()
+        self.at += 1
+        after = "]" if self.next() == "]" else ","
+        while after == ",":
+            yield self.value()
+            if (after := self.next()) not in (",", "]"):
+                raise self.error("Expecting ',' delimiter", self.at)
+            self.at += after == ","
+        self.at += 1
+        if self.next():
+            raise self.error("Extra data", self.at)
+
+# %% ../../nbs/20_data.sources.ipynb #32cc1fac
 def json_records(file: Path, source: dict) -> Iterator[tuple[int, object]]:
     "Number and value of each record of a file that holds a JSON list or JSON lines."
-    first = next((line for line in text_lines(file, source) if line.strip()), "").strip()
-    try:
-        records = parsed("".join(text_lines(file, source))) if first[:1] == "[" or first == "{" else None
-    except InputError as error:
-        if first[:1] == "[":
+    text = JsonText(text_blocks(file, source))
+    first = text.next()
+    if first == "[":
+        try:
+            yield from enumerate(text.elements(), start=1)
+        except InputError:  # about the encoding
+            raise
+        except ValueError as error:
             raise InputError(f"{file}: not readable as JSON ({error})") from None
-        records = None
-    if isinstance(records, dict):
+        return
+    if re.match(r"{[ \t]*[\r\n]", text.text[text.at :]) and is_one_value(text):
         raise InputError(f"{file} holds one JSON object; a list of objects is needed, or one object a line")
-    yield from enumerate(records, start=1) if records is not None else json_lines(file, source)
+    yield from json_lines(file, source)
+
+
+def is_one_value(text: JsonText) -> bool:
+    "Whether the rest of a text is one JSON value."
+    try:
+        text.value()
+    except ValueError:
+        return False
+    return not text.next()
 
 
 def not_a_record(value: object, file: Path, number: int, folder: Path) -> Row:
@@ -415,10 +513,10 @@ def read_json(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: json, path: train.json}`: rows of files with a list of JSON objects."
     return rows_of_json(source, folder, json_records)
 
-# %% ../../nbs/20_data.sources.ipynb #16e25894
-def folder_contents(source: dict, folder: Path) -> list:
+# %% ../../nbs/20_data.sources.ipynb #46944461
+def folder_contents(source: dict, folder: Path) -> Iterator[list]:
     "Names, sizes and times of all files of a folder source."
-    return [image_stamp(row) for row in read_folder(source, folder)]
+    return map(image_stamp, read_folder(source, folder))
 
 
 def loose_files(source: dict, folder: Path) -> list[str]:
@@ -739,7 +837,7 @@ def list_or_text(cell: str | None) -> object:
         return cell
     return found if isinstance(found, list) else cell
 
-# %% ../../nbs/20_data.sources.ipynb #fb773c32
+# %% ../../nbs/20_data.sources.ipynb #a50b698f
 def taken(chat: ChatFiles, source: dict) -> set[int] | None:
     "Which records, counted over all files, a dataset with `num_samples` takes; None: all."
     if chat.samples is None:
@@ -763,11 +861,12 @@ def rows_of_chat(chat: ChatFiles, source: dict, folder: Path) -> Iterator[Row]:
                 yield not_a_record(record, file, number, folder)
 
 
-def chat_contents(source: dict, folder: Path) -> list:
+def chat_contents(source: dict, folder: Path) -> Iterator:
     "What chat files hold: their description and hash, and size and time of each image file."
     chat = chat_files(source, folder)
-    files = [chat.formatting, chat.columns, chat.tags, chat.samples, *(sha256_of(file) for file in chat.files)]
-    return files + [image_stamp(row) for row in read_rows(source, folder)]
+    yield from (chat.formatting, chat.columns, chat.tags, chat.samples)
+    yield from map(sha256_of, chat.files)
+    yield from map(image_stamp, read_rows(source, folder))
 
 
 @reader("llamafactory", options=(*CHAT_OPTIONS, "dataset", "formatting"), contents=chat_contents)
@@ -889,7 +988,7 @@ def huggingface_dataset(source: dict, folder: Path):
         found = found[split]
     return found
 
-# %% ../../nbs/20_data.sources.ipynb #835eff44
+# %% ../../nbs/20_data.sources.ipynb #8163f440
 def undecoded(dataset):
     "The dataset with images as {bytes, path} and labels of a ClassLabel by name."
     import datasets
@@ -905,7 +1004,7 @@ def undecoded(dataset):
             names[column] = kind.names
     return dataset, names
 
-# %% ../../nbs/20_data.sources.ipynb #e53f0185
+# %% ../../nbs/20_data.sources.ipynb #70308c06
 def sound_batches(
     dataset,
     place: Path,  # what to name in an error
@@ -926,7 +1025,7 @@ def sound_batches(
             raise InputError(f"{place}: a file of this data set is damaged: {first_line(error)[:300]}; fetch or save it again") from None
         yield batch
 
-# %% ../../nbs/20_data.sources.ipynb #8cb05fb1
+# %% ../../nbs/20_data.sources.ipynb #0e69a35b
 def huggingface_contents(source: dict, folder: Path) -> list:
     "Names, sizes and times of a local dataset's files; of one on the hub only what the source says."
     local = Path(folder) / str(source.get("path"))
@@ -950,7 +1049,7 @@ def read_huggingface(source: dict, folder: Path) -> Iterator[Row]:
                 record[column] = classes[column][index] if index is not None and 0 <= index < len(classes[column]) else None
             yield row_of_record(record, names, place / "dataset", number, source, Path(folder))
 
-# %% ../../nbs/20_data.sources.ipynb #abdbd802
+# %% ../../nbs/20_data.sources.ipynb #cc26f319
 def code_hash(function: Callable) -> str:
     "SHA-256 of the file that defines `function`; of its own code where no such file is, as in a notebook's cell."
     file = Path(inspect.getfile(function))
@@ -963,7 +1062,7 @@ def code_hash(function: Callable) -> str:
 
 
 def source_contents(source: dict, folder: Path) -> list:
-    "A JSON-able value that changes when the source's rows or images do."
+    "A value for `fingerprint` that changes when the source's rows or images do; what grows with the rows is an iterator."
     found = reader_of(source)
     return [source, found.contents(source, Path(folder)) if found.contents else code_hash(found.read)]
 
