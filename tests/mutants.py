@@ -125,9 +125,29 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '4.2', "tasks over the same pictures draw their splits apart", 'qwen2vl_sft/data/prepare.py',
-        'if not any(wanted):', 'if True:',
+        'if (wanted < 0).all():', 'if True:',
         ('tests/test_data_prepare.py::test_tasks_over_the_same_pictures_agree_as_far_as_their_labels_allow',
          'tests/test_data_prepare.py::test_two_questions_about_the_same_pictures_share_no_test_and_train'),
+    ),
+    Mutation(
+        '4.2', "rows with one picture are compared in two buckets", 'qwen2vl_sft/data/audit.py',
+        '(keys[rows].astype(np.uint64) * SPREAD', '(np.arange(rows.start, rows.stop).astype(np.uint64) * SPREAD',
+        ('tests/test_data_prepare.py::test_small_buckets_give_the_same_files',),
+    ),
+    Mutation(
+        '4.5', "long columns stay in memory", 'qwen2vl_sft/data/audit.py',
+        'if count <= BUCKET:', 'if True:',
+        ('tests/test_data_prepare.py::test_what_grows_with_the_rows_is_what_is_stated',),
+    ),
+    Mutation(
+        '4.5', "pages of records stay in memory", 'qwen2vl_sft/data/audit.py',
+        'self.end, self.file = folder, 0, tempfile.TemporaryFile(dir=folder)', 'self.end, self.file = folder, 0, __import__("io").BytesIO()',
+        ('tests/test_data_prepare.py::test_what_grows_with_the_rows_is_what_is_stated',),
+    ),
+    Mutation(
+        '4.1', "a text that is cut by the end of a block breaks a JSON list", 'qwen2vl_sft/data/sources.py',
+        'or error.msg.startswith("Unterminated")', '',
+        ('tests/test_data_sources.py::test_json_lists_are_read_by_the_element_as_json_reads_them_whole',),
     ),
     Mutation(
         '4.2', "near pictures beyond the first one found are lost", 'qwen2vl_sft/data/audit.py',
@@ -146,12 +166,12 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '4.5', "changes to the last page of records are lost", 'qwen2vl_sft/data/audit.py',
-        '        yield int(number), page[number - records.ends[at]]\n    if page:', '        yield int(number), page[number - records.ends[at]]\n    if not page:',
+        '        yield number, page[number - records.ends[at]]\n    if page:', '        yield number, page[number - records.ends[at]]\n    if not page:',
         ('tests/test_data_prepare.py::test_workers_give_the_same_files',),
     ),
     Mutation(
         '4.3', "a row that was away gets a new split", 'qwen2vl_sft/data/prepare.py',
-        'for name in ("former-splits", "splits")', 'for name in ("splits",)',
+        'FORMER_FILES = ("former-splits.parquet", "splits.parquet")', 'FORMER_FILES = ("splits.parquet",)',
         ('tests/test_data_prepare.py::test_a_row_that_leaves_and_returns_keeps_its_place',),
     ),
     Mutation(

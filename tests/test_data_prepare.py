@@ -376,31 +376,60 @@ def test_only_the_row_that_joins_is_quarantined_and_the_groups_fall_apart():
     assert [records[i].detail for i in (5, 8)] == ["nearly equals pictures of test and train", "nearly equals pictures of test and validation"]
 
 
-def test_bookkeeping_takes_a_few_hundred_bytes_a_row(tmp_path):
-    "Checks, splits, the finished task and the tables of rows of which some are copies, beyond what fewer rows take."
+def small_buckets(monkeypatch, rows: int) -> None:
+    for owner, name in ((audit, "BUCKET"), (audit, "BLOCK"), (module, "BLOCK"), (module, "TABLE_GROUP")):
+        monkeypatch.setattr(owner, name, rows)
+
+
+def test_what_grows_with_the_rows_is_what_is_stated(tmp_path, monkeypatch):
+    "Checks, splits, folds, the finished task, the tables and the report of rows of which some are copies, with buckets of 200."
     task = Task(name="t", question="?", labels=["a", "b"], sources={"all": {"format": "csv", "path": "all.csv"}})
     suite = Suite(name="s", folder=tmp_path, tasks=[task])
+    small_buckets(monkeypatch, 200)
 
     def peak(rows: int) -> int:
         shas = np.random.default_rng(0).integers(0, 256, (rows, 64), dtype=np.uint8)
         shas[::10] = shas[1::10]
+        copies, shas = 2 * len(shas[::10]), shas.tobytes()
         found = (Checked("t", "all", f"row-{i}", f"all.csv, row {i}", "ab"[i % 2], name=f"{i:06}.png", format="PNG", width=24, height=16,
-                         sha256=sha.tobytes()[:32].hex(), phash=sha.tobytes()[32:].hex(), asked="?") for i, sha in enumerate(shas))
+                         sha256=shas[64 * i : 64 * i + 32].hex(), phash=shas[64 * i + 32 : 64 * i + 64].hex(), asked="?") for i in range(rows))
         progress = module.Progress(tmp_path / str(rows))
         progress.begin("key")
-        tracemalloc.start() if rows > 60 else None
-        audit = Audit("s", Records(found), settings={"limits": {}, "fractions": FRACTIONS})
+        tracemalloc.start() if rows > 900 else None
+        audit = Audit("s", Records(found, progress.spill), settings={"limits": {}, "fractions": FRACTIONS, "folds": 3})
         audit.remarks["t"] = module.settle_splits(task, audit.records, Limits(), FRACTIONS, {})
         progress.finish_task(0, audit)
         report = module.write_tables(progress.next, audit, suite, module.Former())
-        assert report["rows_read"] == rows and report["notes"]["two_labels"] == 2 * len(shas[::10])
+        assert report["rows_read"] == rows and report["notes"]["two_labels"] == copies
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found
 
-    peak(60)  # imports and tokenizers
-    few, many = peak(2100), peak(4600)
-    assert (many - few) / 2500 < 400 and many < 5e6  # of Python objects it was 2,500 a row
+    peak(900)  # imports, tokenizers, caches
+    few, many = peak(1000), peak(3000)
+    assert (many - few) / 2000 < 40 and many < 1.2e6  # the records alone took 141 bytes a row
+
+
+def test_small_buckets_give_the_same_files(undisturbed, tmp_path, monkeypatch):
+    "Of checks across rows; tables of Parquet have row groups of their own then."
+    folder, expected, _ = undisturbed
+    small_buckets(monkeypatch, 5)
+    assert finish(folder, tmp_path) == 52
+    found = tree(tmp_path / "s")
+    assert {name: content for name, content in found.items() if name not in ("splits.parquet", "quarantine.parquet")} == {
+        name: content for name, content in expected.items() if name not in ("splits.parquet", "quarantine.parquet")}
+    for name in ("splits.parquet", "quarantine.parquet"):
+        assert pq.read_table(tmp_path / "s" / name).equals(pq.read_table(folder / "out" / "s" / name))
+
+
+def test_no_temporary_file_is_left_and_a_full_disk_is_said(given, tmp_path, monkeypatch):
+    small_buckets(monkeypatch, 4)
+    monkeypatch.setattr(audit.os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(RunFailure, match="No space left on device"):
+        prepare(given, tmp_path / "out", workers=0)
+    monkeypatch.undo()
+    prepare(given, tmp_path / "out", workers=0)
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == [".s.lock", "s"]
 
 
 def test_labels_whose_tokens_begin_anothers_are_remarked(tmp_path, capsys):

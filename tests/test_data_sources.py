@@ -18,6 +18,7 @@ from qwen2vl_sft.data.guess import guess_file
 from qwen2vl_sft.data.sources import (
     LAZY_READERS,
     READERS,
+    JsonText,
     Row,
     csv_records,
     locate_image,
@@ -235,6 +236,43 @@ def test_parquet_with_class_labels_patterns_and_bytes(tmp_path):
         pq.write_table(pa.table({"image": [b"x", b"y"], "label": [1, number]}, schema=schema), tmp_path / f"p-{number}.parquet")
     rows = rows_of(tmp_path, format="parquet", path="p-*.parquet")
     assert [row.label for row in rows] == ["yes", "no", "yes", "yes"] and rows[3].id == "p-1.parquet:2"
+
+
+def read_in_pieces(text: str, size: int) -> list | str:
+    try:
+        return list(JsonText(iter([text[at : at + size] for at in range(0, len(text), size)])).elements())
+    except ValueError as error:
+        return str(error)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_json_lists_are_read_by_the_element_as_json_reads_them_whole(data):
+    "Whatever the list and however it is cut into blocks or damaged; errors name the same place."
+    leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=8)
+    value = data.draw(st.lists(st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)), max_size=5))
+    text = json.dumps(value, indent=data.draw(st.sampled_from([None, 1])), ensure_ascii=data.draw(st.booleans()))
+    if data.draw(st.booleans()):
+        at, cut = data.draw(st.integers(1, len(text))), data.draw(st.integers(0, 3))
+        text = text[:at] + data.draw(st.sampled_from(["", "]", "[", ",", '"', "\\", "1", "-", "\n", "x", "{"])) + text[at + cut :]
+    try:
+        expected = json.loads(text)
+    except ValueError as error:
+        expected = str(error)
+    assert repr(read_in_pieces(text, data.draw(st.integers(1, 40)))) == repr(expected)
+
+
+def test_a_json_list_of_any_length_is_read_in_little_memory(tmp_path):
+    import tracemalloc
+
+    row = {"image": "data:image/png;base64," + "A" * 20_000, "label": "cat"}
+    (tmp_path / "x.json").write_text(json.dumps([row] * 200))
+    reading = read_rows({"format": "json", "path": "x.json"}, tmp_path)
+    next(reading)
+    tracemalloc.start()
+    assert sum(1 for _ in reading) == 199
+    assert tracemalloc.get_traced_memory()[1] < 700_000  # the file has 4 MB
+    tracemalloc.stop()
 
 
 def test_float_labels_that_spreadsheets_make_of_numbers(tmp_path):

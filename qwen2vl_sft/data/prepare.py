@@ -306,7 +306,7 @@ def units_of(records: Sequence[Checked]) -> np.ndarray:
     begins = component == np.arange(len(component), dtype=np.int32)
     return (np.cumsum(begins, dtype=np.int32) - 1)[component]
 
-# %% ../../nbs/23_data.prepare.ipynb #3db89eb2
+# %% ../../nbs/23_data.prepare.ipynb #c9a065a0
 @dataclass
 class Units:
     "Rows of a task in units: arrays over the rows, sorted by unit, and over the units."
@@ -315,7 +315,7 @@ class Units:
     place: np.ndarray  # of each of `rows`: number in `places` of where it was before, or -1
     places: list  # splits or folds
     label: np.ndarray  # of each unit: a number, equal for equal labels
-    key: np.ndarray  # of each unit: a hash, as bytes
+    key: np.ndarray  # of each unit: 64 bits of a hash
 
     def members(self, unit: int) -> slice:
         return slice(self.start[unit], self.start[unit + 1])
@@ -329,11 +329,11 @@ def divided(records: Sequence[Checked], previous: Mapping[str, object], stratifi
     filled(((r.sha256.encode(), hash(r.label) if stratified else 0, code.get(previous.get(r.sha256), -1)) for r in records), columns)
     rows = np.argsort(unit, kind="stable").astype(np.int32)
     start = np.concatenate([[0], np.cumsum(np.bincount(unit))])
-    label, key = zeros(len(start) - 1, np.int64, folder), zeros(len(start) - 1, "S32", folder)
+    label, key = zeros(len(start) - 1, np.int64, folder), zeros(len(start) - 1, np.uint64, folder)
     for number, (low, high) in enumerate(pairwise(start)):
         mine = columns[rows[low:high]]
         label[number] = mine["label"][0] if high - low == 1 else Counter(mine["label"].tolist()).most_common(1)[0][0]
-        key[number] = bytes.fromhex(sha256_of(min(mine["sha256"].tolist())))
+        key[number] = int(sha256_of(min(mine["sha256"].tolist()))[:16], 16)
     return Units(rows, start, columns["place"][rows], places, label, key)
 
 # %% ../../nbs/23_data.prepare.ipynb #493b0d78

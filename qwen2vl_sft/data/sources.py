@@ -367,7 +367,7 @@ def read_tsv(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: tsv, path: train.tsv}`: cells separated by tabs."
     return read_delimited(source, folder, "\t")
 
-# %% ../../nbs/20_data.sources.ipynb #b98d4140
+# %% ../../nbs/20_data.sources.ipynb #8e3a52cc
 def parsed(text: str) -> object:
     "The value of a JSON text; InputError that says why it has none."
     try:
@@ -427,14 +427,16 @@ class JsonText:
             try:
                 found, end = self.decode(self.text, self.at)
             except json.JSONDecodeError as error:
+                beyond = error.pos - self.at
                 cut = error.pos + self.NEAR >= len(self.text) or error.msg.startswith("Unterminated")
                 if not cut or not self.more():
-                    raise self.error(error.msg, error.pos) from None
+                    raise self.error(error.msg, self.at + beyond) from None
             except RecursionError as error:
                 raise ValueError(str(error)) from None
             else:
-                if end < len(self.text) or isinstance(found, dict | list | str) or not self.more():
-                    self.at = end
+                beyond = end - self.at
+                if end < len(self.text) or isinstance(found, dict | list | str) or not self.more():  # a number may go on
+                    self.at += beyond
                     return found
 
     def error(self, why: str, at: int) -> ValueError:
