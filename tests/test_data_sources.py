@@ -245,7 +245,7 @@ def read_in_pieces(text: str, size: int) -> list | str:
         return str(error)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_json_lists_are_read_by_the_element_as_json_reads_them_whole(data):
     "Whatever the list and however it is cut into blocks or damaged; errors name the same place."

@@ -367,7 +367,7 @@ def read_tsv(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: tsv, path: train.tsv}`: cells separated by tabs."
     return read_delimited(source, folder, "\t")
 
-# %% ../../nbs/20_data.sources.ipynb #8e3a52cc
+# %% ../../nbs/20_data.sources.ipynb #bbf3a75c
 def parsed(text: str) -> object:
     "The value of a JSON text; InputError that says why it has none."
     try:
@@ -392,7 +392,8 @@ class JsonText:
     (ijson 3.6 would do it, but reads half characters as "?" and refuses NaN and integers of more than 64 bits.)
     """
 
-    SPACE, NEAR = re.compile(r"[ \t\n\r]*"), 12  # an escape or a literal that the end of what is read has cut is shorter
+    SPACE, NUMBER = re.compile(r"[ \t\n\r]*"), re.compile(r"[-+.0-9eE]*")
+    NEAR = 12  # an escape or a literal that the end of what is read has cut is shorter
 
     def __init__(self, pieces: Iterator[str]):
         self.pieces, self.decode = pieces, json.JSONDecoder().raw_decode
@@ -435,7 +436,8 @@ class JsonText:
                 raise ValueError(str(error)) from None
             else:
                 beyond = end - self.at
-                if end < len(self.text) or isinstance(found, dict | list | str) or not self.more():  # a number may go on
+                whole = isinstance(found, dict | list | str) or self.NUMBER.match(self.text, end).end() < len(self.text)
+                if whole or not self.more():  # a number may go on
                     self.at += beyond
                     return found
 
