@@ -150,6 +150,12 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_data_sources.py::test_json_lists_are_read_by_the_element_as_json_reads_them_whole',),
     ),
     Mutation(
+        '4.2', "tasks over the same pictures draw their folds apart", 'qwen2vl_sft/data/prepare.py',
+        '    if elsewhere:\n        agree(', '    if False:\n        agree(',
+        ('tests/test_data_prepare.py::test_folds_of_tasks_over_the_same_pictures_agree_as_far_as_their_labels_allow',
+         'tests/test_data_prepare.py::test_no_fold_trains_one_task_on_what_it_tests_in_another'),
+    ),
+    Mutation(
         '4.2', "near pictures beyond the first one found are lost", 'qwen2vl_sft/data/audit.py',
         'front += rest[close].tolist()', 'front += []',
         ('tests/test_data_audit.py::test_unlike_hashes_that_share_a_band_are_divided_again_and_nothing_is_lost',),

@@ -9,9 +9,9 @@ __all__ = ['COLUMNS', 'FEATURES', 'SCHEMA', 'GROUP_ROWS', 'GROUP_BYTES', 'SHARD_
            'write_chunk', 'records_of', 'chunk_path', 'images_of', 'end_with_parent', 'Workers', 'start', 'stop',
            'read_split', 'named', 'read_task', 'check_fractions', 'parts_to_draw', 'units_of', 'Units', 'divided',
            'joining_rows', 'quarantine_joining', 'Some', 'Elsewhere', 'dealt', 'agreeing', 'divide', 'wanted_place',
-           'keep_place', 'draw_folds', 'settle_splits', 'rows_of_split', 'write_task', 'Progress', 'finish_task',
-           'finished_task', 'prepare_task', 'prepare_tasks', 'content_of', 'each_named', 'is_current', 'folds_of',
-           'Places', 'former_rows', 'previous_places', 'table_of', 'write_rows', 'drawn_rows', 'Drawn',
+           'keep_place', 'draw_folds', 'agree', 'settle_splits', 'rows_of_split', 'write_task', 'Progress',
+           'finish_task', 'finished_task', 'prepare_task', 'prepare_tasks', 'content_of', 'each_named', 'is_current',
+           'folds_of', 'Places', 'former_rows', 'previous_places', 'table_of', 'write_rows', 'drawn_rows', 'Drawn',
            'assigned_folds', 'assignment', 'Former', 'write_tables', 'join_audits', 'prepare', 'made_from_another',
            'write_suite', 'Rows', 'select', 'read_group', 'image', 'without_images', 'Prepared', 'counts', 'quarantine',
            'set_forecast', 'fold', 'is_drawn', 'holding_out', 'stream', 'prepared_html', 'pictures_html', 'load_split']
@@ -394,9 +394,9 @@ class Some(Sequence):
     def __getitem__(self, index: int) -> Checked:
         return self.records[int(self.rows[index])]
 
-# %% ../../nbs/23_data.prepare.ipynb #be0e2658
+# %% ../../nbs/23_data.prepare.ipynb #7cab0d5a
 class Elsewhere:
-    "In which split (a number in SPLITS) other tasks have a picture; of several tasks the first that is added counts."
+    "In which split (a number in SPLITS) or fold other tasks have a picture; of several tasks the first that is added counts."
 
     def __init__(self, parts: Iterable[tuple[np.ndarray, np.ndarray]] = ()):
         self.parts = list(parts)  # sorted hashes of sha256, and where each picture is
@@ -415,6 +415,12 @@ class Elsewhere:
             wanted = (columns["kept"] == 1) & (columns["split"] == hash(split))
             self.add(columns["sha256"][wanted], number, getattr(records, "folder", None))
 
+    def add_folds(self, records: Sequence[Checked], folds: np.ndarray) -> None:
+        "The fold of each row of a task; those of -1 don't count."
+        pictures = columns_of(records, sha256=lambda record: record.sha256)["sha256"]
+        for fold in range(folds.max(initial=-1) + 1):
+            self.add(pictures[folds == fold], fold, getattr(records, "folder", None))
+
     def places_of(self, records: Sequence[Checked]) -> np.ndarray:
         "Where each row's picture is, or -1."
         found = np.full(len(records), -1, np.int16)
@@ -427,8 +433,8 @@ class Elsewhere:
                 found[rows] = np.where(new, places[at], found[rows])
         return found
 
-# %% ../../nbs/23_data.prepare.ipynb #f440843e
-RANKS = {0: (0, -1, 1, 2), 2: (2, -1, 1, 0)}  # of SPLITS: whose pictures are taken first, -1: nobody's
+# %% ../../nbs/23_data.prepare.ipynb #2441a659
+RANKS = {0: (0, -1, 1, 2), 2: (2, -1, 1, 0)}  # of SPLITS: whose pictures are taken first; -1: nobody's
 
 
 def dealt(sizes: np.ndarray, parts: dict[str, float], placed: Counter, total: int) -> np.ndarray:
@@ -445,7 +451,7 @@ def agreeing(
     sizes: np.ndarray,  # rows of each unit
     places: np.ndarray,  # dealt to them
     wanted: np.ndarray,  # where other tasks have their pictures, or -1
-    ranks: dict[int, Sequence[int]],  # place -> what was `wanted` by those that it takes first, second, ...; places that are missing get the rest
+    ranks: dict[int, Sequence[int]],  # place -> what was `wanted` by those that it takes first, second, ...; all others get what is left
 ) -> np.ndarray:
     "The places among the units so that they agree with what other tasks do, with the same number of rows in each as far as sizes allow."
     if (wanted < 0).all():
@@ -453,10 +459,9 @@ def agreeing(
     found, first = np.unique(places, return_index=True)
     left = {int(found[number]): int(sizes[places == found[number]].sum()) for number in np.argsort(first)}  # rows
     given = np.full(len(sizes), -1, np.int16)
-    for place in (place for place in ranks if place in left):
-        rank = np.argsort(ranks[place])[np.searchsorted(np.sort(ranks[place]), wanted)]
-        for unit in np.argsort(rank, kind="stable"):
-            if given[unit] < 0 and sizes[unit] <= left[place]:
+    for place, order in ((place, order) for place, order in ranks.items() if place in left):
+        for unit in (unit for value in order for unit in np.flatnonzero((given < 0) & (wanted == value))):
+            if sizes[unit] <= left[place]:
                 given[unit] = place
                 left[place] -= int(sizes[unit])
     for unit in np.flatnonzero(given < 0):
@@ -515,9 +520,15 @@ def keep_place(units: Units, members: slice, parts: dict[str, float], placed: Co
         placed[split or splits[0]] += 1
     return bool(splits)
 
-# %% ../../nbs/23_data.prepare.ipynb #1426e9f6
-def draw_folds(records: Sequence[Checked], folds: int, previous: Mapping[str, int], stratified: bool = True) -> np.ndarray:
-    "The fold, from 0, of each record, or -1; `previous`: sha256 -> fold of the last preparation."
+# %% ../../nbs/23_data.prepare.ipynb #21f00a65
+def draw_folds(
+    records: Sequence[Checked],
+    folds: int,
+    previous: Mapping[str, int],  # sha256 -> fold of the last preparation
+    stratified: bool = True,  # by label
+    elsewhere: Elsewhere | None = None,  # in which folds other tasks have the pictures
+) -> np.ndarray:
+    "The fold, from 0, of each record, or -1."
     units = divided(records, previous, stratified)
     given = np.full(len(records), -1, np.int16)
     sizes: dict[int | None, Counter] = {label: Counter() for label in (*np.unique(units.label).tolist(), None)}  # None: of all labels
@@ -538,7 +549,20 @@ def draw_folds(records: Sequence[Checked], folds: int, previous: Mapping[str, in
     new = np.flatnonzero(new)
     for unit in new[np.lexsort((units.key[new], units.start[new] - units.start[new + 1]))]:  # large ones first
         place(unit, min(range(folds), key=lambda fold: (sizes[int(units.label[unit])][fold], sizes[None][fold])))
+    if elsewhere:
+        agree(units, new, given, elsewhere.places_of(records)[units.rows], folds)
     return given
+
+
+def agree(units: Units, new: np.ndarray, given: np.ndarray, there: np.ndarray, folds: int) -> None:
+    "Change folds among new units of a label so that they are those of other tasks (`there`, of each of the units' rows)."
+    for label in np.unique(units.label[new]):
+        mine = new[units.label[new] == label]
+        sizes = units.start[mine + 1] - units.start[mine]
+        wanted = np.fromiter((wanted_place(there[units.members(unit)]) for unit in mine), np.int16, len(mine))
+        places = agreeing(sizes, given[units.rows[units.start[mine]]], wanted, {fold: (fold,) for fold in range(folds)})
+        for unit, place in zip(mine, places, strict=True):
+            given[units.rows[units.members(unit)]] = place
 
 # %% ../../nbs/23_data.prepare.ipynb #eb40c801
 def settle_splits(
@@ -843,15 +867,19 @@ class Drawn:
         at = np.searchsorted(pictures, key := hash(sha256))
         return at < len(pictures) and pictures[at] == key
 
-# %% ../../nbs/23_data.prepare.ipynb #8993711a
+# %% ../../nbs/23_data.prepare.ipynb #d3cbc1ee
 def assigned_folds(suite: Suite, audit: Audit, drawn: Drawn, previous: dict[str, Places]) -> np.ndarray | None:
     "The fold of each record, or -1; None without folds. Adds remarks to the audit."
     if not audit.settings.get("folds"):
         return None
-    folds = np.full(len(audit.records), -1, np.int16)
+    folds, elsewhere = np.full(len(audit.records), -1, np.int16), Elsewhere()
     for task in suite.tasks:
         rows = drawn.rows[task.name]
-        folds[rows] = draw_folds(Some(audit.records, rows), audit.settings["folds"], previous.get(task.name, {}), task.is_closed)
+        others = Elsewhere([*elsewhere.parts, *(places.pictures() for name, places in previous.items() if name != task.name)])
+        mine = Some(audit.records, rows)
+        folds[rows] = draw_folds(mine, audit.settings["folds"], previous.get(task.name, {}), task.is_closed, others)
+        if len(suite.tasks) > 1:
+            elsewhere.add_folds(mine, folds[rows])
         if left_out := int((folds[rows] < 0).sum()):
             audit.remarks[task.name].append(f"{left_out} rows join pictures of different folds and are in none")
     return folds
