@@ -27,7 +27,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
 
-# %% ../nbs/01_config.ipynb #cc1b7db8
+# %% ../nbs/01_config.ipynb #5f870063
 def _model_inside(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
@@ -63,7 +63,7 @@ def explain(
 NOT_TEXT = " (YAML reads yes, no and 7 as something else)"
 WANTED = {"string_type": "text", "invalid_key": "text", "dict_type": "a mapping", "model_type": "a mapping", "list_type": "a list"}
 
-# %% ../nbs/01_config.ipynb #cca77ee2
+# %% ../nbs/01_config.ipynb #815fa5fc
 def _without_key(problem: Any) -> tuple[list[str | int], bool]:
     "Where the problem is, and whether that is a key of the mapping there: pydantic gives those as a number, `[key]` or none."
     path, kind = list(problem["loc"]), problem["type"]
@@ -246,7 +246,7 @@ def _check_scheduler(schedule: "ScheduleConfig") -> None:
     if "min_lr" in known and not {"min_lr", "min_lr_rate"} & set(schedule.scheduler_options):
         raise ValueError(f"scheduler_options: {schedule.scheduler} needs min_lr or min_lr_rate")
 
-# %% ../nbs/01_config.ipynb #bfe08116
+# %% ../nbs/01_config.ipynb #5be3de84
 class ScheduleConfig(Settings):
     "Steps, batches and the optimiser."
 
@@ -266,7 +266,7 @@ class ScheduleConfig(Settings):
     weight_decay: float = Field(0.0, ge=0)
     adam_beta2: float = Field(0.999, gt=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
-    optimizer: str = Field("adamw_torch", description="a name in config.OPTIMIZERS: adamw_torch, adamw_bnb_8bit, paged_adamw_8bit, ...")
+    optimizer: str = Field("adamw_torch_fused", description="a name in config.OPTIMIZERS: adamw_torch_fused, adamw_torch, adamw_bnb_8bit, paged_adamw_8bit, ...")
     loss_average: Literal["token", "sample"] = Field("token", description="over all supervised tokens of the effective batch, or per sample first")
     supervise_newline: bool = Field(False, description="also train the newline after <|im_end|>; for parity runs only")
     packing: bool | Literal["auto"] = Field("auto", description="lay samples end to end instead of padding them; auto: where the attention knows borders (sdpa, flash_attention_2)")

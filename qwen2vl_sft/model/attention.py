@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .load import unwrapped
 
-# %% ../../nbs/34_model.attention.ipynb #32b37e48
+# %% ../../nbs/34_model.attention.ipynb #153fd77b
 PACKED = "packed_sdpa"  # name of the attention in transformers' registry
 
 
@@ -46,8 +46,8 @@ def one_by_one(
 ) -> torch.Tensor:  # [1, length, heads, width]
     "Causal attention within each sample, a call for each."
     parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    seen = [F.scaled_dot_product_attention(*part, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True) for part in parts]
-    return torch.cat(seen, dim=2).transpose(1, 2)
+    seen = [F.scaled_dot_product_attention(*part, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True).transpose(1, 2) for part in parts]
+    return torch.cat(seen, dim=1)
 
 # %% ../../nbs/34_model.attention.ipynb #12e553f6
 def packed_attention(

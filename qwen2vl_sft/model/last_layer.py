@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Places', 'places', 'attention_at', 'forward_at', 'only_at']
 
-# %% ../../nbs/37_model.last_layer.ipynb #0ebfe516
+# %% ../../nbs/37_model.last_layer.ipynb #326cec48
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.models.qwen2_vl.modeling_qwen2_vl import rotate_half
 
+from .fused import rotated
 from .load import unwrapped
 
 # %% ../../nbs/37_model.last_layer.ipynb #015b14ba
@@ -42,7 +42,7 @@ def places(
     counts = torch.bincount(torch.searchsorted(ends, index, right=True), minlength=len(lengths)).tolist()
     return Places(index, counts, lengths, mask.flatten().bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None)
 
-# %% ../../nbs/37_model.last_layer.ipynb #6bf4c7e4
+# %% ../../nbs/37_model.last_layer.ipynb #7fff35b4
 def attention_at(
     layer: nn.Module,
     normed: torch.Tensor,  # [batch, length, hidden]
@@ -52,10 +52,9 @@ def attention_at(
 ) -> torch.Tensor:  # [1, wanted, hidden]
     "The attention's output at the wanted places."
     own, (rows, length, hidden) = layer.self_attn, normed.shape
-    turned = lambda states, cos, sin: states * cos.unsqueeze(1) + rotate_half(states) * sin.unsqueeze(1)
     heads = lambda states: states.view(*states.shape[:2], -1, own.head_dim).transpose(1, 2)
-    queries = turned(heads(own.q_proj(normed.reshape(1, -1, hidden)[:, wanted.index])), *(part.expand(rows, -1, -1).reshape(1, rows * length, -1)[:, wanted.index] for part in turns))
-    keys, values = turned(heads(own.k_proj(normed)), *turns), heads(own.v_proj(normed))
+    queries = rotated(heads(own.q_proj(normed.reshape(1, -1, hidden)[:, wanted.index])), *(part.expand(rows, -1, -1).reshape(1, 1, rows * length, -1)[:, :, wanted.index] for part in turns))
+    keys, values = rotated(heads(own.k_proj(normed)), *(part.unsqueeze(1) for part in turns)), heads(own.v_proj(normed))
     if past_key_values is not None:
         keys, values = past_key_values.update(keys, values, own.layer_idx)
     packed, seen, start = len(wanted.lengths) != rows or rows == 1, [], 0

@@ -11,7 +11,7 @@ __all__ = ['BATCH_TOKENS', 'TOWER_BYTES', 'WALKED', 'NOT_DECIDING', 'STEP', 'NEA
            'predicted_samples', 'present_ids', 'drop_leftovers', 'start_predictions', 'near_ties', 'is_near_tie',
            'explained_by_rounding', 'Apart', 'self_test', 'share_ending', 'labels_apart', 'answers_apart', 'next_token']
 
-# %% ../../nbs/43_scoring.suite.ipynb #a40e4828
+# %% ../../nbs/43_scoring.suite.ipynb #2fb8a466
 import json
 import math
 import time
@@ -36,7 +36,7 @@ from ..data.prepare import Prepared, Rows
 from ..encoding.batch import Sample
 from ..encoding.images import open_image
 from ..encoding.prompt import Encoder, preprocessing_contract
-from ..model.fused import fuse_lora, fuse_tower
+from ..model.fused import fuse_language, fuse_tower
 from ..model.load import check_token_ids, compute_dtype, unwrapped
 from ..model.memory import empty_device_cache
 from ..model.prefill import Prefill, beginning, ending, logits_of, prefill
@@ -257,7 +257,7 @@ def batch_tokens(
     values = 4 * text.num_hidden_layers * width + 3 * text.intermediate_size + 10 * text.hidden_size  # cache twice, a layer's activations
     return int(min(BATCH_TOKENS, max(1024, free_bytes(inner.device) / 3 / (values * max(2, inner.dtype.itemsize)))))
 
-# %% ../../nbs/43_scoring.suite.ipynb #a8f4846f
+# %% ../../nbs/43_scoring.suite.ipynb #7977161b
 def for_scoring(
     model: nn.Module,
     encoder: Encoder,
@@ -265,7 +265,7 @@ def for_scoring(
     "A model that was just loaded, ready to score: in evaluation mode, its passes fused. Raises `InputError` if encoder and model are not of one family."
     check_token_ids(model, encoder)
     fuse_tower(model)
-    fuse_lora(model)
+    fuse_language(model)
     return model.eval()
 
 # %% ../../nbs/43_scoring.suite.ipynb #65fe8b49

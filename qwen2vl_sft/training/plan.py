@@ -10,13 +10,13 @@ __all__ = ['FOREACH', 'WIDE_EMBEDDINGS', 'CUDA_OVERHEAD', 'NOTHING_SMALLER', 'Li
            'usable_memory', 'planned', 'memory_plan', 'resolved', 'plan_lines', 'plan_record', 'halved',
            'HalvingTrainer', 'end_for_all', 'make_smaller', 'smaller_batches', 'on_smaller']
 
-# %% ../../nbs/54_training.plan.ipynb #ecac7bd7
+# %% ../../nbs/54_training.plan.ipynb #3ea91b3c
 import json
 import os
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Any
 
@@ -35,7 +35,7 @@ from ..config import OPTIMIZERS, MethodConfig, RunConfig, with_overrides
 from ..core import InputError, RunFailure, first_line, pick_device, process_count, process_rank
 from ..data.forecast import PUBLISHED, PUBLISHED_TOWER
 from ..model.attention import use_packed_attention
-from ..model.fused import fuse_lora, fuse_tower
+from ..model.fused import fuse_language, fuse_tower
 from ..model.last_layer import Places, only_at
 from ..model.load import base_location, compute_dtype, trainable, unwrapped
 from ..model.memory import empty_device_cache, is_out_of_memory
@@ -105,7 +105,7 @@ def faked(model: nn.Module) -> nn.Module:
                 values[name] = seen[id(value)] if value is not None else None
     return model
 
-# %% ../../nbs/54_training.plan.ipynb #7cdca1ea
+# %% ../../nbs/54_training.plan.ipynb #c70f673e
 def skeleton(
     base: str,
     method: MethodConfig,
@@ -126,7 +126,7 @@ def skeleton(
         model = trainable(model.requires_grad_(False), method).train()
     fuse_tower(model)
     use_packed_attention(model)
-    fuse_lora(model)
+    fuse_language(model)
     return model
 
 # %% ../../nbs/54_training.plan.ipynb #8f54999a
@@ -636,7 +636,7 @@ def halved(size: int) -> int:
 def _parts(batch: Any) -> list[dict]:
     return batch if isinstance(batch, list) else [batch]
 
-# %% ../../nbs/54_training.plan.ipynb #4aec7c64
+# %% ../../nbs/54_training.plan.ipynb #1a4bf23a
 class HalvingTrainer(Trainer):
     "The stock Trainer, which does a step again with smaller micro-batches when memory runs out."
 
@@ -669,7 +669,12 @@ class HalvingTrainer(Trainer):
             self.make_smaller(model, reason)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        return sum(super(HalvingTrainer, self).floating_point_ops(part) for part in _parts(inputs))
+        "The stock estimate, six for each token and weight; the weights are counted once."
+        return 6 * self.weights * sum(part["input_ids"].numel() for part in _parts(inputs))
+
+    @cached_property
+    def weights(self) -> int:
+        return self.model.num_parameters(exclude_embeddings=True)
 
 # %% ../../nbs/54_training.plan.ipynb #1c959134
 def _random_state() -> list[torch.Tensor]:
