@@ -277,9 +277,33 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '6', 'the fused activation is another', 'qwen2vl_sft/model/fused.py',
-        '(1.702 * inner).sigmoid_()',
-        '(1.7 * inner).sigmoid_()',
+        'alpha=1 / slope)',
+        'alpha=1.0)',
         ('tests/test_model_fused.py::test_the_towers_output_and_gradients_are_the_stock_ones',),
+    ),
+    Mutation(
+        '6', 'queries and keys of the tower are turned the wrong way', 'qwen2vl_sft/model/fused.py',
+        'both = turned(all_three[:, :2], *(part[:, None, None] for part in position_embeddings))',
+        'both = turned(all_three[:, :2], *(part[:, None, None] for part in position_embeddings), back=True) ',
+        ('tests/test_model_fused.py::test_the_towers_output_and_gradients_are_the_stock_ones',),
+    ),
+    Mutation(
+        '6', 'the way back of the norm takes its scale for a constant', 'qwen2vl_sft/model/fused.py',
+        'return weighted.addcmul_(x, along).mul_(scale), to_weight, None',
+        'return weighted.mul_(scale), to_weight, None',
+        ('tests/test_model_fused.py::test_norms_gates_and_rotations_are_the_stock_ones_all_weights_learning',),
+    ),
+    Mutation(
+        '6', 'the way back turns in the same direction', 'qwen2vl_sft/model/fused.py',
+        'return turned(gradient, *ctx.saved_tensors, back=True), None, None',
+        'return turned(gradient, *ctx.saved_tensors), None, None',
+        ('tests/test_model_fused.py::test_norms_gates_and_rotations_are_the_stock_ones_all_weights_learning',),
+    ),
+    Mutation(
+        '6', 'a cache is not told of keys and values', 'qwen2vl_sft/model/fused.py',
+        'keys, values = past_key_values.update(keys, values, own.layer_idx)\n        attend',
+        'past_key_values.update(keys, values, own.layer_idx)\n        attend',
+        ('tests/test_model_fused.py::test_activation_checkpointing_and_a_cache_work_through_the_fused_parts',),
     ),
     Mutation(
         '6', 'a full vision cache goes on storing', 'qwen2vl_sft/model/vision_cache.py',

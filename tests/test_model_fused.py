@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen2VLForConditionalGeneration
 
 from qwen2vl_sft.model.attention import use_packed_attention
-from qwen2vl_sft.model.fused import fuse_lora, fuse_tower
+from qwen2vl_sft.model.fused import Gate, RmsNorm, Rotation, fuse_language, fuse_lora, fuse_tower
 from qwen2vl_sft.model.load import base_location
 
 LOCATION = base_location("small")
@@ -54,6 +54,61 @@ def test_half_precision_autocast_and_other_adapters_stay_pefts():
     assert all(torch.equal(one, other) for one, other in zip(step(ours), step(theirs), strict=True))
     with ours.disable_adapter(), theirs.disable_adapter(), torch.no_grad():
         assert torch.equal(*(model(input_ids=torch.arange(9)[None]).logits for model in (ours, theirs)))
+
+
+def stock() -> Qwen2VLForConditionalGeneration:
+    return Qwen2VLForConditionalGeneration.from_pretrained(LOCATION, dtype=torch.float32).train()
+
+
+def full_step(model, **inputs) -> list[torch.Tensor]:
+    logits = model(input_ids=torch.arange(60).view(2, 30), use_cache=False, **inputs).logits
+    logits.float().logsumexp(-1).sum().backward()
+    return [logits.detach(), *(weight.grad for name, weight in model.named_parameters() if "visual" not in name)]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_norms_gates_and_rotations_are_the_stock_ones_all_weights_learning(attention):
+    ours, theirs = stock(), stock()
+    for model in (ours, theirs):
+        model.set_attn_implementation(attention)
+    fuse_language(ours)
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[1, 20:] = 0
+    for one, other in zip(full_step(ours, attention_mask=mask), full_step(theirs, attention_mask=mask), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5 * float(other.abs().max().clamp(min=1)))
+
+
+def test_activation_checkpointing_and_a_cache_work_through_the_fused_parts():
+    ours, theirs = stock(), stock()
+    fuse_language(ours)
+    ours.gradient_checkpointing_enable({"use_reentrant": False})
+    for one, other in zip(full_step(ours), full_step(theirs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5 * float(other.abs().max().clamp(min=1)))
+    ours.gradient_checkpointing_disable()
+    ids = torch.arange(12)[None]
+    written = [model.eval().generate(input_ids=ids, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True) for model in (ours, theirs)]
+    for one, other in zip(*(answer.logits for answer in written), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_each_ways_back_is_the_derivative():
+    torch.manual_seed(0)
+    numbers = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    turns = (torch.randn(1, 5, 6, dtype=torch.float64), torch.randn(1, 5, 6, dtype=torch.float64))  # halves that differ, too
+    assert torch.autograd.gradcheck(RmsNorm.apply, (numbers(2, 3, 8), numbers(8), 1e-6))
+    assert torch.autograd.gradcheck(Gate.apply, (numbers(4, 6), numbers(4, 6)))
+    assert torch.autograd.gradcheck(Rotation.apply, (numbers(2, 5, 6), *turns))
+
+
+def test_half_precision_and_autocast_stay_stock():
+    ours, theirs = stock().bfloat16(), stock().bfloat16()
+    fuse_language(ours)
+    fuse_tower(ours)
+    assert all(torch.equal(one, other) for one, other in zip(full_step(ours), full_step(theirs), strict=True))
+    ours, theirs = stock(), stock()
+    fuse_language(ours)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(one, other) for one, other in zip(full_step(ours), full_step(theirs), strict=True))
 
 
 def test_the_towers_output_and_gradients_are_the_stock_ones():

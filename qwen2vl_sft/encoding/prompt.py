@@ -6,8 +6,9 @@
 __all__ = ['IGNORED', 'TURN_END', 'IMAGE_TOKEN', 'load_tokenizer', 'chat_text', 'Encoded', 'Encoder', 'text_ids', 'prompt_ids',
            'encode', 'label_mask_html', 'encoded_html', 'load_encoder', 'preprocessing_contract', 'check_contract']
 
-# %% ../../nbs/11_encoding.prompt.ipynb #7cda7e06
+# %% ../../nbs/11_encoding.prompt.ipynb #8cfb2d5f
 from dataclasses import dataclass, field
+from functools import cached_property
 from html import escape
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..config import PreprocessingConfig
 from ..core import InputError, fingerprint, first_line
 from .images import ImageEncoder, image_encoder, load_image_processor
 
-# %% ../../nbs/11_encoding.prompt.ipynb #51461bad
+# %% ../../nbs/11_encoding.prompt.ipynb #6988c4fa
 IGNORED = -100  # label of a token without loss; the value that torch's cross entropy ignores
 TURN_END, IMAGE_TOKEN = "<|im_end|>", "<|image_pad|>"
 
@@ -76,7 +77,7 @@ class Encoded:
     def image_tokens(self) -> int:
         return int(np.prod(self.grid)) // self.merge**2
 
-# %% ../../nbs/11_encoding.prompt.ipynb #24bc56e1
+# %% ../../nbs/11_encoding.prompt.ipynb #7d3fbf48
 @dataclass
 class Encoder:
     "Everything that turns a picture and a question into model input: training, scoring and export share it."
@@ -100,13 +101,23 @@ class Encoder:
     def pad_id(self) -> int:
         return self.tokenizer.pad_token_id
 
-# %% ../../nbs/11_encoding.prompt.ipynb #3352194c
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        "What no text of the data may contain."
+        return list(self.tokenizer.get_added_vocab())
+
+    @cached_property
+    def newline(self) -> np.ndarray:  # int64
+        "Ids of the line break that ends a turn."
+        return np.array(self.tokenizer("\n", add_special_tokens=False)["input_ids"])
+
+# %% ../../nbs/11_encoding.prompt.ipynb #9846f178
 def text_ids(
     encoder: Encoder,
     text: str,  # an answer
 ) -> list[int]:
     "Token ids of plain text. Raises `InputError` if it contains a special token."
-    if found := [token for token in encoder.tokenizer.get_added_vocab() if token in text]:
+    if found := [token for token in encoder.special_tokens if token in text]:
         raise InputError(f"the text {text[:60]!r} contains the special token {found[0]}; remove it from the data")
     return encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -122,7 +133,7 @@ def prompt_ids(
         encoder._prompts[question] = np.array(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
     return encoder._prompts[question]
 
-# %% ../../nbs/11_encoding.prompt.ipynb #e21e45dd
+# %% ../../nbs/11_encoding.prompt.ipynb #82ab379e
 def encode(
     encoder: Encoder,
     question: str,
@@ -138,9 +149,8 @@ def encode(
     labels = [np.full(sum(map(len, parts)), IGNORED)]
     if answer is not None:
         target = np.array([*text_ids(encoder, answer), encoder.end_id])
-        newline = np.array(encoder.tokenizer("\n", add_special_tokens=False)["input_ids"])
-        parts += [target, newline]
-        labels += [target, newline if encoder.supervise_newline else np.full(len(newline), IGNORED)]
+        parts += [target, encoder.newline]
+        labels += [target, encoder.newline if encoder.supervise_newline else np.full(len(encoder.newline), IGNORED)]
     return Encoded(np.concatenate(parts).astype(np.int64), np.concatenate(labels).astype(np.int64), start, grid, encoder.images.merge, encoder)
 
 

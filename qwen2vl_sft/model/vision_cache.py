@@ -72,7 +72,7 @@ def tower_key(
     weights = [sha256_of(value.contiguous().view(torch.uint8).cpu().numpy().tobytes()) for value in tower.state_dict().values()]
     return fingerprint([weights, vars(images), str(tower.dtype)])
 
-# %% ../../nbs/31_model.vision_cache.ipynb #89cf5dd8
+# %% ../../nbs/31_model.vision_cache.ipynb #2f9dc3ef
 class VisionCache:
     "Tower outputs on disk, for one tower and one way of resizing."
 
@@ -110,6 +110,7 @@ class VisionCache:
     def _connect(self) -> sqlite3.Connection:
         if self._owner != os.getpid():
             self._database, self._owner = sqlite3.connect(self.path, timeout=60), os.getpid()
+            self._database.execute("PRAGMA page_size=16384")  # of a new file: an output of some 100 kB lies in fewer pieces
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=NORMAL")  # a power cut may lose the last outputs, never damage the others
         return self._database
@@ -192,7 +193,7 @@ def by_size(
     if batch:
         yield batch
 
-# %% ../../nbs/31_model.vision_cache.ipynb #331a551a
+# %% ../../nbs/31_model.vision_cache.ipynb #ec21841c
 def pictures_at_once(model: nn.Module) -> int:
     "How many pictures go through the tower together where nothing else is said."
     return PICTURES_ON_CPU if unwrapped(model).device.type == "cpu" else MOST_PICTURES
@@ -202,7 +203,7 @@ def on_cpu(features: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     "The same on the CPU, fetched in one go."
     return features if features[0].device.type == "cpu" else torch.cat(list(features)).cpu().split([len(one) for one in features])
 
-# %% ../../nbs/31_model.vision_cache.ipynb #effa7aad
+# %% ../../nbs/31_model.vision_cache.ipynb #5f3084e4
 def fill(
     cache: VisionCache,
     model: nn.Module,
