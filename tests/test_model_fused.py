@@ -86,7 +86,7 @@ def test_activation_checkpointing_and_a_cache_work_through_the_fused_parts():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5 * float(other.abs().max().clamp(min=1)))
     ours.gradient_checkpointing_disable()
     ids = torch.arange(12)[None]
-    written = [model.eval().generate(input_ids=ids, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True) for model in (ours, theirs)]
+    written = [model.eval().generate(input_ids=ids, min_new_tokens=6, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True) for model in (ours, theirs)]
     for one, other in zip(*(answer.logits for answer in written), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 

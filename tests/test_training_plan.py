@@ -191,7 +191,7 @@ def test_a_process_that_meets_a_real_limit_goes_on(project, middling):
     suite = write_toy_suite(project / "toy", rows=24)
     content = {"suite": str(suite), "run": "limited", "model": {"base": str(middling), "device": "cpu"}, "method": {"name": "lora"}, "preprocessing": {"min_pixels": 200**2, "max_pixels": 200**2},
                "schedule": {"steps": 2, "micro_batch": 16, "learning_rate": 1e-4, "log_every": 1}}  # fmt: skip
-    found = process(project, LIMITED, json.dumps(content), "220e6")
+    found = process(project, LIMITED, json.dumps(content), "150e6")
     run = project / "runs" / "default" / "limited"
     assert found.returncode == 0, found.stderr[-1500:]
     record = json.loads((run / "plan.json").read_text())

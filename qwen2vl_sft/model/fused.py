@@ -98,7 +98,7 @@ def _norm(norm: nn.Module) -> Any:
 
     return forward
 
-# %% ../../nbs/35_model.fused.ipynb #ac9bd39b
+# %% ../../nbs/35_model.fused.ipynb #a89f3802
 class Gate(torch.autograd.Function):
     "`silu(gate) · up` (SwiGLU: arXiv 2002.05202)."
 
@@ -114,12 +114,7 @@ class Gate(torch.autograd.Function):
 
 
 def _gated(mlp: nn.Module) -> Any:
-    plain = mlp.forward
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return mlp.down_proj(Gate.apply(mlp.gate_proj(x), mlp.up_proj(x))) if _is_plain(x) else plain(x)
-
-    return forward
+    return lambda x: mlp.down_proj(Gate.apply(mlp.gate_proj(x), mlp.up_proj(x)))
 
 # %% ../../nbs/35_model.fused.ipynb #c88dc29e
 def turned(
@@ -158,7 +153,7 @@ def rotated(
     "Rotary position embedding; in half precision by stock transformers' steps, which round in their order."
     return Rotation.apply(states, cos, sin) if _is_plain(states) else states * cos + rotate_half(states) * sin
 
-# %% ../../nbs/35_model.fused.ipynb #779ec965
+# %% ../../nbs/35_model.fused.ipynb #dffb8ad5
 def _attention(own: nn.Module) -> Any:
     plain = own.forward
 
@@ -183,7 +178,7 @@ def _attention(own: nn.Module) -> Any:
 def fuse_language(
     model: nn.Module,  # with its adapters, if it has any
 ) -> None:
-    "Let the language model's norms, gates, rotations and LoRA layers compute in fewer passes where they are plain float32."
+    "Let the language model's gates, and where they are plain float32 its norms, rotations and LoRA layers, compute in fewer passes."
     inner = unwrapped(model).model.language_model
     for norm in (part for layer in inner.layers for part in (layer.input_layernorm, layer.post_attention_layernorm)):
         norm.forward = _norm(norm)
