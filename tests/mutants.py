@@ -34,6 +34,21 @@ class Mutation:
 
 MUTATIONS: list[Mutation] = [
     Mutation(
+        'api', "turns that came in a pause are all taken at its end", 'qwen2vl_sft/scoring/remote.py',
+        'while session.paused > time.monotonic() and not session.is_over():', 'while False:',
+        ('tests/test_scoring_remote.py::test_after_a_pause_requests_leave_at_the_stated_pace',),
+    ),
+    Mutation(
+        'api', "a run that is over waits on", 'qwen2vl_sft/scoring/remote.py',
+        'while not (task.done() or session.is_over()):', 'while not task.done():',
+        ('tests/test_scoring_remote.py::test_an_interrupted_notebook_does_not_wait_for_the_end_of_a_pause',),
+    ),
+    Mutation(
+        'api', "a setting that the model refuses costs an attempt", 'qwen2vl_sft/scoring/remote.py',
+        'wait=0.0, counts=False)', 'wait=0.0)',
+        ('tests/test_scoring_remote.py::test_settings_that_the_model_refuses_are_left_out',),
+    ),
+    Mutation(
         '5.13.shared', "rows of tasks that begin otherwise are scored together", 'qwen2vl_sft/scoring/experiment.py',
         'first.setdefault((images[place], before(own[place])), (data, place))', 'first.setdefault((images[place], ()), (data, place))',
         ('tests/test_scoring_suite.py::test_rows_of_no_common_picture_or_beginning_do_not_ride',),

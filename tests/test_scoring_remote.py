@@ -396,9 +396,13 @@ def start_toy(project: Path, address: str, **changes) -> list[str]:
 def test_a_run_from_the_command_line(project, key, capfd, monkeypatch):
     with served("faulty_server.py") as address:
         command = start_toy(project, address)
+        with monkeypatch.context() as without:
+            without.delenv("CANARY_KEY")
+            assert cli.main([*command, "--dry-run"]) == 0
+            shown_without_key = capfd.readouterr().out
         assert cli.main([*command, "--dry-run"]) == 0
         shown = capfd.readouterr().out
-        assert "total       12       0        12" in shown and "no price for 'faulty'" in shown
+        assert shown_without_key.splitlines()[-6:] == shown.splitlines()[-6:] and "total       12       0        12" in shown and "no price for 'faulty'" in shown
         assert counts(address)["asked"] == {} and not (project / "runs" / "toy").exists()
 
         assert cli.main([*command, "--limit", "2"]) == 0 and sum(counts(address)["asked"].values()) == 4
@@ -483,7 +487,7 @@ def test_settings_that_the_model_refuses_are_left_out(project, key):
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         (project / "prices.yaml").write_text("faulty: {input: 1000, output: 10000}\n")
-        config = config_for(f"http://127.0.0.1:{server.server_port}", concurrency=1, structured=True, extra={"reasoning_effort": "low"})
+        config = config_for(f"http://127.0.0.1:{server.server_port}", concurrency=1, attempts=1, structured=True, extra={"reasoning_effort": "low"})
         session, reasons = asked(config, project / "store.sqlite", numbered([17, 37]))
     finally:
         server.shutdown()
@@ -668,6 +672,71 @@ def test_after_429_all_workers_pause_and_errors_keep_their_attempts(project, key
     times = LimitedOnce.times
     assert reasons == {} and len(times) == 7 and session.counts["retried"] == 1
     assert times[3] - times[0] > 0.8  # those that were answered after 0.5 s don't ask on in the pause of 1 to 2 s
+
+
+class Busy(http.server.BaseHTTPRequestHandler):
+    "The first request gets `status` with Retry-After; all others are answered."
+
+    times: list
+    numbers: itertools.count
+    status, after = 429, 3
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        self.times.append(time.monotonic())
+        is_first = next(self.numbers) == 0
+        body = json.dumps({"error": {"message": "later"}} if is_first else {"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]}).encode()
+        self.send_response(self.status if is_first else 200)
+        if is_first:
+            self.send_header("retry-after", str(self.after))
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@contextmanager
+def busy(**changes):
+    "The address of such a server, and when it was asked."
+    handler = type("Handler", (Busy,), {"times": [], "numbers": itertools.count(), **changes})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", handler.times
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_after_a_pause_requests_leave_at_the_stated_pace(project, key):
+    "Twenty workers whose turn came while the service wanted quiet don't all leave at its end."
+    with busy(after=3) as (address, times):
+        _, reasons = asked(config_for(address, concurrency=20, requests_per_minute=300), project / "store.sqlite", numbered(range(20)))
+    after = np.array([when for when in times if when > times[0] + 2.5])
+    fullest = max(int(((after >= start) & (after < start + 0.5)).sum()) for start in after)
+    assert reasons == {} and len(times) == 21 and len(after) >= 14
+    assert fullest <= 5 + 3, "a second's worth, and what half a second adds"
+
+
+@pytest.mark.parametrize(("status", "changes"), [(503, {"max_minutes": 0.02}), (200, {"max_minutes": 0.02, "requests_per_minute": 1}), (200, {"max_minutes": 0.02, "tokens_per_minute": 300})], ids=["Retry-After", "requests", "tokens"])
+def test_a_run_whose_time_is_over_waits_for_nothing(project, key, status, changes):
+    "Neither for the minute that a service asks for, nor for a turn."
+    began = time.monotonic()
+    with busy(status=status, after=60) as (address, times):
+        session, reasons = asked(config_for(address, concurrency=2, attempts=2, **changes), project / "store.sqlite", numbered(range(1 if status == 503 else 4)))
+    assert time.monotonic() - began < 6 and session.stopped == "max_minutes=0.02 are over"
+    assert "not asked: max_minutes=0.02 are over" in reasons.values() and len(times) <= 2
+
+
+def test_an_interrupted_notebook_does_not_wait_for_the_end_of_a_pause(project, key):
+    with busy(after=20) as (address, _):
+        session = open_session(config_for(address, concurrency=3), ResponseStore(project / "store.sqlite"), "a/b")
+        threading.Timer(1.0, lambda: setattr(session, "stopped", "interrupted")).start()
+        began = time.monotonic()
+        reasons = run_to_end(partial(ask_all, session, numbered(range(8))), session)
+    assert time.monotonic() - began < 4 and "not asked: interrupted" in reasons.values()
 
 
 def test_a_pause_beyond_the_time_ends_the_run():
