@@ -1014,7 +1014,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '8.api', '429 uses up the attempts', 'qwen2vl_sft/scoring/remote.py',
-        'self.limited + failure.limited, self.other + (not failure.limited)',
+        'self.limited + failure.limited, self.other + (failure.counts and not failure.limited)',
         'self.limited + failure.limited, self.other + 1',
         ('tests/test_scoring_remote.py::test_after_429_all_workers_pause_and_errors_keep_their_attempts',),
     ),
