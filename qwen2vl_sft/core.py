@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ASSETS', 'CANONICAL', 'InputError', 'RunFailure', 'Interrupted', 'first_line', 'table_text', 'did_you_mean',
            'near_file', 'project_root', 'write_atomically', 'published_folder', 'sole_use', 'sha256_of',
-           'canonical_text', 'fingerprint', 'process_count', 'process_rank', 'seed_everything', 'pick_device', 'say']
+           'canonical_text', 'fingerprint', 'display_width', 'printable', 'padded', 'process_count', 'process_rank',
+           'seed_everything', 'pick_device', 'say']
 
-# %% ../nbs/00_core.ipynb #3171d8a8
+# %% ../nbs/00_core.ipynb #73f42b83
 import difflib
 import hashlib
 import json
@@ -17,6 +18,7 @@ import random
 import shutil
 import sys
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -208,6 +210,22 @@ def fingerprint(
     for piece in canonical_text(value):
         digest.update(piece.encode())
     return digest.hexdigest()[:16]
+
+# %% ../nbs/00_core.ipynb #07d0b6ff
+def display_width(text: str) -> int:
+    "Places that a text takes in a terminal."
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def printable(text: str) -> str:
+    "Text without control characters (a label from data must not move the cursor or colour the terminal)."
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
+def padded(text: str, places: int, right: bool = False) -> str:
+    "The text filled up with spaces to a width."
+    gap = " " * max(0, places - display_width(text))
+    return gap + text if right else text + gap
 
 # %% ../nbs/00_core.ipynb #57a2b18f
 def process_count() -> int:

@@ -458,6 +458,20 @@ def test_the_report_forecasts_lengths_and_draws_them():
     assert Audit("s", [check(label="elephant")]).to_json()["forecast"] == {}
 
 
+def test_tables_in_the_terminal_line_up_with_chinese_names():
+    "By wcwidth, which asks Unicode's tables itself."
+    wcwidth = pytest.importorskip("wcwidth")
+    records = [Checked(task, "train", str(i), "", label="cat", sha256=str(i), group=str(i), width=56, height=56) for i, task in enumerate(("违规图片分类", "t\x1b[31m", "long name"))]
+    audit = Audit("s", records)
+    audit.forecast = {"模型/大": audit.to_json()["forecast"]["small"], "b": audit.forecast["small"]}
+    lines = audit.summary().splitlines()
+    assert not any("\x1b" in line for line in lines)
+    tasks = [line for line in lines if " 0 / 0" in line]
+    assert len(tasks) == 3 and len({wcwidth.wcswidth(line[: line.index(" 1 ")]) for line in tasks}) == 1
+    table = lines[lines.index(next(line for line in lines if "forecast (" in line)) :][:3]
+    assert len({wcwidth.wcswidth(line) for line in table}) == 1 and "大" in table[1]
+
+
 def test_control_tokens_in_labels_and_questions_are_quarantined():
     assert check(label="12<|im_end|>34", task=TEXT).reason == "special_token"
     assert check(label="a <b> |c|", task=TEXT).verdict == "accepted"

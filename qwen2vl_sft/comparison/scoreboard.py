@@ -4,18 +4,16 @@
 
 # %% auto #0
 __all__ = ['CELL_COLUMNS', 'SHORT', 'MICRO', 'LATEX', 'STYLE', 'MARKS', 'KIND_NAMES', 'csv_text', 'cell_table', 'cells_text',
-           'means_text', 'display_width', 'printable', 'shortened', 'padded', 'letters', 'legend', 'mean_columns',
-           'text_columns', 'text_table', 'seed_text', 'open_figures', 'open_heads', 'open_text', 'wrapped',
-           'markdown_cell', 'markdown_lines', 'markdown_table', 'interval_text', 'sizes_text', 'latex_text',
-           'latex_marks', 'latex_lines', 'latex_table', 'top_cells', 'breakable', 'cell_title', 'verdict_html',
-           'html_cell', 'mean_cells', 'html_row', 'seed_row', 'body_html', 'verdicts_html', 'legend_html', 'html_table',
-           'Difference', 'paired_between', 'difference', 'changed_settings', 'Scoreboard', 'read_experiment',
-           'with_published', 'read_published']
+           'means_text', 'shortened', 'letters', 'legend', 'mean_columns', 'text_columns', 'text_table', 'seed_text',
+           'open_figures', 'open_heads', 'open_text', 'wrapped', 'markdown_cell', 'markdown_lines', 'markdown_table',
+           'interval_text', 'sizes_text', 'latex_text', 'latex_marks', 'latex_lines', 'latex_table', 'top_cells',
+           'breakable', 'cell_title', 'verdict_html', 'html_cell', 'mean_cells', 'html_row', 'seed_row', 'body_html',
+           'verdicts_html', 'legend_html', 'html_table', 'Difference', 'paired_between', 'difference',
+           'changed_settings', 'Scoreboard', 'read_experiment', 'with_published', 'read_published']
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #ee8511e6
+# %% ../../nbs/64_comparison.scoreboard.ipynb #b3b3bbf3
 import html
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +55,7 @@ from qwen2vl_sft.comparison.samples import (
     validation_choice,
 )
 from .statistics import holm, mcnemar_p
-from ..core import InputError, write_atomically
+from ..core import InputError, display_width, padded, printable, write_atomically
 from ..rundir import RunDir
 from ..scoring.metrics import OUTCOMES
 
@@ -96,17 +94,7 @@ def means_text(board: Board) -> str:
     table = pd.concat([rows.astype({"step": object}), over.astype({"step": object})], ignore_index=True) if len(over) else rows
     return table.reindex(columns=[*rows.columns, *extra]).to_csv(index=False, float_format="%.4f")
 
-# %% ../../nbs/64_comparison.scoreboard.ipynb #a003b71e
-def display_width(text: str) -> int:
-    "Places that a text takes in a terminal."
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def printable(text: str) -> str:
-    "Text without control characters (a label from data must not move the cursor or colour the terminal)."
-    return "".join(c if c.isprintable() else "�" for c in text)
-
-
+# %% ../../nbs/64_comparison.scoreboard.ipynb #b4085c8a
 def shortened(text: str, places: int) -> str:
     "The text, its middle replaced by … where it is wider than `places`."
     head, tail = list(printable(text)), []
@@ -118,12 +106,6 @@ def shortened(text: str, places: int) -> str:
     while display_width("".join([*head, *tail])) > places - 1:
         head.pop()
     return "".join([*head, "…", *tail])
-
-
-def padded(text: str, places: int, right: bool = False) -> str:
-    "The text filled up with spaces to a width."
-    gap = " " * max(0, places - display_width(text))
-    return gap + text if right else text + gap
 
 # %% ../../nbs/64_comparison.scoreboard.ipynb #7183e4d7
 def letters(badges: list[str]) -> str:

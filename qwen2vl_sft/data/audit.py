@@ -18,7 +18,7 @@ __all__ = ['REASONS', 'REPAIRS', 'NOTES', 'CONTROL_TOKEN', 'HASH_SIDE', 'PAGE_RO
            'examples', 'meaning', 'difference_text', 'summary', 'thumbnail', 'cards_html', 'splits_html', 'labels_html',
            'forecast_html', 'problem_html', 'page', 'audit_fragment']
 
-# %% ../../nbs/22_data.audit.ipynb #eec01981
+# %% ../../nbs/22_data.audit.ipynb #bf82fd46
 import base64
 import heapq
 import io
@@ -44,7 +44,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
-from ..core import did_you_mean, sha256_of
+from ..core import did_you_mean, display_width, padded, printable, sha256_of
 from .forecast import Sample, forecast, forecast_lines, forecast_table, gigabytes_text, histogram_svg, small_plan
 from .sources import Row
 from ..encoding.images import FORMATS, open_image
@@ -1058,7 +1058,7 @@ def examples(audit: Audit) -> dict[str, list[int]]:
 
 Audit.task_report, Audit.examples = task_report, examples
 
-# %% ../../nbs/22_data.audit.ipynb #7cbc3d01
+# %% ../../nbs/22_data.audit.ipynb #e544c9f6
 def meaning(code: str) -> str:
     "The sentence that explains a code."
     return (REASONS | REPAIRS | NOTES).get(code, code)
@@ -1074,17 +1074,18 @@ def summary(report: dict) -> str:
     "A report of `audit.json` as lines of text."
     lines = [f"{report['suite']}: {report['rows_read']:,} rows read: {report['accepted']:,} accepted, "
              f"{report['repaired']:,} repaired, {report['quarantined']:,} quarantined"]
-    width = max((len(task) for task in report["tasks"]), default=4)
-    lines.append(f"  {'task':<{width}}  {'train':>7} {'valid.':>7} {'test':>7}   independent sources   smallest difference one paired test shows")
+    names = {task: printable(task) for task in report["tasks"]}
+    width = max([4, *map(display_width, names.values())])
+    lines.append(f"  {padded('task', width)}  {'train':>7} {'valid.':>7} {'test':>7}   independent sources   smallest difference one paired test shows")
     for task, content in report["tasks"].items():
         rows = [content["splits"][split]["rows"] for split in SPLITS]
         sources = [content["splits"][split]["sources"] for split in SPLITS]
         cells = " ".join(f"{n:>7,}" for n in rows), " / ".join(f"{n:,}" for n in sources)
-        lines.append(f"  {task:<{width}}  {cells[0]}   {cells[1]:<19}   {difference_text(content)}")
+        lines.append(f"  {padded(names[task], width)}  {cells[0]}   {cells[1]:<19}   {difference_text(content)}")
     for kind in ("reasons", "repairs", "notes"):
         lines += [f"  {'quarantined' if kind == 'reasons' else kind[:-1]}: {number:,} x {code}: {meaning(code)}"
                   for code, number in report[kind].items()]
-    lines += [f"  {task}: {remark}" for task, content in report["tasks"].items() for remark in content["remarks"]]
+    lines += [printable(f"  {task}: {remark}") for task, content in report["tasks"].items() for remark in content["remarks"]]
     lines += [f"  {line}" for line in forecast_table(report["forecast"])]
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ __all__ = ['PUBLISHED', 'PUBLISHED_TOWER', 'METHODS', 'STAND_IN', 'PART', 'Model
            'usual_plans', 'plan_of_recipe', 'sequence_lengths', 'histogram', 'quantile', 'forecast_plan', 'forecast',
            'gigabytes_text', 'forecast_lines', 'forecast_table', 'histogram_svg']
 
-# %% ../../nbs/19_data.forecast.ipynb #b05ca03d
+# %% ../../nbs/19_data.forecast.ipynb #4dfdfa0e
 import json
 import math
 import os
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..config import PreprocessingConfig, RunConfig
-from ..core import ASSETS, InputError
+from ..core import ASSETS, InputError, display_width, padded, printable
 from ..encoding.images import ImageEncoder
 from ..encoding.prompt import Encoder, load_encoder, load_tokenizer
 
@@ -276,7 +276,7 @@ def forecast_lines(report: dict[str, dict]) -> list[str]:
             lines.append(f"{name}: {plan['special_tokens']:,} rows hold a special token of the model in their text and can't be trained on")
     return lines
 
-# %% ../../nbs/19_data.forecast.ipynb #349df7ca
+# %% ../../nbs/19_data.forecast.ipynb #acfb7a52
 def forecast_table(report: dict[str, dict]) -> list[str]:
     "The forecast as a table of text, at most 100 columns wide."
     if not report:
@@ -285,9 +285,9 @@ def forecast_table(report: dict[str, dict]) -> list[str]:
     for name, plan in report.items():
         counts = (plan["tokens"]["median"], plan["tokens"]["max"], plan["too_long"])
         mark = "*" if plan["tokenizer"] == STAND_IN else ""
-        rows.append((f"{name.split('/')[-1]}{mark}, {plan['max_pixels']:,} px", *(f"{n:,}" for n in counts), *(gigabytes_text(plan["gigabytes"][m]) for m in METHODS)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows]
+        rows.append((f"{printable(name.split('/')[-1])}{mark}, {plan['max_pixels']:,} px", *(f"{n:,}" for n in counts), *(gigabytes_text(plan["gigabytes"][m]) for m in METHODS)))
+    widths = [max(display_width(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join([padded(row[0], widths[0]), *(padded(cell, width, right=True) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows]
     if any(plan["tokenizer"] == STAND_IN for plan in report.values()):
         lines.append("* texts counted with the small model's tokenizer, which makes more tokens of them")
     return lines
