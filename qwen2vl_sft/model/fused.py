@@ -16,7 +16,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import eager_attention_forwa
 
 from .load import unwrapped
 
-# %% ../../nbs/35_model.fused.ipynb #99ce3f8e
+# %% ../../nbs/35_model.fused.ipynb #79271a6e
 class LoraProduct(torch.autograd.Function):
     "`x Wᵀ + bias + scaling (x Aᵀ) Bᵀ` with W and the bias frozen (LoRA: arXiv 2106.09685, section 4.1)."
 
@@ -32,7 +32,7 @@ class LoraProduct(torch.autograd.Function):
         x, weight, a, b, low = ctx.saved_tensors
         low_gradient = (gradient @ b).mul_(ctx.scaling)
         to_x = (gradient @ weight).addmm_(low_gradient, a) if ctx.needs_input_grad[0] else None
-        return to_x, None, None, low_gradient.t() @ x, gradient.t() @ low, None
+        return to_x, None, None, low_gradient.t() @ x, (low.t() @ gradient).t(), None  # in this order the longer side is read along its rows
 
 # %% ../../nbs/35_model.fused.ipynb #bdd68bb8
 def _fused_forward(layer: nn.Module) -> Any:
