@@ -260,7 +260,7 @@ def calibrate(
         table = calibrate_experiment(folder, wanted=Wanted(precision, recall), names=task)
     print_json(plain(table)) if as_json else print(table_text(table, float_format="{:.3f}".format, na_rep=""))
 
-# %% ../nbs/90_cli.ipynb #4588a560
+# %% ../nbs/90_cli.ipynb #956cb6ce
 @_command()
 def label(
     checkpoint: Annotated[str, typer.Argument(help="Such as demo/mix/step-337, its folder, or an exported folder.", autocompletion=completion.checkpoints)],
@@ -270,7 +270,7 @@ def label(
     suite: Annotated[str | None, typer.Option(help="Suite file with the questions.", show_default="the one it was trained on")] = None,
     threshold: Annotated[float | None, typer.Option(help="Below this probability a label is `undecided`.", show_default="as calibrated")] = None,
     column: Annotated[str | None, typer.Option(help="Column of the table that holds the images.", show_default="found by its content")] = None,
-    batch: Annotated[int, typer.Option(help="Images in one forward pass.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 32,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer to an open task, in tokens.", show_default="as in the recipe")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     replace: Annotated[bool, typer.Option("--replace", help="Replace labels of another checkpoint in the file.")] = False,

@@ -158,7 +158,7 @@ def test_many_pictures_go_through_the_tower_in_parts_with_the_same_labels(home, 
 
 
 def test_two_tasks_run_the_tower_once(home):
-    labeler = Labeler.load(CHECKPOINT, device="cpu")
+    labeler = Labeler.load(CHECKPOINT, ["colour", "word", "colour"], device="cpu")  # one that is named twice is asked once
     runs = []
     inner = labeler.model.get_base_model().model.visual
     inner.register_forward_hook(lambda module, inputs, output: runs.append(len(inputs[0])))
@@ -346,5 +346,7 @@ def test_a_wrong_path_is_refused_with_a_suggestion_before_weights_load(home, tmp
     assert cli.main(["label", CHECKPOINT, str(tmp_path / "nwe"), "--out", str(tmp_path / "labels.csv")]) == 2
     assert "new'?" in " ".join(capsys.readouterr().err.split())
     (tmp_path / "gold.csv").write_text("mine")
+    assert cli.main(["label", CHECKPOINT, str(tmp_path / "new"), "--out", str(tmp_path / "labels.csv"), "--batch", "0"]) == 2
+    assert "--batch" in capsys.readouterr().err
     assert cli.main(["label", CHECKPOINT, str(tmp_path / "new"), "--out", str(tmp_path / "gold.csv")]) == 2
     assert (tmp_path / "gold.csv").read_text() == "mine"

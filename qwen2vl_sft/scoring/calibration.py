@@ -333,7 +333,7 @@ def predicted_with(run: RunDir, checkpoint: str, task: Task) -> str:
             raise InputError(f"task '{task.name}': {name} was scored on test and on validation with different weights; {again}")
     return noted["validation"]["weights"]
 
-# %% ../../nbs/48_scoring.calibration.ipynb #e0771523
+# %% ../../nbs/48_scoring.calibration.ipynb #f6efbf92
 def calibrate_experiment(
     experiment: Path,  # runs/<experiment>
     names: list[str] | None = None,  # tasks; None: all closed ones
@@ -347,7 +347,7 @@ def calibrate_experiment(
     if len(suites) != 1:
         raise InputError(f"{experiment}: {'no run has a checkpoint yet; train one first' if not suites else 'its runs use several suites: ' + ', '.join(suites)}")
     known = next(iter(suites.values()))
-    tasks = [known.task(name) for name in names] if names else known.tasks
+    tasks = [known.task(name) for name in dict.fromkeys(names)] if names else known.tasks
     runs = [RunDir(path.parent) for path in sorted(Path(experiment).glob("*/config.yaml"))]
     written = [content for run in runs for content in calibrate_run(run, tasks, wanted)]
     if not written:

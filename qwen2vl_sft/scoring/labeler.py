@@ -217,7 +217,7 @@ def read_picture(encoder: Encoder, row: Row) -> Picture:
     except InputError as problem:
         return Picture(row, reason=str(problem), stamp=stamp)
 
-# %% ../../nbs/49_scoring.labeler.ipynb #c509d00e
+# %% ../../nbs/49_scoring.labeler.ipynb #41cc957e
 def load_labeler(
     checkpoint: str | Path,  # see `find_checkpoint`
     tasks: list[str] | None = None,  # None: all of the suite
@@ -230,7 +230,7 @@ def load_labeler(
     "Load a checkpoint for labelling. Raises `InputError`, also when its preprocessing isn't ours."
     found = find_checkpoint(checkpoint)
     known = suite_of(found, suite)
-    chosen = [known.task(name) for name in tasks] if tasks else list(known.tasks)
+    chosen = [known.task(name) for name in dict.fromkeys(tasks)] if tasks else list(known.tasks)
     contract = stored_contract(found.folder)
     if found.config:
         model_settings, method, settings, longest = found.config.model, found.config.method, found.config.preprocessing, found.config.scoring.max_new_tokens
