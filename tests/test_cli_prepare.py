@@ -118,3 +118,35 @@ def test_rows_without_a_picture_are_counted_not_fatal(pets, project, capsys):
     assert cli.main(["prepare", "--from", str(pets / "chat.json")]) == 0
     audit = Prepared(project / "prepared" / "chat").audit
     assert audit["rows_read"] == 24 and audit["reasons"] == {"no_image": 1, "several_images": 1, "several_turns": 1, "not_json": 1}
+
+
+def test_a_new_row_between_two_splits_is_quarantined_and_said_so(project, capsys):
+    def soft(seed):
+        return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((96, 96), Image.Resampling.BICUBIC)
+
+    def save(name, strength, pair):  # 0 and 0.2 differ in more than 16 of 256 bits, 0.1 from either in fewer
+        Image.blend(soft(2 * pair), soft(2 * pair + 1), strength).save(project / "data" / f"{name}{pair}.png")
+        return f"{name}{pair}.png,{'ab'[pair % 2]}\n"
+
+    (project / "data").mkdir()
+    rows = "".join(save(name, strength, pair) for pair in range(24) for name, strength in (("one", 0.0), ("other", 0.2)))
+    (project / "data" / "all.csv").write_text("image,label\n" + rows)
+    (project / "data" / "suite.yaml").write_text("name: s\ntasks: [{name: t, question: q, labels: [a, b], sources: {all: {format: csv, path: all.csv}}}]\n")
+    assert cli.main(["prepare", str(project / "data" / "suite.yaml")]) == 0
+
+    def splits():
+        prepared = Prepared(project / "prepared" / "s")
+        return {id: split for split in ("train", "validation", "test") for id in prepared.split("t", split).column("id")}
+
+    before = splits()
+    place = lambda pair, other: before[f"all.csv:{2 * pair + 1 + other}"]
+    apart = next(pair for pair in (0, 2, 3, 6, 9, *range(24)) if place(pair, 0) != place(pair, 1))
+    with open(project / "data" / "all.csv", "a") as table:
+        table.write(save("between", 0.1, apart))
+    capsys.readouterr()
+    assert cli.main(["prepare", str(project / "data" / "suite.yaml"), "--strict"]) == 2
+    shown = capsys.readouterr()
+    assert "quarantined: 1 x joins_splits: a new row that nearly equals old rows of different splits" in shown.out
+    assert "1 row is quarantined" in shown.err and splits() == before
+    row = Prepared(project / "prepared" / "s").quarantine().iloc[0]
+    assert row["id"] == "all.csv:49" and row["detail"] == f"nearly equals pictures of {' and '.join(sorted({place(apart, 0), place(apart, 1)}))}"
