@@ -24,6 +24,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from qwen2vl_sft.core import ASSETS, InputError, RunFailure, sha256_of, sole_use
@@ -625,6 +626,7 @@ def dying(owner, name: str, times: int):
 
 
 def prepare_in_child(folder, out, workers, place, times) -> None:
+    tqdm.set_lock(threading.RLock())  # tqdm's own is shared by all that are forked from here: one killed while it draws would stop the others for good
     inspect = module.inspect_row
 
     def slowly(*arguments):

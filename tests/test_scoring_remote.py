@@ -113,8 +113,8 @@ def test_the_key_is_nowhere(project, key, caplog, capfd):
     "Every fault, by a service that repeats the key in bodies and headers, with every logger at its loudest."
     caplog.set_level(logging.DEBUG)
     questions = numbered(range(40))
-    with served("faulty_server.py", "--slow", "1") as address:
-        session, reasons = asked(config_for(address, timeout=0.5), project / "store.sqlite", questions)
+    with served("faulty_server.py", "--slow", "4") as address:
+        session, reasons = asked(config_for(address, timeout=2.0), project / "store.sqlite", questions)
         assert counts(address)["bad_keys"] == 0
     rows = [prediction_row(WEAPON, str(i), "yes", session.store.get(q.key), reasons.get(q.key, "not asked"), None) for i, q in enumerate(questions)]
     assert [row["outcome"] for row in rows] == [EXPECTED[behaviour_of(i)] for i in range(40)]
