@@ -6,7 +6,7 @@
 
 Both sides start from the JPEG bytes with all weights in memory and end with every answer (ours: written to part files,
 label probabilities too). Stock is transformers' `generate`: sdpa, the largest batch that is not slower, early stop by
-its own eos, as many new tokens as the longest label has, adapters merged beforehand. The contenders take turns within a
+its own eos, as many new tokens as the longest label has, adapters merged beforehand; ours takes its default batch. The contenders take turns within a
 round; float32; the written answers of both sides are compared. First pass: empty vision cache, its fill included.
 Second pass: other checkpoints of the same base, later.
 
@@ -130,9 +130,9 @@ def stock_answers(models: list, encoder: Encoder, processor: object, contents: l
 class Ours:
     "The checkpoints as candidates of one pass, with the models in memory."
 
-    def __init__(self, folder: Path, base: Path, adapters: list[Path], prepared: Prepared, batch: int):
+    def __init__(self, folder: Path, base: Path, adapters: list[Path], prepared: Prepared):
         self.folder, self.prepared, self.count = folder, prepared, 0
-        self.settings = ScoringConfig(rule="both", batch=batch, max_new_tokens=12)
+        self.settings = ScoringConfig(rule="both", max_new_tokens=12)
         self.encoder = load_encoder(str(base))
         config, method = ModelConfig(base=str(base), device="cpu"), MethodConfig(name="lora")
         run = RunDir(folder / "none" / "run")
@@ -181,7 +181,7 @@ def against_generate(folder: Path, base: Path, adapters: list[Path], prepared: P
     best = min(tried, key=tried.get)
     found: dict = {"pictures": len(contents), "max_new_tokens": most, "stock_batch": best, "stock_batches_tried_seconds": tried}
     for count in (1, len(adapters)):
-        ours, seconds, same, theirs = Ours(folder, base, adapters[:count], prepared, best), {}, [], None
+        ours, seconds, same, theirs = Ours(folder, base, adapters[:count], prepared), {}, [], None
         for _ in range(rounds):
             empty_cache(folder)
             for name, work in (("stock", lambda count=count: stock(merged[:count], best)), ("first pass", ours), ("second pass", ours)):

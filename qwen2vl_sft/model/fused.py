@@ -98,7 +98,7 @@ def _norm(norm: nn.Module) -> Any:
 
     return forward
 
-# %% ../../nbs/35_model.fused.ipynb #a89f3802
+# %% ../../nbs/35_model.fused.ipynb #daf89a6c
 class Gate(torch.autograd.Function):
     "`silu(gate) · up` (SwiGLU: arXiv 2002.05202)."
 
@@ -114,7 +114,11 @@ class Gate(torch.autograd.Function):
 
 
 def _gated(mlp: nn.Module) -> Any:
-    return lambda x: mlp.down_proj(Gate.apply(mlp.gate_proj(x), mlp.up_proj(x)))
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        return mlp.down_proj(Gate.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(up))
+
+    return forward
 
 # %% ../../nbs/35_model.fused.ipynb #c88dc29e
 def turned(
