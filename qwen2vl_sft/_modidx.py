@@ -2591,6 +2591,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                        'qwen2vl_sft/scoring/suite.py'),
                                            'qwen2vl_sft.scoring.suite.Wanted': ( 'scoring.suite.html#wanted',
                                                                                  'qwen2vl_sft/scoring/suite.py'),
+                                           'qwen2vl_sft.scoring.suite.Wanted.add': ( 'scoring.suite.html#wanted.add',
+                                                                                     'qwen2vl_sft/scoring/suite.py'),
                                            'qwen2vl_sft.scoring.suite.Wanted.table': ( 'scoring.suite.html#wanted.table',
                                                                                        'qwen2vl_sft/scoring/suite.py'),
                                            'qwen2vl_sft.scoring.suite.Wanted.targets': ( 'scoring.suite.html#wanted.targets',

@@ -30,28 +30,37 @@ def step(model) -> list[torch.Tensor]:
     return [logits.detach(), *(weight.grad for weight in model.parameters() if weight.requires_grad)]
 
 
+def assert_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def assert_near(ours: list[torch.Tensor], theirs: list[torch.Tensor], share: float) -> None:
+    "Within a share of each tensor's largest value."
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=share * float(other.abs().max().clamp(min=1)))
+
+
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"target_modules": r".*(q_proj|up_proj)"}, {"lora_dropout": 0.3}, {"use_dora": True}])
 def test_logits_and_gradients_are_pefts(settings):
     ours, theirs = adapted(**settings), adapted(**settings)
     assert fuse_lora(ours) > 0
-    for one, other in zip(step(ours), step(theirs), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max().clamp(min=1)))
+    assert_near(step(ours), step(theirs), 1e-5)
 
 
 def test_half_precision_autocast_and_other_adapters_stay_pefts():
     ours, theirs = adapted(torch.bfloat16), adapted(torch.bfloat16)
     fuse_lora(ours)
-    assert all(torch.equal(one, other) for one, other in zip(step(ours), step(theirs), strict=True))
+    assert_equal(step(ours), step(theirs))
     ours, theirs = adapted(), adapted()
     fuse_lora(ours)
     with torch.autocast("cpu", torch.bfloat16):
-        assert all(torch.equal(one, other) for one, other in zip(step(ours), step(theirs), strict=True))
+        assert_equal(step(ours), step(theirs))
     for model in (ours, theirs):
         torch.manual_seed(2)
         model.add_adapter("second", LoraConfig(r=2, target_modules=r".*q_proj", init_lora_weights=False))
         model.base_model.set_adapter(["default", "second"])
         model.zero_grad()
-    assert all(torch.equal(one, other) for one, other in zip(step(ours), step(theirs), strict=True))
+    assert_equal(step(ours), step(theirs))
     with ours.disable_adapter(), theirs.disable_adapter(), torch.no_grad():
         assert torch.equal(*(model(input_ids=torch.arange(9)[None]).logits for model in (ours, theirs)))
 
@@ -74,16 +83,14 @@ def test_norms_gates_and_rotations_are_the_stock_ones_all_weights_learning(atten
     fuse_language(ours)
     mask = torch.ones(2, 30, dtype=torch.long)
     mask[1, 20:] = 0
-    for one, other in zip(full_step(ours, attention_mask=mask), full_step(theirs, attention_mask=mask), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5 * float(other.abs().max().clamp(min=1)))
+    assert_near(full_step(ours, attention_mask=mask), full_step(theirs, attention_mask=mask), 2e-5)
 
 
 def test_activation_checkpointing_and_a_cache_work_through_the_fused_parts():
     ours, theirs = stock(), stock()
     fuse_language(ours)
     ours.gradient_checkpointing_enable({"use_reentrant": False})
-    for one, other in zip(full_step(ours), full_step(theirs), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5 * float(other.abs().max().clamp(min=1)))
+    assert_near(full_step(ours), full_step(theirs), 2e-5)
     ours.gradient_checkpointing_disable()
     ids = torch.arange(12)[None]
     written = [model.eval().generate(input_ids=ids, min_new_tokens=6, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True) for model in (ours, theirs)]
@@ -104,11 +111,11 @@ def test_half_precision_and_autocast_stay_stock():
     ours, theirs = stock().bfloat16(), stock().bfloat16()
     fuse_language(ours)
     fuse_tower(ours)
-    assert all(torch.equal(one, other) for one, other in zip(full_step(ours), full_step(theirs), strict=True))
+    assert_equal(full_step(ours), full_step(theirs))
     ours, theirs = stock(), stock()
     fuse_language(ours)
     with torch.autocast("cpu", torch.bfloat16):
-        assert all(torch.equal(one, other) for one, other in zip(full_step(ours), full_step(theirs), strict=True))
+        assert_equal(full_step(ours), full_step(theirs))
 
 
 def test_the_towers_output_and_gradients_are_the_stock_ones():

@@ -203,7 +203,7 @@ def _counts(texts: set[str], count: Any) -> dict[str, int]:
             found[text] = -1
     return found
 
-# %% ../../nbs/19_data.forecast.ipynb #f94e5fa6
+# %% ../../nbs/19_data.forecast.ipynb #27f57dea
 def histogram(lengths: np.ndarray, bins: int = 24, rows: np.ndarray | None = None) -> list[list[int]]:
     "Rows a bin as [from, to, rows], bins of equal width, `to` not included; `rows`: of each length, None: 1."
     if not len(lengths):
@@ -213,7 +213,7 @@ def histogram(lengths: np.ndarray, bins: int = 24, rows: np.ndarray | None = Non
     counts = np.bincount((lengths - low) // width, weights=rows)
     return [[low + i * width, low + (i + 1) * width, int(n)] for i, n in enumerate(counts)]
 
-
+# %% ../../nbs/19_data.forecast.ipynb #9f6b33f7
 STAND_IN = "small, as a stand-in"
 
 
@@ -240,7 +240,7 @@ def forecast_plan(counts: Counter[int], train: int, plan: Plan) -> dict[str, Any
         "gigabytes": {method: round(memory_gigabytes(plan.shape, method, longest * plan.micro_batch, plan.rank), 2) for method in METHODS},
     }
 
-
+# %% ../../nbs/19_data.forecast.ipynb #b1f94adc
 PART = 2048  # samples that are in memory at a time
 
 

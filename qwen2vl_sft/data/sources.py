@@ -367,7 +367,7 @@ def read_tsv(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: tsv, path: train.tsv}`: cells separated by tabs."
     return read_delimited(source, folder, "\t")
 
-# %% ../../nbs/20_data.sources.ipynb #bbf3a75c
+# %% ../../nbs/20_data.sources.ipynb #1365b206
 def parsed(text: str) -> object:
     "The value of a JSON text; InputError that says why it has none."
     try:
@@ -385,7 +385,7 @@ def json_lines(file: Path, source: dict) -> Iterator[tuple[int, object]]:
             except InputError as error:
                 yield number, error
 
-
+# %% ../../nbs/20_data.sources.ipynb #8a6d6dab
 class JsonText:
     """A JSON text that is read value by value, as `json` reads it whole: of a long list one element is in memory.
 

@@ -16,12 +16,13 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import eager_attention_forwa
 
 from .load import unwrapped
 
-# %% ../../nbs/35_model.fused.ipynb #79271a6e
+# %% ../../nbs/35_model.fused.ipynb #d39da74f
 class LoraProduct(torch.autograd.Function):
     "`x Wᵀ + bias + scaling (x Aᵀ) Bᵀ` with W and the bias frozen (LoRA: arXiv 2106.09685, section 4.1)."
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+        "[tokens, out] from `x` [tokens, in], A [rank, in] and B [out, rank]."
         low = (x @ a.t()).mul_(scaling)  # [tokens, rank]
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scaling = scaling
@@ -67,7 +68,7 @@ def fuse_lora(
         layer.forward = _fused_forward(layer)
     return len(layers)
 
-# %% ../../nbs/35_model.fused.ipynb #78d90fd2
+# %% ../../nbs/35_model.fused.ipynb #12d5d506
 def _is_plain(states: torch.Tensor) -> bool:
     return states.dtype == torch.float32 and not torch.is_autocast_enabled(states.device.type)
 
@@ -77,6 +78,7 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        "The shape of `x`, [..., width]."
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
@@ -94,16 +96,18 @@ def _norm(norm: nn.Module) -> Any:
     plain = norm.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:
+        "The norm in one step, or the stock one."
         return RmsNorm.apply(x, norm.weight, norm.variance_epsilon) if _is_plain(x) and _is_plain(norm.weight) else plain(x)
 
     return forward
 
-# %% ../../nbs/35_model.fused.ipynb #daf89a6c
+# %% ../../nbs/35_model.fused.ipynb #bc88374a
 class Gate(torch.autograd.Function):
     "`silu(gate) · up` (SwiGLU: arXiv 2002.05202)."
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        "Both have one shape, and so has what follows."
         ctx.save_for_backward(gate, up)
         return F.silu(gate).mul_(up)
 
@@ -115,12 +119,13 @@ class Gate(torch.autograd.Function):
 
 def _gated(mlp: nn.Module) -> Any:
     def forward(x: torch.Tensor) -> torch.Tensor:
+        "The feed-forward layer, [..., hidden]; in place where nothing is learned."
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
         return mlp.down_proj(Gate.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(up))
 
     return forward
 
-# %% ../../nbs/35_model.fused.ipynb #c88dc29e
+# %% ../../nbs/35_model.fused.ipynb #b359508e
 def turned(
     states: torch.Tensor,  # [..., width]
     cos: torch.Tensor,  # of the positions, both halves of the width; broadcastable
@@ -141,6 +146,7 @@ class Rotation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        "The shape of `states`; see `turned`."
         ctx.save_for_backward(cos, sin)
         return turned(states, cos, sin)
 
@@ -193,9 +199,10 @@ def fuse_language(
             layer.mlp.forward = _gated(layer.mlp)
     fuse_lora(model)
 
-# %% ../../nbs/35_model.fused.ipynb #f140c801
+# %% ../../nbs/35_model.fused.ipynb #30f07478
 def _embed_patches(embed: nn.Module) -> Any:
     def forward(patches: torch.Tensor) -> torch.Tensor:
+        "[patches, width] from [patches, 3 x temporal x patch²]."
         return F.linear(patches.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1), embed.proj.bias)
 
     return forward
@@ -205,6 +212,7 @@ def _in_place(mlp: nn.Module) -> Any:
     plain, slope = mlp.forward, 1.702
 
     def forward(x: torch.Tensor) -> torch.Tensor:
+        "The feed-forward layer, [patches, width]; the stock one where something is learned."
         if torch.is_grad_enabled():
             return plain(x)
         if x.device.type != "cpu" or not _is_plain(x) or not _is_plain(mlp.fc1.weight):

@@ -371,7 +371,7 @@ def score_places(
         for one in loaded.group.candidates:
             score_candidate(work, loaded, one, lines, bar)
 
-# %% ../../nbs/45_scoring.experiment.ipynb #71dde0da
+# %% ../../nbs/45_scoring.experiment.ipynb #eebde80e
 def score_candidate(
     work: Work,
     loaded: Loaded,
@@ -383,8 +383,7 @@ def score_candidate(
     wanted: dict[tuple[str, tuple[str, ...]], Wanted] = {}
     for data, place, number, sample in lines:
         if rules := work.lacks(one, data, place):
-            part = wanted.setdefault((data.task.name, rules), Wanted(data, rules, work.tree(data)))
-            part.places.append(place), part.samples.append(sample), part.pictures.append(number)
+            wanted.setdefault((data.task.name, rules), Wanted(data, rules, work.tree(data))).add(place, sample, number)
     if not (parts := list(wanted.values())):
         return
     with loaded.as_candidate(one) as model:

@@ -255,7 +255,7 @@ def walks(
         found.append(written if node is not None else None)
     return found
 
-# %% ../../nbs/41_scoring.labels.ipynb #c183c39a
+# %% ../../nbs/41_scoring.labels.ipynb #e5d0eccd
 @dataclass
 class LabelScores:
     "The closed rule's answer for a batch."
@@ -281,7 +281,7 @@ class LabelScores:
         "log P(label, <|im_end|>), down to -690."
         return np.log(np.maximum(self.probabilities * self.in_set_mass[:, None], 1e-300))
 
-
+# %% ../../nbs/41_scoring.labels.ipynb #491a80c4
 def score_labels(
     model: nn.Module,
     encoder: Encoder,

@@ -359,7 +359,7 @@ def answers(
         found.append([free_row(scorer.encoder, tokens, target, task) for tokens, target in zip(written, targets, strict=True)])
     return found
 
-# %% ../../nbs/43_scoring.suite.ipynb #25760107
+# %% ../../nbs/43_scoring.suite.ipynb #2c2d7392
 @dataclass
 class Wanted:
     "What one model is asked: rows of a test set, by some rules."
@@ -370,6 +370,11 @@ class Wanted:
     places: list[int] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)  # of these places
     pictures: list[int] = field(default_factory=list)  # of each, which picture of a batch it is about; where rows share them
+
+    def add(self, place: int, sample: Sample, picture: int) -> None:
+        "Ask about one more row."
+        for values, value in ((self.places, place), (self.samples, sample), (self.pictures, picture)):
+            values.append(value)
 
     @property
     def targets(self) -> list[str]:
