@@ -99,6 +99,21 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_correctness.py::test_5_13_tasks_about_one_picture_share_its_beginning_and_equal_stock_forwards[base]',),
     ),
     Mutation(
+        '5.6', "a picture's only frame meets the first frame's weights only", 'qwen2vl_sft/model/fused.py',
+        '(weight.sum(2), patches)', '(weight[:, :, 0], patches)',
+        ('tests/test_model_fused.py::test_the_towers_output_and_gradients_are_the_stock_ones',),
+    ),
+    Mutation(
+        '5.6', "in half precision the frames' weights are added", 'qwen2vl_sft/model/fused.py',
+        '(weight.sum(2), patches) if _is_plain(weight) else', '(weight.sum(2), patches) if True else',
+        ('tests/test_model_fused.py::test_in_half_precision_a_picture_of_one_frame_meets_the_weights_of_both',),
+    ),
+    Mutation(
+        '5.9', "frozen parts that peft sets to evaluation stay so", 'qwen2vl_sft/training/trainer.py',
+        'all(part.training == mode for part in parts)', 'model.training == mode',
+        ('tests/test_training_trainer.py::test_a_continued_run_ends_with_the_same_bits[qlora]',),
+    ),
+    Mutation(
         '5.12', "a merge's rotary frequencies are rounded with its weights", 'qwen2vl_sft/model/load.py',
         'weight.data = weight.data.to(dtype)', 'module.to(dtype)',
         ('tests/test_export.py::test_the_gate_judges_what_a_reader_will_load',),

@@ -123,13 +123,23 @@ def test_the_towers_output_and_gradients_are_the_stock_ones():
     whole = Qwen2VLForConditionalGeneration.from_pretrained(LOCATION, dtype=torch.float32)
     whole.model.visual = ours
     fuse_tower(whole)
-    patches, grid = torch.randn(32 + 48, 3 * 2 * 64), torch.tensor([[1, 8, 4], [1, 6, 8]])
-    with torch.no_grad():
-        torch.testing.assert_close(ours(patches, grid).pooler_output, theirs(patches, grid).pooler_output, rtol=0, atol=1e-5)
-    for tower in (ours, theirs):
-        tower(patches, grid).pooler_output.square().sum().backward()
-    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4 * float(other.grad.abs().max()))
+    single, grid = torch.randn(32 + 48, 3, 1, 64), torch.tensor([[1, 8, 4], [1, 6, 8]])
+    picture, video = single.expand(-1, -1, 2, -1).flatten(1), torch.randn(32 + 48, 3 * 2 * 64)
+    for given, expected in ((single.flatten(1), picture), (picture, picture), (video, video)):
+        with torch.no_grad():
+            torch.testing.assert_close(ours(given, grid).pooler_output, theirs(expected, grid).pooler_output, rtol=0, atol=1e-5)
+        for tower, patches in ((ours, given), (theirs, expected)):
+            tower.zero_grad()
+            tower(patches, grid).pooler_output.square().sum().backward()
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4 * float(other.grad.abs().max()))
+
+
+def test_in_half_precision_a_picture_of_one_frame_meets_the_weights_of_both():
+    whole = stock().bfloat16()
+    fuse_tower(whole)
+    embed, single = whole.model.visual.patch_embed, torch.randn(80, 3, 1, 64)
+    assert torch.equal(embed(single.flatten(1)), embed(single.expand(-1, -1, 2, -1).flatten(1)))
 
 
 def test_only_the_stock_attention_is_replaced():

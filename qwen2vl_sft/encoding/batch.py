@@ -64,13 +64,14 @@ def image_inputs(
         inputs["image_is_cached"] = torch.tensor(cached)
     return inputs
 
-# %% ../../nbs/12_encoding.batch.ipynb #2bc488de
+# %% ../../nbs/12_encoding.batch.ipynb #36c06b47
 def with_pixel_values(
     batch: dict[str, torch.Tensor],  # from `pad` or `pack`
+    frames: int | None = None,  # of each patch: 1 for a tower that repeats it itself; None: as many as a stock tower takes
 ) -> dict[str, torch.Tensor]:
-    "The batch with stock `pixel_values` (float32, normalised where the bytes are) instead of bytes."
+    "The batch with `pixel_values` (float32, normalised where the bytes are) instead of bytes."
     rest = {name: value for name, value in batch.items() if name not in ("pixels", "pixel_scale")}
-    return {**rest, "pixel_values": normalised(batch["pixels"], batch["pixel_scale"])} if "pixels" in batch else rest
+    return {**rest, "pixel_values": normalised(batch["pixels"], batch["pixel_scale"][:, :, :frames])} if "pixels" in batch else rest
 
 # %% ../../nbs/12_encoding.batch.ipynb #738d8c65
 class Batch(dict):

@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'open_image', 'header_size', 'ImageEncoder', 'load_image_processor', 'image_encoder', 'resize', 'squares',
            'byte_patches', 'pixel_scale', 'normalised', 'patches']
 
-# %% ../../nbs/10_encoding.images.ipynb #63d3b2d5
+# %% ../../nbs/10_encoding.images.ipynb #caa775c8
 import io
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +104,7 @@ class ImageEncoder:
         "Language model tokens that an image of that size costs: t·h·w / merge²."
         return int(np.prod(self.grid(width, height))) // self.merge**2
 
-# %% ../../nbs/10_encoding.images.ipynb #28243d69
+# %% ../../nbs/10_encoding.images.ipynb #b7ee219a
 def load_image_processor(
     base: str,  # folder or hub name
     settings: PreprocessingConfig | None = None,  # a stated pixel budget replaces the base model's
@@ -186,11 +186,11 @@ def pixel_scale(
 
 ImageEncoder.byte_patches, ImageEncoder.pixel_scale = byte_patches, pixel_scale
 
-# %% ../../nbs/10_encoding.images.ipynb #80a3e769
+# %% ../../nbs/10_encoding.images.ipynb #c0ba307e
 def normalised(
     values: "torch.Tensor",  # noqa: F821  uint8 [patches, 3, patch²], on any device
-    scale: "torch.Tensor",  # noqa: F821  float32 [2, 3, temporal], from `pixel_scale`
-) -> "torch.Tensor":  # noqa: F821  float32 [patches, 3 x temporal x patch²]
+    scale: "torch.Tensor",  # noqa: F821  float32 [2, 3, frames], from `pixel_scale`
+) -> "torch.Tensor":  # noqa: F821  float32 [patches, 3 x frames x patch²]
     "What the tower is given, on the device of `values`; a still image's frames are the same."
     import torch
 
@@ -210,13 +210,15 @@ def patches(
     encoder: ImageEncoder,
     pictures: list[np.ndarray],  # uint8, each from `squares`, or [height, width, 3] from `resize`
     device: "torch.device | str" = "cpu",  # noqa: F821
-) -> "tuple[torch.Tensor, torch.Tensor]":  # noqa: F821  float32 [patches, 3 x temporal x patch²], int64 [images, 3]
+    frames: int | None = None,  # of each patch: 1 for a tower that repeats it itself; None: as many as a stock tower takes
+) -> "tuple[torch.Tensor, torch.Tensor]":  # noqa: F821  float32 [patches, 3 x frames x patch²], int64 [images, 3]
     "Normalised patches of all pictures one after another, and each picture's grid (t, h, w)."
     import torch
 
     side = [encoder.merge if picture.ndim == 7 else 1 / encoder.patch for picture in pictures]
     grids = [[1, round(picture.shape[0] * each), round(picture.shape[1] * each)] for picture, each in zip(pictures, side, strict=True)]
-    return normalised(encoder.byte_patches(pictures).to(device), encoder.pixel_scale()), torch.tensor(grids, dtype=torch.int64, device=device)
+    values = normalised(encoder.byte_patches(pictures).to(device), encoder.pixel_scale()[:, :, :frames])
+    return values, torch.tensor(grids, dtype=torch.int64, device=device)
 
 
 ImageEncoder.patches = patches

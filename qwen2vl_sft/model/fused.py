@@ -199,11 +199,19 @@ def fuse_language(
             layer.mlp.forward = _gated(layer.mlp)
     fuse_lora(model)
 
-# %% ../../nbs/35_model.fused.ipynb #30f07478
+# %% ../../nbs/35_model.fused.ipynb #6854dc34
+def _repeated(patches: torch.Tensor, frames: int) -> torch.Tensor:
+    return patches.view(len(patches), 3, 1, -1).expand(-1, -1, frames, -1).flatten(1)
+
+
 def _embed_patches(embed: nn.Module) -> Any:
     def forward(patches: torch.Tensor) -> torch.Tensor:
-        "[patches, width] from [patches, 3 x temporal x patch²]."
-        return F.linear(patches.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1), embed.proj.bias)
+        "[patches, width] from [patches, 3 x frames x patch²]; a single frame stands for all."
+        weight = embed.proj.weight  # [width, 3, frames, patch, patch]
+        patches = patches.to(weight.dtype)
+        if patches.shape[1] != weight[0].numel():
+            weight, patches = (weight.sum(2), patches) if _is_plain(weight) else (weight, _repeated(patches, weight.shape[2]))
+        return F.linear(patches, weight.flatten(1), embed.proj.bias)
 
     return forward
 
@@ -223,7 +231,7 @@ def _in_place(mlp: nn.Module) -> Any:
 
     return forward
 
-# %% ../../nbs/35_model.fused.ipynb #21c9974b
+# %% ../../nbs/35_model.fused.ipynb #9a201b93
 def _tower_attention(own: nn.Module) -> Any:
     plain = own.forward
 
@@ -246,7 +254,7 @@ def fuse_tower(
 ) -> None:
     "Patch embedding as a matrix product; where there is no gradient, queries and keys turned together and the feed-forward layers' quick GELU in place."
     tower = unwrapped(model).model.visual
-    tower.patch_embed.forward = _embed_patches(tower.patch_embed)
+    tower.patch_embed.forward, tower.patch_embed.frames = _embed_patches(tower.patch_embed), 1
     for block in tower.blocks:
         block.attn.forward = _tower_attention(block.attn)
         if tower.config.hidden_act == "quick_gelu":

@@ -11,7 +11,7 @@ __all__ = ['UNDECIDED', 'EMPTY', 'DECODERS', 'TABLE_ROWS', 'FLUSH_SECONDS', 'FLU
            'read_note', 'check_labelling', 'stamps_of', 'held_parts', 'write_part', 'read_parts', 'finished',
            'assembled']
 
-# %% ../../nbs/49_scoring.labeler.ipynb #b4d1da07
+# %% ../../nbs/49_scoring.labeler.ipynb #05830795
 import json
 import os
 import time
@@ -39,7 +39,7 @@ from ..encoding.prompt import Encoder, check_contract, load_encoder, preprocessi
 from ..model.load import base_location, checkpoint_kind, load_base, load_checkpoint, stored_contract, unwrapped
 from ..model.memory import AtOnce, in_halves
 from ..model.prefill import Prefill, before_picture, beginning, ending, prefill
-from ..model.vision_cache import tower_features
+from ..model.vision_cache import frames_of, tower_features
 from ..rundir import RunDir
 from .calibration import calibration_for, scaled_probabilities
 from .experiment import base_hash, candidate_at
@@ -298,11 +298,11 @@ def label_fitting(
 
 EMPTY = {"label": None, "probability": np.nan, "most_probable": None, "calibrated": False, "in_set_mass": np.nan, "probabilities": None, "reason": ""}
 
-# %% ../../nbs/49_scoring.labeler.ipynb #4ff67fe8
+# %% ../../nbs/49_scoring.labeler.ipynb #1830e6d5
 def tower_outputs(labeler: Labeler, pixels: list[np.ndarray]) -> list[Any]:  # a picture: [tokens, hidden]
     "The tower over all pictures, no more of them in a pass than in scoring."
     images, device = labeler.encoder.images, unwrapped(labeler.model).device
-    return [value for places in tower_passes(pixels) for value in tower_features(labeler.model, *images.patches(pixels[places], device))]
+    return [value for places in tower_passes(pixels) for value in tower_features(labeler.model, *images.patches(pixels[places], device, frames_of(labeler.model)))]
 
 
 def fitting(lengths: list[int], tokens: int) -> Iterator[slice]:

@@ -11,7 +11,7 @@ __all__ = ['BATCH_TOKENS', 'TOWER_BYTES', 'WALKED', 'NOT_DECIDING', 'STEP', 'NEA
            'predicted_samples', 'present_ids', 'drop_leftovers', 'start_predictions', 'near_ties', 'is_near_tie',
            'explained_by_rounding', 'Apart', 'self_test', 'share_ending', 'labels_apart', 'answers_apart', 'next_token']
 
-# %% ../../nbs/43_scoring.suite.ipynb #2fb8a466
+# %% ../../nbs/43_scoring.suite.ipynb #1dd2e0bd
 import json
 import math
 import time
@@ -40,7 +40,7 @@ from ..model.fused import fuse_language, fuse_tower
 from ..model.load import check_token_ids, compute_dtype, unwrapped
 from ..model.memory import empty_device_cache
 from ..model.prefill import Prefill, beginning, ending, logits_of, prefill
-from ..model.vision_cache import VisionCache, tower_features
+from ..model.vision_cache import VisionCache, frames_of, tower_features
 from ..rundir import RunDir
 from .labels import Asked, LabelScores, LabelTree, label_tree, read_trees, room_beside, score_labels, scores_of
 from .metrics import fields_match, judge, parsed_label, similarity
@@ -168,7 +168,7 @@ def tower_passes(
         yield slice(start, start + count)
         start += count
 
-# %% ../../nbs/43_scoring.suite.ipynb #647771c3
+# %% ../../nbs/43_scoring.suite.ipynb #0ec9723d
 def add_features(
     scorer: Scorer,
     model: nn.Module,
@@ -182,7 +182,7 @@ def add_features(
     fresh = [(data.rows.column("sha256")[data.chosen[place]], sample) for place, sample in zip(places, samples, strict=True) if sample.features is None]
     for places_of_pass in tower_passes([sample.pixels for _, sample in fresh]):
         part = fresh[places_of_pass]
-        patches, started = scorer.encoder.images.patches([sample.pixels for _, sample in part], device), now_on(device)
+        patches, started = scorer.encoder.images.patches([sample.pixels for _, sample in part], device, frames_of(model)), now_on(device)
         values = tower_features(model, *patches)
         scorer.towers.append((sum(map(len, values)), now_on(device) - started))
         for (_, sample), value in zip(part, values, strict=True):

@@ -129,7 +129,7 @@ def skeleton(
     fuse_language(model)
     return model
 
-# %% ../../nbs/54_training.plan.ipynb #8f54999a
+# %% ../../nbs/54_training.plan.ipynb #3ef87066
 @dataclass(frozen=True)
 class Shape:
     "The micro-batch that needs most."
@@ -151,7 +151,7 @@ def tower_pass(
 ) -> torch.Tensor:  # [patches / merge², hidden]
     "The tower's modules on fake patches, as its `forward` calls them; that one lists the pictures' sizes, which fake tensors don't have."
     config = tower.config
-    hidden = tower.patch_embed(torch.zeros(patches, config.in_channels * config.temporal_patch_size * config.patch_size**2))
+    hidden = tower.patch_embed(torch.zeros(patches, config.in_channels * tower.patch_embed.frames * config.patch_size**2))
     width = config.embed_dim // config.num_heads
     turns = torch.zeros(patches, width), torch.zeros(patches, width)
     for block in tower.blocks:
