@@ -49,7 +49,7 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_scoring_remote.py::test_settings_that_the_model_refuses_are_left_out',),
     ),
     Mutation(
-        '5.13.shared', "rows of tasks that begin otherwise are scored together", 'qwen2vl_sft/scoring/experiment.py',
+        '5.13.shared', "rows of tasks that begin otherwise are scored together", 'qwen2vl_sft/scoring/suite.py',
         'first.setdefault((images[place], before(own[place])), (data, place))', 'first.setdefault((images[place], ()), (data, place))',
         ('tests/test_scoring_suite.py::test_rows_of_no_common_picture_or_beginning_do_not_ride',),
     ),
@@ -562,6 +562,21 @@ MUTATIONS: list[Mutation] = [
         'if gate.agreement < least_agreement:',
         'if gate.agreement < 0:',
         ('tests/test_correctness.py::test_5_12_the_gate_refuses_a_merge_that_changes_labels',),
+    ),
+    Mutation(
+        'validation.shared', "a row that rides on another task's is validated a second time", 'qwen2vl_sft/training/validation.py',
+        'if place not in taken][process_rank()', '][process_rank()',
+        ('tests/test_training_validation.py::test_tasks_about_the_same_pictures_are_validated_together_as_they_are_alone', 'tests/test_training_validation.py::test_processes_share_the_pictures_of_a_validation'),
+    ),
+    Mutation(
+        'validation.shared', "a row that rides is asked the other task's question", 'qwen2vl_sft/training/validation.py',
+        'asked.add(row, sample if other is data else scorer.about(other, row, sample), number)', 'asked.add(row, sample, number)',
+        ('tests/test_training_validation.py::test_tasks_about_the_same_pictures_are_validated_together_as_they_are_alone',),
+    ),
+    Mutation(
+        'validation.shared', "the plan forgets what is kept of shared beginnings", 'qwen2vl_sft/training/plan.py',
+        'for layer in kept.layers] if branches else []', 'for layer in kept.layers] if not nodes else []',
+        ('tests/test_training_plan.py::test_what_a_validation_reads_is_in_the_plan_and_made_to_fit',),
     ),
     Mutation(
         'validation', 'a validation seeds the random generators anew', 'qwen2vl_sft/training/validation.py',

@@ -23,7 +23,7 @@ from qwen2vl_sft.data.toy import write_toy_suite
 from qwen2vl_sft.model import vision_cache
 from qwen2vl_sft.training import plan as plan_module
 from qwen2vl_sft.training import trainer
-from qwen2vl_sft.training.plan import _rounded, memory_plan, tower_bytes
+from qwen2vl_sft.training.plan import _rounded, memory_plan, model_config, tower_bytes
 from qwen2vl_sft.training.trainer import LabelTrainer, train
 from qwen2vl_sft.training.validation import Reading
 
@@ -265,6 +265,10 @@ def test_what_a_validation_reads_is_in_the_plan_and_made_to_fit():
     config = base_config(validate_every=2, vision_cache=False)
     roomy = memory_plan(with_overrides(config, {"plan.memory_gb": 40}), SIZES, reading).estimate
     assert roomy.validation_batch == 32 and roomy.peak == roomy.weights + roomy.optimizer + roomy.validation > without.peak
+    small, shared = (memory_plan(with_overrides(config, {"plan.memory_gb": 40}), SIZES, Reading(32, 512, 300, 16, 50, 800, branches)).estimate for branches in (False, True))
+    text = model_config("small").text_config
+    copy = 32 * 512 * text.num_hidden_layers * 2 * text.hidden_size * text.num_key_value_heads // text.num_attention_heads * 4
+    assert shared.validation - small.validation == pytest.approx(copy, rel=0.01), "keys and values of the beginnings stay beside those of a branch"
     tight = memory_plan(with_overrides(config, {"plan.memory_gb": roomy.peak / 1.5e9}), SIZES, reading)
     assert tight.fits and 1 <= tight.estimate.validation_batch < 32
     cached = memory_plan(base_config(validate_every=2), SIZES, reading)

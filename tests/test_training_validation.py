@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -15,13 +16,16 @@ from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
 
-from qwen2vl_sft.config import RunConfig, load_recipe
+from qwen2vl_sft.config import ModelConfig, RunConfig, load_recipe
 from qwen2vl_sft.core import InputError, RunFailure
-from qwen2vl_sft.data.prepare import Prepared
-from qwen2vl_sft.data.toy import write_toy_suite
+from qwen2vl_sft.data.prepare import Prepared, prepare
+from qwen2vl_sft.data.toy import WORDS, write_toy_suite
 from qwen2vl_sft.encoding.prompt import load_encoder
 from qwen2vl_sft.model.load import base_location, load_base
 from qwen2vl_sft.rundir import RunDir
+from qwen2vl_sft.scoring import suite
+from qwen2vl_sft.scoring.suite import Scorer
+from qwen2vl_sft.tasks import Suite, Task
 from qwen2vl_sft.training import progress, trainer, validation
 from qwen2vl_sft.training.order import TrainingOrder
 from qwen2vl_sft.training.trainer import prepared_suite, train
@@ -104,6 +108,59 @@ def test_the_loss_of_each_task_is_the_stock_loss_of_its_samples(project):
     assert losses["colour"] and losses["word"]
     for task, values in losses.items():
         assert logged[f"loss/{task}"] == pytest.approx(sum(values) / len(values), abs=1e-4)
+
+
+@pytest.fixture
+def about_the_same(project):
+    "What validates four tasks: one that all its pictures are asked about, one about some of them, an open one about others too, and one about those and more."
+    folder = write_toy_suite(project / "toy", rows=12).parent
+    rows, words = ([line.split(",") for line in (folder / f"{name}.csv").read_text().splitlines()[1:]] for name in ("validation", "word-validation"))
+    (folder / "red.csv").write_text("image,label\n" + "".join(f"{image},{'yes' if label == 'red' else 'no'}\n" for image, label in rows[2:11]))
+    (folder / "say.csv").write_text("image,label\n" + "".join(f"{image},{label}\n" for image, label in [*rows[4:], *words[:3]]))
+    task = lambda name, question, table, **more: Task(name=name, question=question, sources={"validation": {"format": "csv", "path": table}}, **more)
+    tasks = [
+        task("colour", "Which colour is it?", "validation.csv", labels=["red", "green", "blue"]), task("red", "Is it red?", "red.csv", labels=["yes", "no"]),
+        task("say", "Which colour?", "say.csv", answer="text"), task("word", "Which word?", "word-validation.csv", labels=list(WORDS.values())),
+    ]  # fmt: skip
+    ready = prepare(Suite(name="same", tasks=tasks, folder=folder), project / "prepared" / "same")
+    settings = RunConfig(suite="x.yaml", schedule={"validate_every": 1}, scoring={"batch": 4, "max_new_tokens": 3})
+    encoder = load_encoder(base_location("small"), settings.preprocessing)
+    return lambda sets=None: validation.Validation(sets or validation.validation_sets(ready, settings), Scorer(encoder, settings.scoring))
+
+
+def test_tasks_about_the_same_pictures_are_validated_together_as_they_are_alone(about_the_same, monkeypatch):
+    model, whole, read = load_base(ModelConfig(device="cpu")).train(), about_the_same(), []
+    apart = [about_the_same([data]) for data in whole.sets]
+    expected = {name: value for one in apart for name, value in validation.validate(one, model).items()}
+    tables = {one.sets[0].task.name: validation.predicted_sets(one, model, lambda: False) for one in apart}
+    real = suite.prefill
+    monkeypatch.setattr(suite, "prefill", lambda model, encoder, samples: read.append(len(samples)) or real(model, encoder, samples))
+    found = validation.validate(whole, model)
+    assert sum(read) == 12 + 3 + 12, "a picture that colour, red and say ask about is read once; three pictures of word's are not worth a pass of say's"
+    assert {**found, "validation/mean": 0} == {**expected, "validation/mean": 0}
+    assert found["validation/mean"] == pytest.approx(sum(found[f"validation/{data.task.name}/accuracy"] for data in whole.sets) / 4)
+    with torch.no_grad():
+        for name, table in validation.predicted_sets(whole, model, lambda: False).items():
+            ours, theirs = (one.set_index("id").sort_index() for one in (table, tables[name][name]))
+            assert ours.index.is_unique and ours[["target", "prediction", "outcome", "text"]].equals(theirs[["target", "prediction", "outcome", "text"]])
+            for one, other in zip(ours["probabilities"].dropna(), theirs["probabilities"].dropna(), strict=True):
+                assert json.loads(one) == pytest.approx(json.loads(other), abs=1e-4)
+    assert [validation.validate(whole, model, stop=iter(asked).__next__) for asked in ([False, True], [False, False, False, True])] == [None, None]
+    plan = validation.largest_reading(whole)
+    assert plan.branches and plan.nodes > max(map(len, whole.trees.values())) and not any(validation.largest_reading(one).branches for one in apart)
+
+
+def test_processes_share_the_pictures_of_a_validation(about_the_same, monkeypatch):
+    "Each row is scored by one of them, with those that ride on it."
+    model, whole, scored = load_base(ModelConfig(device="cpu")), about_the_same(), []
+    monkeypatch.setattr(validation, "process_count", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(validation, "process_rank", lambda rank=rank: rank)
+        with torch.no_grad():
+            scored.append(validation.predicted_sets(whole, model, lambda: False))
+    for data in whole.sets:
+        ids = [table[data.task.name]["id"].tolist() for table in scored]
+        assert all(ids) and sorted(ids[0] + ids[1]) == sorted(data.column("id"))
 
 
 # --- the best checkpoint, and stopping early -------------------------------------------------------

@@ -265,7 +265,7 @@ def tower_bytes(
         tower_pass(tower, patches)
     return live.peak - there
 
-# %% ../../nbs/54_training.plan.ipynb #5d410ef4
+# %% ../../nbs/54_training.plan.ipynb #d3d7e5a8
 @lru_cache(maxsize=256)
 def reading_pass(
     base: str,
@@ -275,6 +275,7 @@ def reading_pass(
     samples: int,
     length: int,  # tokens of a prompt
     nodes: int,  # of the label tree
+    branches: bool,  # whether a copy of the prompts' keys and values is kept
 ) -> int:
     "Bytes above the weights at the peak of scoring a batch by the closed rule, with few layers."
     model = skeleton(base, MethodConfig.model_validate_json(method_json), dtype, layers).eval()
@@ -291,6 +292,7 @@ def reading_pass(
         faked(model)
         there = live.now
         read(length, 0, **only_at(model, Places(torch.zeros(samples, dtype=torch.long), [1] * samples, [length] * samples)))
+        copies = [(layer.keys.clone(), layer.values.clone()) for layer in kept.layers] if branches else []  # noqa: F841 (counted)
         hidden = read(nodes, length)
         inner.lm_head(hidden[:, : max(1, PROJECTED // samples)]).float().logsumexp(dim=-1)
         return live.peak - there
@@ -304,7 +306,7 @@ def reading_bytes(
 ) -> float:
     "The peak of a validation's pass over so many samples, above weights and optimiser states."
     base, dtype = config.model.base, compute_dtype(config.model)
-    thin = lambda layers: reading_pass(base, config.method.model_dump_json(), dtype, layers, samples, _rounded(reading.length), reading.nodes)
+    thin = lambda layers: reading_pass(base, config.method.model_dump_json(), dtype, layers, samples, _rounded(reading.length), reading.nodes, reading.branches)
     two, three = thin(2), thin(3)
     language = two + (three - two) * (model_config(base).text_config.num_hidden_layers - 2)
     return max(language, tower_bytes(base, dtype, samples * reading.patches) if computes else 0)

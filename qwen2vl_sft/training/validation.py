@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['OPEN_SAMPLES', 'validation_sets', 'only_looking', 'Validation', 'validation_of', 'Reading', 'largest_reading',
-           'score_halving', 'set_predictions', 'validate', 'is_due', 'best_step', 'best_task_steps', 'steps_kept',
-           'Stop', 'early_stop', 'write_best', 'settle_best']
+           'shared_nodes', 'score_rows', 'score_halving', 'predicted_sets', 'validate', 'is_due', 'best_step',
+           'best_task_steps', 'steps_kept', 'Stop', 'early_stop', 'write_best', 'settle_best']
 
-# %% ../../nbs/53_training.validation.ipynb #28cd3f87
+# %% ../../nbs/53_training.validation.ipynb #db4bb0a3
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -26,12 +26,13 @@ from ..data.prepare import Prepared
 from ..encoding.prompt import Encoder
 from ..model.load import unwrapped
 from ..model.memory import AtOnce, in_halves
+from ..model.prefill import around_picture
 from ..model.vision_cache import VisionCache
 from ..processes import gathered
 from ..rundir import RunDir
-from ..scoring.labels import LabelTree, label_tree
+from ..scoring.labels import NODES, Asked, LabelTree, label_tree, together
 from ..scoring.metrics import collapse, task_figures
-from ..scoring.suite import Scorer, TestSet, batches, score_batch, test_set
+from ..scoring.suite import Scorer, TestSet, Wanted, riding, score_batch, score_shared, shared_batches, test_set
 from .order import fill_fitting
 
 # %% ../../nbs/53_training.validation.ipynb #e3248df4
@@ -80,7 +81,7 @@ def only_looking(
         if text._attn_implementation != attention:
             inner.set_attn_implementation({"text_config": attention})
 
-# %% ../../nbs/53_training.validation.ipynb #a173ffb9
+# %% ../../nbs/53_training.validation.ipynb #02ff974c
 @dataclass
 class Validation:
     "The rows a run is validated on, and what scores them."
@@ -88,6 +89,25 @@ class Validation:
     sets: list[TestSet]
     scorer: Scorer
     autocast: Callable[[], AbstractContextManager] = nullcontext  # the precision that training computes in
+    riders: dict[tuple[str, int], list[tuple[TestSet, int]]] = field(init=False, repr=False)  # see `riding`
+    trees: dict[str, LabelTree] = field(init=False, repr=False)  # of the closed tasks
+
+    def __post_init__(self):
+        self.riders = riding(self.sets, {data.task.name: set(range(len(data))) for data in self.sets}, self.scorer)
+        self.trees = {data.task.name: label_tree(self.scorer.encoder, data.task.wordings) for data in self.sets if data.rule == "closed"}
+
+    def tree(self, data: TestSet) -> LabelTree | None:
+        "The label tree of a closed task."
+        return self.trees.get(data.task.name)
+
+    def with_riders(self, data: TestSet, place: int) -> list[tuple[TestSet, int]]:
+        "The row, and those that are scored with it."
+        return [(data, place), *self.riders.get((data.task.name, place), [])]
+
+    def share(self, data: TestSet) -> set[int]:
+        "The places that this process scores; riders are scored with others."
+        taken = {place for rows in self.riders.values() for other, place in rows if other is data}
+        return set([place for place in range(len(data)) if place not in taken][process_rank() :: process_count()])
 
     def use_cache(self, model: nn.Module, cache: VisionCache, at_once: int | None = None) -> None:
         "Read the frozen tower's outputs from the cache; compute and store those that are missing, `at_once` in a pass, up to its limit."
@@ -112,77 +132,101 @@ def validation_of(
         return None
     return Validation(validation_sets(prepared, config), Scorer(encoder, config.scoring))
 
-# %% ../../nbs/53_training.validation.ipynb #c805a105
+# %% ../../nbs/53_training.validation.ipynb #ee372909
 @dataclass(frozen=True)
 class Reading:
     "The most that a validation puts through the model at once, and how many pictures it has."
 
     samples: int
     length: int  # tokens of the longest prompt
-    nodes: int  # of the largest label tree
+    nodes: int  # of the largest tree: labels of a task, or questions and labels of tasks about the same pictures
     patches: int  # of the largest picture, before the merger
     pictures: int  # different ones
     all_patches: int  # of those together
+    branches: bool = False  # whether a batch's keys and values are kept beside a copy
 
 
 def largest_reading(
     validation: Validation,
 ) -> Reading:
     "What the memory plan needs to know. No picture is opened."
-    encoder, nodes, most = validation.scorer.encoder, [1], 0
-    prompts, patches = set(), {}
+    encoder, most, prompts, patches = validation.scorer.encoder, 0, set(), {}
+    nodes = [1, shared_nodes(validation), *map(len, validation.trees.values())]
     for data in validation.sets:
         columns = [data.column(name) for name in ("question", "width", "height", "sha256")]
         for question, width, height, image in zip(*columns, strict=True):
             prompts.add((question or data.task.question, (width, height)))
             patches[image] = encoder.images.tokens(width, height) * encoder.images.merge**2
-        if data.rule == "closed":
-            nodes.append(len(label_tree(encoder, data.task.wordings)))
         most = max(most, -(-len(data) // process_count()))
     length = max(len(encoder.encode(*prompt)) for prompt in prompts)
-    return Reading(min(most, validation.scorer.settings.batch), length, max(nodes), max(patches.values()), len(patches), sum(patches.values()))
+    return Reading(min(most, validation.scorer.settings.batch), length, max(nodes), max(patches.values()), len(patches), sum(patches.values()), bool(validation.riders))
 
-# %% ../../nbs/53_training.validation.ipynb #3c99fc61
+
+def shared_nodes(validation: Validation) -> int:
+    "Of the tree of what all tasks that share pictures ask, as far as it is read in one pass."
+    sharing = {name for name, _ in validation.riders} | {data.task.name for rows in validation.riders.values() for data, _ in rows}
+    closed = [data.task for data in validation.sets if data.task.name in sharing and data.rule == "closed"]
+    asked = [Asked(around_picture(validation.scorer.encoder, task.question)[1], validation.trees[task.name]) for task in closed]
+    return min(NODES, len(together(asked)[0]))
+
+# %% ../../nbs/53_training.validation.ipynb #8c44315e
+def score_rows(
+    validation: Validation,
+    model: nn.Module,
+    data: TestSet,
+    places: list[int],
+) -> dict[str, pd.DataFrame]:  # task -> DESIGN section 4
+    "Predictions for a batch, riders included. Prompts of a single task are read whole."
+    scorer, samples, wanted = validation.scorer, validation.scorer.samples(data, places), {}
+    for number, (place, sample) in enumerate(zip(places, samples, strict=True)):
+        for other, row in validation.with_riders(data, place):
+            asked = wanted.setdefault(other.task.name, Wanted(other, other.rules, validation.tree(other)))
+            asked.add(row, sample if other is data else scorer.about(other, row, sample), number)
+    if len(wanted) == 1:
+        return {data.task.name: score_batch(model, scorer, data, places, samples, validation.tree(data))}
+    return dict(zip(wanted, score_shared(model, scorer, list(wanted.values())), strict=True))
+
+
 def score_halving(
     validation: Validation,
     model: nn.Module,
     data: TestSet,
     places: list[int],
-    tree: LabelTree | None,
-) -> list[pd.DataFrame]:
+) -> list[dict[str, pd.DataFrame]]:
     "Predictions for a batch, in parts that memory has room for. Raises `RunFailure` if one sample has none."
-    scorer = validation.scorer
-    at_once = AtOnce(scorer.settings.batch, "validation")
+    at_once = AtOnce(validation.scorer.settings.batch, "validation")
 
-    def too_large(place: int, error: BaseException) -> pd.DataFrame:
+    def too_large(place: int, error: BaseException) -> dict[str, pd.DataFrame]:
         name = f"{data.task.name}, row {data.column('id')[place]}"
         raise RunFailure(f"validation of {name}: out of memory with one sample; lower preprocessing.max_pixels, or set validate_every=0 and score the checkpoints with split=validation") from error
 
-    found = in_halves(places, lambda some: score_batch(model, scorer, data, some, scorer.samples(data, some), tree), at_once, too_large)
+    found = in_halves(places, lambda some: score_rows(validation, model, data, some), at_once, too_large)
     validation.read_at_once(at_once.most)
     return found
 
-# %% ../../nbs/53_training.validation.ipynb #6ecc50a7
-def set_predictions(
+# %% ../../nbs/53_training.validation.ipynb #33563888
+def predicted_sets(
     validation: Validation,
     model: nn.Module,
-    data: TestSet,
     stop: Callable[[], bool],
-) -> pd.DataFrame | None:  # DESIGN section 4; None when stopped
-    "Predictions for one task's rows; of several processes each does its share, and all get the whole."
-    scorer, parts = validation.scorer, []
-    tree = label_tree(scorer.encoder, data.task.wordings) if data.rule == "closed" else None
-    for places in batches(data, scorer, set(range(process_rank(), len(data), process_count()))):
-        if stop():
-            parts = None
-            break
-        parts += score_halving(validation, model, data, places, tree)
-    shares = gathered(parts)
-    if any(share is None for share in shares):
-        return None
-    return pd.concat([part for share in shares for part in share], ignore_index=True)
+) -> dict[str, pd.DataFrame] | None:  # task -> DESIGN section 4; None when stopped
+    "Predictions for all rows; of several processes each does its share, and all get the whole."
+    found: dict[str, list[pd.DataFrame]] = {data.task.name: [] for data in validation.sets}
+    for data in validation.sets:
+        parts = []
+        for places in shared_batches(data, validation.scorer, validation.share(data), validation.riders, validation.tree):
+            if stop():
+                parts = None
+                break
+            parts += score_halving(validation, model, data, places)
+        shares = gathered(parts)
+        if any(share is None for share in shares):
+            return None
+        for name, part in (one for share in shares for tables in share for one in tables.items()):
+            found[name].append(part)
+    return {name: pd.concat(tables, ignore_index=True) for name, tables in found.items()}
 
-# %% ../../nbs/53_training.validation.ipynb #0661c520
+# %% ../../nbs/53_training.validation.ipynb #ab16bbc4
 def validate(
     validation: Validation,
     model: nn.Module,
@@ -191,15 +235,16 @@ def validate(
     "Accuracy and macro-F1 of each task as fractions, the label a task has collapsed to, and the mean of the accuracies."
     found: dict[str, float | str] = {}
     with only_looking(model), validation.autocast():
-        for data in validation.sets:
-            predictions = set_predictions(validation, model, data, stop)
-            if predictions is None:
-                return None
-            figures, name = task_figures(predictions), f"validation/{data.task.name}"
-            found[f"{name}/accuracy"] = figures["accuracy"]
-            if data.rule == "closed":
-                found[f"{name}/macro_f1"] = figures["macro_f1"]
-                found[f"{name}/collapsed"] = collapse(predictions["prediction"], predictions["target"]) or ""
+        predicted = predicted_sets(validation, model, stop)
+    if predicted is None:
+        return None
+    for data in validation.sets:
+        predictions, name = predicted[data.task.name], f"validation/{data.task.name}"
+        figures = task_figures(predictions)
+        found[f"{name}/accuracy"] = figures["accuracy"]
+        if data.rule == "closed":
+            found[f"{name}/macro_f1"] = figures["macro_f1"]
+            found[f"{name}/collapsed"] = collapse(predictions["prediction"], predictions["target"]) or ""
     accuracies = [value for key, value in found.items() if key.endswith("/accuracy")]
     return {**found, "validation/mean": math.fsum(accuracies) / len(accuracies)}
 
