@@ -5,8 +5,10 @@
 
 Every rate is of one thread on one core, except `prepare` with its workers (its rate per core is reported too). The
 contenders take turns within a round, on the same pictures, so that a slow moment of the machine meets them all.
-The pixels of all paths are compared before anything is timed. "ours" ends with what the stock processor ends with,
-normalised float32 patches; "to uint8" ends with the bytes that a decoding worker hands on where the device normalises.
+The pixels of all paths are compared before anything is timed. "ours" ends with what our tower is given: normalised
+float32 patches as the stock processor's, but a picture's frame once (the patch embedding adds up the weights of the two
+equal frames); "both frames" ends with just what the stock processor ends with; "to uint8" with the bytes that a
+decoding worker hands on where the device normalises.
 """
 import argparse
 import json
@@ -57,9 +59,11 @@ def paths_to_model_input(folder: Path) -> tuple[dict[str, Callable[[Path], objec
     return {
         "decode (PIL)": lambda path: Image.open(path).load(),
         "stock processor": lambda path: stock(images=[Image.open(path)], return_tensors="pt")["pixel_values"],
-        "ours, cold": lambda path: images.patches([pixels(path)])[0],
+        "ours, cold": lambda path: images.patches([pixels(path)], frames=1)[0],
+        "ours, cold, both frames": lambda path: images.patches([pixels(path)])[0],
         "ours, cold, to uint8": pixels,
-        "ours, from the pixel cache": lambda path: images.patches([cached(path)])[0],
+        "ours, from the pixel cache": lambda path: images.patches([cached(path)], frames=1)[0],
+        "ours, from the pixel cache, both frames": lambda path: images.patches([cached(path)])[0],
         "ours, from the pixel cache, to uint8": cached,
         "token counts from headers": lambda path: images.tokens(*header_size(path.read_bytes())),
     }, cache
@@ -74,7 +78,9 @@ def check(contenders: dict, cache: PixelCache, files: list[Path]) -> float:
         expected = contenders["stock processor"](path)
         for name in ("ours, cold", "ours, from the pixel cache"):  # twice: the second time of a size is compiled
             contenders[name](path)
-            largest = max(largest, float((contenders[name](path) - expected).abs().max()))
+            frames = contenders[name](path).view(len(expected), 3, 1, -1)
+            largest = max(largest, float((frames - expected.view(len(expected), 3, 2, -1)).abs().max()))
+            assert (contenders[f"{name}, both frames"](path).view(len(expected), 3, 2, -1) == frames).all()
         assert contenders["token counts from headers"](path) * 4 == len(expected)
     assert largest < 1e-5, f"the paths differ by {largest}"
     return largest
