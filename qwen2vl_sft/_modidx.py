@@ -1682,6 +1682,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                             'qwen2vl_sft/encoding/resize.py'),
                                              'qwen2vl_sft.encoding.resize.along_rows': ( 'encoding.resize.html#along_rows',
                                                                                          'qwen2vl_sft/encoding/resize.py'),
+                                             'qwen2vl_sft.encoding.resize.as_lines': ( 'encoding.resize.html#as_lines',
+                                                                                       'qwen2vl_sft/encoding/resize.py'),
                                              'qwen2vl_sft.encoding.resize.fast_squares': ( 'encoding.resize.html#fast_squares',
                                                                                            'qwen2vl_sft/encoding/resize.py'),
                                              'qwen2vl_sft.encoding.resize.in_squares': ( 'encoding.resize.html#in_squares',
