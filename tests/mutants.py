@@ -564,6 +564,11 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_correctness.py::test_5_12_the_gate_refuses_a_merge_that_changes_labels',),
     ),
     Mutation(
+        '5.13.shared', "in the last layer a question sees what comes after it in the batch", 'qwen2vl_sft/model/last_layer.py',
+        'return Places(index, [len(at)] * rows, [count] * rows, sees=sees[:, inside])', 'return Places(index, [len(at)] * rows, [count] * rows, sees=torch.ones_like(sees[:, inside]))',
+        ('tests/test_model_last_layer.py::test_what_follows_a_shared_beginning_runs_the_last_layer_where_it_is_read', 'tests/test_correctness.py::test_5_13_tasks_about_one_picture_share_its_beginning_and_equal_stock_forwards'),
+    ),
+    Mutation(
         'validation.shared', "a row that rides on another task's is validated a second time", 'qwen2vl_sft/training/validation.py',
         'if place not in taken][process_rank()', '][process_rank()',
         ('tests/test_training_validation.py::test_tasks_about_the_same_pictures_are_validated_together_as_they_are_alone', 'tests/test_training_validation.py::test_processes_share_the_pictures_of_a_validation'),

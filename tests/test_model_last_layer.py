@@ -12,7 +12,8 @@ from qwen2vl_sft.encoding.prompt import load_encoder
 from qwen2vl_sft.model.attention import use_packed_attention
 from qwen2vl_sft.model.last_layer import only_at, places
 from qwen2vl_sft.model.load import base_location, unwrapped
-from qwen2vl_sft.model.prefill import prefill
+from qwen2vl_sft.model.prefill import beginning, ending, prefill
+from qwen2vl_sft.scoring.labels import Asked, label_tree, read_trees
 from qwen2vl_sft.training.loss import token_losses
 
 LOCATION = base_location("small")
@@ -100,6 +101,23 @@ def test_the_last_layer_runs_at_the_wanted_places_only_and_caches_all_keys(encod
         for ours, theirs in zip(prompts.keys_values.layers, whole.past_key_values.layers, strict=True):
             torch.testing.assert_close(ours.keys[row, :, : len(sample.encoded)], theirs.keys[0], rtol=0, atol=1e-4)
             torch.testing.assert_close(ours.values[row, :, : len(sample.encoded)], theirs.values[0], rtol=0, atol=1e-4)
+
+
+def test_what_follows_a_shared_beginning_runs_the_last_layer_where_it_is_read(encoder, samples):
+    "Of a question its last token, of labels all; what is behind them finds every key and value. The numbers: test_5_13_tasks_about_one_picture..."
+    model, asked = stock_model(), [Sample(encoder.encode("What is shown?", (one.pixels.shape[1], one.pixels.shape[0])), one.pixels) for one in samples]
+    beginnings, whole, question = prefill(model, encoder, [beginning(one) for one in asked]), prefill(model, encoder, asked), ending(asked[0])
+    ran = []
+    model.model.language_model.layers[-1].mlp.register_forward_hook(lambda _, given, __: ran.append(given[0].shape[:-1].numel()))
+    after = beginnings.followed_by(model, question)
+    torch.testing.assert_close(after.last, whole.last, rtol=0, atol=1e-4)
+    tree = label_tree(encoder, {"yes": ["yes"], "no weapon": ["no weapon"]})
+    behind, = read_trees(model, encoder, beginnings, [Asked(question, tree)])
+    assert ran == [3, 3 * (1 + len(tree))]
+    expected = read_trees(model, encoder, whole, [Asked((), tree)])[0]
+    for name in ("arrivals", "stops"):
+        torch.testing.assert_close(getattr(behind, name), getattr(expected, name), rtol=0, atol=1e-4)
+        torch.testing.assert_close(getattr(read_trees(model, encoder, after, [Asked((), tree)])[0], name), getattr(expected, name), rtol=0, atol=1e-4)
 
 
 def test_a_call_that_names_no_places_is_the_stock_one(encoder):

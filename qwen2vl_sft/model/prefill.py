@@ -6,7 +6,7 @@
 __all__ = ['Prefill', 'prefill', 'read_on', 'forget', 'only', 'beginning', 'ending', 'around_picture', 'before_picture', 'branch',
            'followed_by', 'logits_of']
 
-# %% ../../nbs/39_model.prefill.ipynb #dee89a83
+# %% ../../nbs/39_model.prefill.ipynb #e6e15751
 import copy
 from dataclasses import dataclass, replace
 
@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from ..encoding.batch import Sample, pad
 from ..encoding.prompt import Encoder
-from .last_layer import only_at, places
+from .last_layer import only_at, places, places_behind
 from .load import unwrapped
 from .vision_cache import forward_inputs
 
@@ -49,7 +49,7 @@ def prefill(
     after = torch.tensor([int(sample.positions.max()) + 1 for sample in samples], device=inner.device)
     return Prefill(read.past_key_values, seen, after, read.last_hidden_state[0])
 
-# %% ../../nbs/39_model.prefill.ipynb #084fc543
+# %% ../../nbs/39_model.prefill.ipynb #9d1b9d95
 @torch.no_grad()
 def read_on(
     prompts: Prefill,
@@ -57,19 +57,21 @@ def read_on(
     tokens: torch.Tensor,  # int64 [batch, new]
     offsets: torch.Tensor,  # int64 [new], positions counted from the end of the prompt
     sees: torch.Tensor,  # bool [new, new], row i: the new tokens that token i attends to
-) -> torch.Tensor:  # [batch, new, hidden]
+    at: list[int] | None = None,  # which of them are asked for, ascending; None: all
+) -> torch.Tensor:  # [batch, new or asked for, hidden]
     "The hidden states of further tokens."
     inner, count = unwrapped(model), tokens.shape[1]
     allowed = torch.cat([prompts.seen[:, None].expand(-1, count, -1), sees.expand(len(prompts), -1, -1)], dim=2)
     dtype = prompts.last.dtype
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
     positions = (prompts.positions[:, None] + offsets).expand(3, -1, -1)
+    trimmed = only_at(model, places_behind(allowed, at)) if at is not None and len(at) < count else {}
     read = inner.model.language_model(
         inputs_embeds=inner.get_input_embeddings()(tokens), attention_mask=mask[:, None], position_ids=positions,
-        past_key_values=prompts.keys_values, use_cache=True,
+        past_key_values=prompts.keys_values, use_cache=True, **trimmed,
     )  # fmt: skip
     prompts.seen = torch.cat([prompts.seen, torch.ones_like(tokens, dtype=torch.bool)], dim=1)
-    return read.last_hidden_state
+    return read.last_hidden_state.reshape(len(prompts), -1, read.last_hidden_state.shape[-1])
 
 
 def forget(
@@ -128,7 +130,7 @@ def before_picture(
     "The first of them."
     return around_picture(encoder, question)[0]
 
-# %% ../../nbs/39_model.prefill.ipynb #34f5bbbe
+# %% ../../nbs/39_model.prefill.ipynb #c756fea8
 def branch(
     prompts: Prefill,
 ) -> Prefill:
@@ -147,7 +149,7 @@ def followed_by(
     "A branch in which the same tokens stand behind every prompt."
     longer, count, device = prompts.branch(), len(tokens), prompts.seen.device
     lines = torch.tensor(tokens, device=device).expand(len(prompts), -1)
-    hidden = longer.read_on(model, lines, torch.arange(count, device=device), torch.ones(count, count, dtype=torch.bool, device=device).tril())
+    hidden = longer.read_on(model, lines, torch.arange(count, device=device), torch.ones(count, count, dtype=torch.bool, device=device).tril(), [count - 1])
     return replace(longer, positions=prompts.positions + count, last=hidden[:, -1])
 
 

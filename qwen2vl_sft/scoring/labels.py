@@ -166,7 +166,7 @@ def _fill_in(
     above = [rows[tree.parents[child]] for child in born]
     reading.arrivals[:, born] = logits[:, above, [tree.tokens[child] for child in born]] - total[:, above]
 
-# %% ../../nbs/41_scoring.labels.ipynb #4daab18e
+# %% ../../nbs/41_scoring.labels.ipynb #24406518
 @torch.no_grad()
 def read_trees(
     model: nn.Module,
@@ -185,12 +185,11 @@ def read_trees(
         _fill_in(reading, logits_of(model, prompts.last)[:, None], [-1], tree, encoder.end_id)
     for part in tree_parts(tree, most or max(1, min(NODES, 32 * NODES // batch))):
         tokens, offsets = (torch.tensor([column[node] for node in part], device=device) for column in (tree.tokens, tree.depths))
-        hidden = prompts.read_on(model, tokens.expand(batch, -1), offsets, torch.from_numpy(sight(tree, part)).to(device))
-        prompts.forget(len(part))
         inside = [i for i, node in enumerate(part) if node in wanted]
+        hidden = prompts.read_on(model, tokens.expand(batch, -1), offsets, torch.from_numpy(sight(tree, part)).to(device), inside)
+        prompts.forget(len(part))
         for start in range(0, len(inside), step):
-            some = inside[start : start + step]
-            _fill_in(reading, logits_of(model, hidden[:, some]), [part[i] for i in some], tree, encoder.end_id)
+            _fill_in(reading, logits_of(model, hidden[:, start : start + step]), [part[i] for i in inside[start : start + step]], tree, encoder.end_id)
     return [TreeReading(reading.arrivals[:, found[1:]], reading.stops[:, found[1:]], reading.favourites[:, [node + 1 for node in found]]) for found in places]
 
 
