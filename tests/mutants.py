@@ -167,12 +167,27 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         '4.5', "long columns stay in memory", 'qwen2vl_sft/data/audit.py',
         'if count <= BUCKET:', 'if True:',
-        ('tests/test_data_prepare.py::test_what_grows_with_the_rows_is_what_is_stated',),
+        ('tests/test_data_prepare.py::test_memory_does_not_grow_with_the_rows',),
+    ),
+    Mutation(
+        '4.5', "an order over the rows stays in memory", 'qwen2vl_sft/data/audit.py',
+        '    if count <= BUCKET:\n        return np.lexsort', '    if True:\n        return np.lexsort',
+        ('tests/test_data_prepare.py::test_no_array_over_the_rows_is_in_memory',),
+    ),
+    Mutation(
+        '4.5', "what is picked out of an array stays in memory", 'qwen2vl_sft/data/audit.py',
+        'found = zeros(len(numbers), (array.dtype, array.shape[1:]), folder)', 'found = np.zeros((len(numbers), *array.shape[1:]), array.dtype)',
+        ('tests/test_data_prepare.py::test_no_array_over_the_rows_is_in_memory',),
+    ),
+    Mutation(
+        '4.5', "an order over many buckets forgets where a digit's rows end", 'qwen2vl_sft/data/audit.py',
+        'begin[values] += many', 'begin[values] += 1',
+        ('tests/test_data_audit.py::test_an_order_over_many_buckets_is_that_of_numpy', 'tests/test_data_prepare.py::test_small_buckets_give_the_same_files'),
     ),
     Mutation(
         '4.5', "pages of records stay in memory", 'qwen2vl_sft/data/audit.py',
         'self.end, self.file = folder, 0, tempfile.TemporaryFile(dir=folder)', 'self.end, self.file = folder, 0, __import__("io").BytesIO()',
-        ('tests/test_data_prepare.py::test_what_grows_with_the_rows_is_what_is_stated',),
+        ('tests/test_data_prepare.py::test_memory_does_not_grow_with_the_rows',),
     ),
     Mutation(
         '4.1', "a text that is cut by the end of a block breaks a JSON list", 'qwen2vl_sft/data/sources.py',
@@ -187,12 +202,12 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '4.2', "near pictures beyond the first one found are lost", 'qwen2vl_sft/data/audit.py',
-        'front += rest[close].tolist()', 'front += []',
+        '                waiting += found\n', '',
         ('tests/test_data_audit.py::test_unlike_hashes_that_share_a_band_are_divided_again_and_nothing_is_lost',),
     ),
     Mutation(
         '4.2', "near pictures are lost where a bucket is divided again", 'qwen2vl_sft/data/audit.py',
-        'component = near_components(hashes[again], most)', 'component = np.arange(len(again))',
+        'component = near_components(taken(hashes, again, folder), most, folder)', 'component = np.arange(len(again))',
         ('tests/test_data_audit.py::test_unlike_hashes_that_share_a_band_are_divided_again_and_nothing_is_lost',),
     ),
     Mutation(

@@ -4,6 +4,7 @@ import os
 import struct
 import unicodedata
 import zlib
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from qwen2vl_sft.data.audit import (
     Audit,
     Checked,
     Limits,
+    argsorted,
     assign_groups,
     connected,
     counts_of,
@@ -32,6 +34,7 @@ from qwen2vl_sft.data.audit import (
     note_two_labels,
     number_duplicate_ids,
     quarantine_leaks,
+    runs_of,
     smallest_difference,
     task_remarks,
 )
@@ -257,6 +260,39 @@ def test_components_equal_those_of_comparing_all(seed, most, count):
     expected, found = connected(count, np.array(sorted(brute))), near_components(np.packbits(bits.astype(np.uint8), axis=1), most)
     assert ((found[:, None] == found) == (expected[:, None] == expected)).all()
     assert all(expected[i] == expected[j] for i, j in brute)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 300), st.integers(1, 40), st.sampled_from([np.int16, np.uint16, np.int32, np.int64, np.uint64]), st.integers(0, 64))
+def test_an_order_over_many_buckets_is_that_of_numpy(seed, count, bucket, kind, most):
+    rng, limits = np.random.default_rng(seed), np.iinfo(kind)
+    both = [rng.integers(max(limits.min, -most), min(limits.max, most), count, kind, endpoint=True), rng.integers(limits.min, limits.max, count, kind, endpoint=True)]
+    for columns in ([both[0]], [both[1]], both, both[::-1]):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(audit_module, "BUCKET", bucket)
+            order = argsorted(columns)
+            runs = [(part.start + low, part.start + high) for part, ends in runs_of(columns[-1], order) for low, high in pairwise(ends)]
+            assert all(part.stop - part.start <= bucket or len(ends) == 2 for part, ends in runs_of(columns[-1], order))
+        assert order.tolist() == np.lexsort(columns).tolist()
+        values = columns[-1][order]
+        assert [low for low, _ in runs] + [count] == [0, *(high for _, high in runs)]
+        assert all(len(set(values[low:high].tolist())) == 1 for low, high in runs) and len(runs) == len(set(values.tolist()))
+
+
+@pytest.mark.parametrize("bucket", [30, 700])
+def test_components_in_files_are_those_in_memory(monkeypatch, bucket):
+    "Copies, near ones, a chain, and unlike ones that share bands, some in more than a bucket."
+    rng = np.random.default_rng(1)
+    bits = rng.integers(0, 2, (1500, 256), dtype=np.uint8)
+    bits[:800, :40] = 1
+    bits[:300] = bits[0]
+    bits[np.arange(300), rng.integers(0, 256, 300)] ^= 1
+    bits[900:1150] = 1 - np.tri(250, 256, dtype=np.uint8)
+    hashes = np.packbits(bits, axis=1)[rng.permutation(1500)]
+    expected = near_components(hashes, 16)
+    for name, value in (("BUCKET", bucket), ("ROUNDS", 2), ("COMPARISONS", 2000)):
+        monkeypatch.setattr(audit_module, name, value)
+    assert (near_components(hashes, 16) == expected).all() and 900 < len(set(expected.tolist())) < 1000
 
 
 def test_large_buckets_take_bounded_time_and_memory_and_lose_nothing():

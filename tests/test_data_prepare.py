@@ -1,5 +1,6 @@
 """Prepared data: the contract's schema, splits without leaks that stay, and nothing half-written whatever happens."""
 import errno
+import gc
 import io
 import json
 import multiprocessing
@@ -419,15 +420,15 @@ def test_only_the_row_that_joins_is_quarantined_and_the_groups_fall_apart():
 
 
 def small_buckets(monkeypatch, rows: int) -> None:
-    for owner, name in ((audit, "BUCKET"), (audit, "BLOCK"), (module, "BLOCK"), (module, "TABLE_GROUP"), (module, "TABLE_ROWS"), (forecast, "PART")):
+    for owner, name in ((audit, "BUCKET"), (module, "BUCKET"), (audit, "BLOCK"), (module, "BLOCK"), (module, "TABLE_GROUP"), (module, "TABLE_ROWS"), (forecast, "PART")):
         monkeypatch.setattr(owner, name, rows)
 
 
-def test_what_grows_with_the_rows_is_what_is_stated(tmp_path, monkeypatch):
-    "Checks and splits; folds; the tables and the report: of rows of which some are copies, with buckets of 200."
+def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
+    "Checks and splits; folds; the tables and the report; places prepared before: of rows of which some are copies, with buckets of 100."
     task = Task(name="t", question="?", labels=["a", "b"], sources={"all": {"format": "csv", "path": "all.csv"}})
     suite = Suite(name="s", folder=tmp_path, tasks=[task])
-    small_buckets(monkeypatch, 200)
+    small_buckets(monkeypatch, 100)
 
     def peaks(rows: int, traced: bool = True) -> np.ndarray:
         shas = np.random.default_rng(0).integers(0, 256, (rows, 64), dtype=np.uint8)
@@ -451,12 +452,41 @@ def test_what_grows_with_the_rows_is_what_is_stated(tmp_path, monkeypatch):
         progress.finish_task(0, audit)
         step(lambda: module.assigned_folds(suite, audit, module.Drawn(suite, audit), {}))
         report = step(module.write_tables, progress.next, audit, suite, module.Former())
+        (progress.next / "audit.json").write_text(json.dumps({"settings": {"folds": 3}}))
+        places = step(module.previous_places, progress.next, "fold", "folds", 3, progress.state)
+        step(lambda: sum(1 for _ in module.Former(progress.next, {}, places).gone(module.Drawn(suite, Audit("s", Records(), settings=audit.settings)))))
         assert report["rows_read"] == rows and report["notes"]["two_labels"] == copies
         tracemalloc.stop()
         return np.array(peak)
 
-    few, many = [peaks(600, traced) for traced in (False, True, True)][-1], peaks(3600)  # before: imports, tokenizers, caches
-    assert ((many - few) / 3000 < 40).all() and (many < 1e6).all()  # columns in memory add 50 to 90, pages of records 141
+    few, many = [peaks(400, traced) for traced in (False, True, True)][-1], peaks(2000)  # before: imports, tokenizers, caches
+    assert ((many - few) / 1600 < 50).all()  # columns in memory add 50 to 90, pages of records 141; of single arrays see the next test
+
+
+def peak(function, *arguments) -> int:
+    "The most bytes of Python's and numpy's that a call holds at a time."
+    gc.collect()
+    tracemalloc.start()
+    function(*arguments)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return most
+
+
+def test_no_array_over_the_rows_is_in_memory(tmp_path, monkeypatch):
+    "Beyond a bucket, more rows take less than three bytes a row more at any moment."
+    def of_arrays(rows: int) -> list[int]:
+        rng, places = np.random.default_rng(0), module.Places(rows, {0, 1, 2}, tmp_path)
+        hashes = module.zeros(32 * rows, np.uint8, tmp_path).reshape(rows, 32)
+        hashes[rows // 4 :] = rng.integers(0, 256, (rows - rows // 4, 32), dtype=np.uint8)  # the others are copies
+        places.hashes[:], places.codes[:] = rng.integers(-(2**63), 2**63, rows), rng.integers(0, 3, rows)
+        steps = [(audit.near_components, hashes, 16, tmp_path), (places.settle,), (places.pictures,), (audit.distinct, module.taken(places.hashes, module.counting(rows)))]
+        return [peak(*step) for step in steps]
+
+    small_buckets(monkeypatch, 700)
+    of_arrays(800)  # imports
+    growth = np.array(of_arrays(20_000)) - of_arrays(8000)
+    assert (growth < 3 * 12_000).all(), growth
 
 
 def test_small_buckets_give_the_same_files(undisturbed, tmp_path, monkeypatch):

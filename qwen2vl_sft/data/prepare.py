@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'FEATURES', 'SCHEMA', 'GROUP_ROWS', 'GROUP_BYTES', 'SHARD_BYTES', 'LEAVES', 'STORAGE', 'CHUNK_ROWS',
-           'CHUNK_BYTES', 'CHUNK', 'ROWS_BEFORE_WORKERS', 'FRACTIONS', 'RANKS', 'PAGE', 'FORMAT', 'FORMER_FILES',
-           'TABLE_ROWS', 'TABLE_GROUP', 'ASSIGNED', 'FORMER', 'stored_row', 'ShardWriter', 'close_shard', 'chunks_of',
-           'write_chunk', 'records_of', 'chunk_path', 'images_of', 'end_with_parent', 'Workers', 'start', 'stop',
-           'read_split', 'named', 'read_task', 'check_fractions', 'parts_to_draw', 'units_of', 'Units', 'divided',
-           'joining_rows', 'quarantine_joining', 'Some', 'Elsewhere', 'dealt', 'agreeing', 'divide', 'wanted_place',
-           'keep_place', 'draw_folds', 'agree', 'settle_splits', 'rows_of_split', 'write_task', 'Progress',
-           'finish_task', 'finished_task', 'prepare_task', 'prepare_tasks', 'content_of', 'each_named', 'is_current',
-           'folds_of', 'Places', 'former_rows', 'previous_places', 'table_of', 'write_rows', 'drawn_rows', 'Drawn',
-           'assigned_folds', 'assignment', 'Former', 'write_tables', 'join_audits', 'prepare', 'made_from_another',
-           'write_suite', 'Rows', 'select', 'read_group', 'image', 'without_images', 'Prepared', 'counts', 'quarantine',
-           'set_forecast', 'fold', 'is_drawn', 'holding_out', 'stream', 'prepared_html', 'pictures_html', 'load_split']
+           'CHUNK_BYTES', 'CHUNK', 'ROWS_BEFORE_WORKERS', 'FRACTIONS', 'RANKS', 'PAGE', 'PAGES', 'FORMAT',
+           'FORMER_FILES', 'TABLE_ROWS', 'TABLE_GROUP', 'ASSIGNED', 'FORMER', 'stored_row', 'ShardWriter',
+           'close_shard', 'chunks_of', 'write_chunk', 'records_of', 'chunk_path', 'images_of', 'end_with_parent',
+           'Workers', 'start', 'stop', 'read_split', 'named', 'read_task', 'check_fractions', 'parts_to_draw',
+           'units_of', 'Units', 'divided', 'rows_by_unit', 'joining_rows', 'quarantine_joining', 'Some', 'Elsewhere',
+           'dealt', 'agreeing', 'divide', 'wanted_place', 'keep_place', 'draw_folds', 'agree', 'settle_splits',
+           'rows_of_split', 'write_task', 'Progress', 'finish_task', 'finished_task', 'prepare_task', 'prepare_tasks',
+           'content_of', 'each_named', 'is_current', 'folds_of', 'Places', 'former_rows', 'previous_places', 'table_of',
+           'write_rows', 'drawn_rows', 'Drawn', 'assigned_folds', 'assignment', 'Former', 'write_tables', 'join_audits',
+           'prepare', 'made_from_another', 'write_suite', 'Rows', 'select', 'read_group', 'image', 'without_images',
+           'Prepared', 'counts', 'quarantine', 'set_forecast', 'fold', 'is_drawn', 'holding_out', 'stream',
+           'prepared_html', 'pictures_html', 'load_split']
 
-# %% ../../nbs/23_data.prepare.ipynb #03913a95
+# %% ../../nbs/23_data.prepare.ipynb #99b92a22
 import errno
 import json
 import multiprocessing
@@ -33,7 +34,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from html import escape
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,9 @@ import yaml
 from tqdm import tqdm
 
 from ..core import InputError, RunFailure, fingerprint, project_root, say, sha256_of, sole_use, write_atomically
-from .audit import (BLOCK, FORECAST, Audit, Checked, Limits, Records, Spill, assign_groups, blocks_of, buckets, columns_of, counts_of, differing_bits, edited,
-                                    filled, forecast_html, hash_bytes, hash_words, inspect_row, is_kept, join, joined, note_duplicates, note_two_labels,
-                                    number_duplicate_ids, numbers_of, quarantine_leaks, shared_between_tasks, summary, task_remarks, thumbnail, zeros)
+from .audit import (BLOCK, BUCKET, FORECAST, Audit, Checked, Limits, Records, Spill, argsorted, assign_groups, blocks_of, buckets, columns_of, counting, counts_of,
+                                    differing_bits, edited, filled, filled_with, forecast_html, hash_bytes, hash_words, inspect_row, is_kept, join, joined, note_duplicates,
+                                    note_two_labels, number_duplicate_ids, numbers_of, quarantine_leaks, runs_of, shared_between_tasks, summary, taken, task_remarks, thumbnail, zeros)
 from .sources import Row, read_rows, source_contents, source_remarks
 from ..tasks import SPLITS, Suite, Task, load_suite
 
@@ -293,20 +294,25 @@ def parts_to_draw(task: Task, fractions: dict[str, float]) -> tuple[str | None, 
         return pool, {"train": 1.0}
     return pool, {split: share / total for split, share in parts.items() if share}
 
-# %% ../../nbs/23_data.prepare.ipynb #1c6b4f89
+# %% ../../nbs/23_data.prepare.ipynb #ceab807b
 def units_of(records: Sequence[Checked]) -> np.ndarray:
     "The number of each record's unit: joined by equal group or equal source, directly or through others; in order of first appearance."
     columns = columns_of(records, group=lambda record: record.group, grouped=lambda record: record.group is not None,
                          source=lambda record: record.source, sourced=lambda record: record.source is not None)
-    component = np.arange(len(records), dtype=np.int32)  # its smallest row
+    folder = getattr(records, "folder", None)
+    component, unit, count = counting(len(records), folder), zeros(len(records), np.int32, folder), 0  # component: its smallest row
     for name, stated in (("group", "grouped"), ("source", "sourced")):
         for rows in buckets(columns[name], columns[stated]):
             _, first, code = np.unique(columns[name][rows], return_index=True, return_inverse=True)
             join(component, [np.stack([rows, rows[first[code]]], 1)])
-    begins = component == np.arange(len(component), dtype=np.int32)
-    return (np.cumsum(begins, dtype=np.int32) - 1)[component]
+    for rows in blocks_of(len(records)):
+        begins = component[rows] == np.arange(rows.start, rows.stop)
+        unit[rows] = np.cumsum(begins) + count - 1
+        count += np.count_nonzero(begins)
+        unit[rows] = unit[component[rows]]
+    return unit
 
-# %% ../../nbs/23_data.prepare.ipynb #c9a065a0
+# %% ../../nbs/23_data.prepare.ipynb #6d591e89
 @dataclass
 class Units:
     "Rows of a task in units: arrays over the rows, sorted by unit, and over the units."
@@ -320,6 +326,16 @@ class Units:
     def members(self, unit: int) -> slice:
         return slice(self.start[unit], self.start[unit + 1])
 
+    def size(self, unit: int) -> int:
+        "How many rows it has."
+        return int(self.start[unit + 1] - self.start[unit])
+
+    def of_labels(self, columns: Sequence[np.ndarray] = (), folder: Path | None = None) -> Iterator[np.ndarray]:
+        "Label after label the numbers of its units, ordered by these columns as `argsorted` does."
+        order = argsorted([*columns, self.label], folder)
+        for part, ends in runs_of(self.label, order):
+            yield from (order[part][low:high] for low, high in pairwise(ends))
+
 
 def divided(records: Sequence[Checked], previous: Mapping[str, object], stratified: bool) -> Units:
     "Records with group and label as `Units`; `previous`: sha256 -> split or fold of the last preparation."
@@ -327,14 +343,23 @@ def divided(records: Sequence[Checked], previous: Mapping[str, object], stratifi
     code = {place: number for number, place in enumerate(places)}
     columns = zeros(len(records), [("sha256", "S64"), ("label", np.int64), ("place", np.int16)], folder)
     filled(((r.sha256.encode(), hash(r.label) if stratified else 0, code.get(previous.get(r.sha256), -1)) for r in records), columns)
-    rows = np.argsort(unit, kind="stable").astype(np.int32)
-    start = np.concatenate([[0], np.cumsum(np.bincount(unit))])
+    rows, start = rows_by_unit(unit, folder)
     label, key = zeros(len(start) - 1, np.int64, folder), zeros(len(start) - 1, np.uint64, folder)
     for number, (low, high) in enumerate(pairwise(start)):
         mine = columns[rows[low:high]]
         label[number] = mine["label"][0] if high - low == 1 else Counter(mine["label"].tolist()).most_common(1)[0][0]
         key[number] = int(sha256_of(min(mine["sha256"].tolist()))[:16], 16)
-    return Units(rows, start, columns["place"][rows], places, label, key)
+    return Units(rows, start, taken(columns["place"], rows, folder), places, label, key)
+
+
+def rows_by_unit(unit: np.ndarray, folder: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+    "Numbers of rows, those of a unit next to each other; and where in them units begin, and the end."
+    rows, at = argsorted([unit], folder), 0
+    start = zeros(2 + max((int(unit[part].max()) for part in blocks_of(len(unit))), default=-1), np.int64, folder)
+    for part, ends in runs_of(unit, rows):
+        start[at : at + len(ends)] = part.start + ends
+        at += len(ends) - 1
+    return rows, start
 
 # %% ../../nbs/23_data.prepare.ipynb #493b0d78
 def joining_rows(unit: list[Checked], place: list[str | None], most: int) -> list[tuple[int, list[str]]]:
@@ -361,22 +386,24 @@ def joining_rows(unit: list[Checked], place: list[str | None], most: int) -> lis
         component[at], reached[at] = at, places
     return left_out
 
-# %% ../../nbs/23_data.prepare.ipynb #b2a689cf
+# %% ../../nbs/23_data.prepare.ipynb #62d5316a
 def quarantine_joining(records: Sequence[Checked], rows: np.ndarray, parts: dict[str, float], previous: Mapping[str, str], limits: Limits) -> bool:
     "Quarantine new ones among these rows that connect old ones of different splits; whether there are any."
-    some = Some(records, rows)
-    unit, place = units_of(some), np.empty(len(rows), np.int8)
+    if not previous:
+        return False
+    some, folder = Some(records, rows), getattr(records, "folder", None)
+    unit, place, joining = units_of(some), zeros(len(rows), np.int8, folder), {}
     filled((SPLITS.index(split) if (split := previous.get(record.sha256)) in parts else -1 for record in some), place)
-    lowest, highest = (np.full(unit.max(initial=-1) + 1, value, np.int8) for value in (len(SPLITS), -1))
-    np.minimum.at(lowest, unit, np.where(place < 0, len(SPLITS), place).astype(np.int8))
-    np.maximum.at(highest, unit, place)
-    several = np.unique(unit[(place < 0) & (lowest < highest)[unit]])  # with rows of several splits, and new ones
-    joining: dict[int, str] = {}
-    for number in several:
-        members = np.flatnonzero(unit == number)
-        splits = [SPLITS[at] if at >= 0 else None for at in place[members]]
-        for at, places in joining_rows([some[member] for member in members], splits, limits.near_bits):
-            joining[int(rows[members[at]])] = " and ".join(places)
+    order = argsorted([unit], folder)
+    for part, ends in runs_of(unit, order):
+        mine = place[order[part]]
+        lowest = np.minimum.reduceat(np.where(mine < 0, len(SPLITS), mine), ends[:-1])
+        several = (np.minimum.reduceat(mine, ends[:-1]) < 0) & (lowest < np.maximum.reduceat(mine, ends[:-1]))
+        for run in np.flatnonzero(several):  # a unit with rows of several splits, and new ones
+            members = order[part][ends[run] : ends[run + 1]]
+            splits = [SPLITS[at] if at >= 0 else None for at in place[members]]
+            for at, places in joining_rows([some[member] for member in members], splits, limits.near_bits):
+                joining[int(rows[members[at]])] = " and ".join(places)
     for row, record in edited(records, sorted(joining)):
         record.quarantine("joins_splits", f"nearly equals pictures of {joining[row]}")
     return bool(joining)
@@ -394,36 +421,35 @@ class Some(Sequence):
     def __getitem__(self, index: int) -> Checked:
         return self.records[int(self.rows[index])]
 
-# %% ../../nbs/23_data.prepare.ipynb #7cab0d5a
+# %% ../../nbs/23_data.prepare.ipynb #da018b15
 class Elsewhere:
     "In which split (a number in SPLITS) or fold other tasks have a picture; of several tasks the first that is added counts."
 
     def __init__(self, parts: Iterable[tuple[np.ndarray, np.ndarray]] = ()):
         self.parts = list(parts)  # sorted hashes of sha256, and where each picture is
 
-    def add(self, pictures: np.ndarray, split: int, folder: Path | None = None) -> None:
-        "Pictures that are all there; beyond BUCKET they lie in a file of the folder."
-        known = zeros(len(pictures), np.int64, folder)
-        known[:] = pictures
+    def add(self, pictures: np.ndarray, place: np.ndarray, value: int, split: int, folder: Path | None = None) -> None:
+        "The pictures of which `place` has this value are all in that split."
+        known = taken(pictures, numbers_of(place, folder, value), folder)
         known.sort()
         self.parts.append((known, np.broadcast_to(np.int16(split), len(known))))
 
     def add_records(self, records: Sequence[Checked]) -> None:
         "The kept rows of a task that has its splits."
-        columns = columns_of(records, kept=is_kept, sha256=lambda record: record.sha256, split=lambda record: record.split)
-        for number, split in enumerate(SPLITS):
-            wanted = (columns["kept"] == 1) & (columns["split"] == hash(split))
-            self.add(columns["sha256"][wanted], number, getattr(records, "folder", None))
+        place = lambda record: SPLITS.index(record.split) if is_kept(record) and record.split in SPLITS else -2
+        columns, folder = columns_of(records, sha256=lambda record: record.sha256, place=place), getattr(records, "folder", None)
+        for split in range(len(SPLITS)):
+            self.add(columns["sha256"], columns["place"], split, split, folder)
 
     def add_folds(self, records: Sequence[Checked], folds: np.ndarray) -> None:
         "The fold of each row of a task; those of -1 don't count."
-        pictures = columns_of(records, sha256=lambda record: record.sha256)["sha256"]
-        for fold in range(folds.max(initial=-1) + 1):
-            self.add(pictures[folds == fold], fold, getattr(records, "folder", None))
+        pictures, folder = columns_of(records, sha256=lambda record: record.sha256)["sha256"], getattr(records, "folder", None)
+        for fold in range(1 + max((int(folds[rows].max()) for rows in blocks_of(len(folds))), default=-1)):
+            self.add(pictures, folds, fold, fold, folder)
 
     def places_of(self, records: Sequence[Checked]) -> np.ndarray:
         "Where each row's picture is, or -1."
-        found = np.full(len(records), -1, np.int16)
+        found = filled_with(-1, len(records), np.int16, getattr(records, "folder", None))
         parts = [(pictures, places) for pictures, places in self.parts if len(pictures)]
         wanted = columns_of(records, sha256=lambda record: record.sha256)["sha256"] if parts else None
         for pictures, places in parts:
@@ -433,13 +459,13 @@ class Elsewhere:
                 found[rows] = np.where(new, places[at], found[rows])
         return found
 
-# %% ../../nbs/23_data.prepare.ipynb #2441a659
+# %% ../../nbs/23_data.prepare.ipynb #22aa5177
 RANKS = {0: (0, -1, 1, 2), 2: (2, -1, 1, 0)}  # of SPLITS: whose pictures are taken first; -1: nobody's
 
 
-def dealt(sizes: np.ndarray, parts: dict[str, float], placed: Counter, total: int) -> np.ndarray:
+def dealt(sizes: np.ndarray, parts: dict[str, float], placed: Counter, total: int, folder: Path | None = None) -> np.ndarray:
     "The split (number in SPLITS) of each unit, in this order: the one that is furthest below its share of `total` rows. Adds to `placed`."
-    splits = np.empty(len(sizes), np.int16)
+    splits = zeros(len(sizes), np.int16, folder)
     for unit, size in enumerate(sizes):
         split = max(parts, key=lambda split: (parts[split] * total - placed[split], SPLITS.index(split)))
         splits[unit] = SPLITS.index(split)
@@ -452,24 +478,26 @@ def agreeing(
     places: np.ndarray,  # dealt to them
     wanted: np.ndarray,  # where other tasks have their pictures, or -1
     ranks: dict[int, Sequence[int]],  # place -> what was `wanted` by those that it takes first, second, ...; all others get what is left
+    folder: Path | None = None,
 ) -> np.ndarray:
     "The places among the units so that they agree with what other tasks do, with the same number of rows in each as far as sizes allow."
-    if (wanted < 0).all():
+    if all((wanted[units] < 0).all() for units in blocks_of(len(wanted))):
         return places
-    found, first = np.unique(places, return_index=True)
-    left = {int(found[number]): int(sizes[places == found[number]].sum()) for number in np.argsort(first)}  # rows
-    given = np.full(len(sizes), -1, np.int16)
-    for place, order in ((place, order) for place, order in ranks.items() if place in left):
-        for unit in (unit for value in order for unit in np.flatnonzero((given < 0) & (wanted == value))):
+    left: dict[int, int] = {}  # rows
+    for place, size in zip(places, sizes, strict=True):
+        left[int(place)] = left.get(int(place), 0) + int(size)
+    given = filled_with(-1, len(sizes), np.int16, folder)
+    for place, value in ((place, value) for place, order in ranks.items() if place in left for value in order):
+        for unit in (unit for units in blocks_of(len(sizes)) for unit in units.start + np.flatnonzero((given[units] < 0) & (wanted[units] == value))):
             if sizes[unit] <= left[place]:
                 given[unit] = place
                 left[place] -= int(sizes[unit])
-    for unit in np.flatnonzero(given < 0):
+    for unit in (unit for units in blocks_of(len(sizes)) for unit in units.start + np.flatnonzero(given[units] < 0)):
         given[unit] = max(left, key=left.get)
         left[int(given[unit])] -= int(sizes[unit])
     return given
 
-# %% ../../nbs/23_data.prepare.ipynb #c4aaa9d7
+# %% ../../nbs/23_data.prepare.ipynb #a6a6b286
 def divide(
     records: Sequence[Checked],  # with group and label; their split is set
     parts: dict[str, float],  # split -> share
@@ -479,48 +507,49 @@ def divide(
     elsewhere: Elsewhere | None = None,  # where other tasks have the pictures
 ) -> None:
     "Give every record a split; units stay together, and stay where they were."
-    rows = np.arange(len(records)) if rows is None else rows
+    folder = getattr(records, "folder", None)
+    rows = counting(len(records), folder) if rows is None else rows
     some = Some(records, rows)
     units = divided(some, previous, stratified)
-    given = np.full(len(rows), -1, np.int8)  # number in SPLITS; -1: left out
-    torn: dict[int, str] = {}  # rows that are left out -> the splits they join
-    there = (elsewhere or Elsewhere()).places_of(some)[units.rows]
-    for label in np.unique(units.label):
-        mine, placed = np.flatnonzero(units.label == label), Counter()
-        new = np.array([not keep_place(units, units.members(unit), parts, placed, given, torn) for unit in mine], bool)
-        total = int((units.start[mine + 1] - units.start[mine]).sum())
-        mine = mine[new][np.argsort(units.key[mine[new]], kind="stable")]
-        sizes = units.start[mine + 1] - units.start[mine]
-        wanted = np.fromiter((wanted_place(there[units.members(unit)]) for unit in mine), np.int16, len(mine))
-        splits = agreeing(sizes, dealt(sizes, parts, placed, total), wanted, RANKS)
+    given = zeros(len(rows), np.int8, folder)  # number in SPLITS; below 0: left out, a bit for each split it joins
+    there = taken((elsewhere or Elsewhere()).places_of(some), units.rows, folder)
+    for mine in units.of_labels([units.key], folder):
+        placed, new = Counter(), zeros(len(mine), np.int8, folder)
+        filled((not keep_place(units, units.members(unit), parts, placed, given) for unit in mine), new)
+        total = sum(units.size(unit) for unit in mine)
+        mine = taken(mine, numbers_of(new, folder), folder)
+        sizes, wanted = zeros(len(mine), np.int32, folder), zeros(len(mine), np.int16, folder)
+        filled((units.size(unit) for unit in mine), sizes)
+        filled((wanted_place(there[units.members(unit)]) for unit in mine), wanted)
+        splits = agreeing(sizes, dealt(sizes, parts, placed, total, folder), wanted, RANKS, folder)
         for unit, split in zip(mine, splits, strict=True):
             given[units.rows[units.members(unit)]] = split
-    for at, (_, record) in enumerate(edited(records, rows)):
-        if at in torn:
-            record.quarantine("joins_splits", f"nearly equals pictures of {torn[at]}")
+    for (_, record), place in zip(edited(records, rows), given, strict=False):
+        if place < 0:
+            record.quarantine("joins_splits", "nearly equals pictures of " + " and ".join(sorted(split for bit, split in enumerate(SPLITS) if -place >> bit & 1)))
         else:
-            record.split = SPLITS[given[at]]
+            record.split = SPLITS[place]
 
-# %% ../../nbs/23_data.prepare.ipynb #4b02da7f
+# %% ../../nbs/23_data.prepare.ipynb #7c188ec4
 def wanted_place(there: np.ndarray) -> int:
     "Where most of a unit's pictures lie in other tasks, the last of several (for splits: test); -1 where none does."
     counts = np.bincount(there[there >= 0])[::-1]
     return len(counts) - 1 - int(counts.argmax()) if counts.any() else -1
 
 
-def keep_place(units: Units, members: slice, parts: dict[str, float], placed: Counter, given: np.ndarray, torn: dict[int, str]) -> bool:
+def keep_place(units: Units, members: slice, parts: dict[str, float], placed: Counter, given: np.ndarray) -> bool:
     "Put a unit where it was before; False if it is new."
     old = [units.places[place] if place >= 0 and units.places[place] in parts else None for place in units.place[members]]
     splits = sorted({*old} - {None})
     for row, split in zip(units.rows[members].tolist() if splits else [], old, strict=False):
         if len(splits) > 1 and split is None:
-            torn[row] = " and ".join(splits)
+            given[row] = -sum(1 << SPLITS.index(each) for each in splits)
             continue
         given[row] = SPLITS.index(split or splits[0])
         placed[split or splits[0]] += 1
     return bool(splits)
 
-# %% ../../nbs/23_data.prepare.ipynb #21f00a65
+# %% ../../nbs/23_data.prepare.ipynb #e0649cdd
 def draw_folds(
     records: Sequence[Checked],
     folds: int,
@@ -529,9 +558,9 @@ def draw_folds(
     elsewhere: Elsewhere | None = None,  # in which folds other tasks have the pictures
 ) -> np.ndarray:
     "The fold, from 0, of each record, or -1."
+    folder, sizes = getattr(records, "folder", None), defaultdict(Counter)  # label (None: all) -> fold -> rows
     units = divided(records, previous, stratified)
-    given = np.full(len(records), -1, np.int16)
-    sizes: dict[int | None, Counter] = {label: Counter() for label in (*np.unique(units.label).tolist(), None)}  # None: of all labels
+    given, new = filled_with(-1, len(records), np.int16, folder), zeros(len(units.key), np.int8, folder)
 
     def place(unit: int, fold: int) -> None:
         members = units.members(unit)
@@ -540,28 +569,30 @@ def draw_folds(
             for size in (sizes[int(units.label[unit])], sizes[None]):
                 size[int(given[row])] += 1
 
-    new = np.zeros(len(units.key), bool)
     for unit in range(len(new)):
         if old := {units.places[place] for place in units.place[units.members(unit)].tolist() if place >= 0}:
             place(unit, old.pop() if len(old) == 1 else -1)
         else:
             new[unit] = True
-    new = np.flatnonzero(new)
-    for unit in new[np.lexsort((units.key[new], units.start[new] - units.start[new + 1]))]:  # large ones first
-        place(unit, min(range(folds), key=lambda fold: (sizes[int(units.label[unit])][fold], sizes[None][fold])))
+    rows = zeros(len(new), np.int32, folder)
+    filled((-units.size(unit) for unit in range(len(new))), rows)
+    for unit in argsorted([units.key, rows], folder):  # large ones first
+        if new[unit]:
+            place(unit, min(range(folds), key=lambda fold: (sizes[int(units.label[unit])][fold], sizes[None][fold])))
     if elsewhere:
-        agree(units, new, given, elsewhere.places_of(records)[units.rows], folds)
+        agree(units, new, given, taken(elsewhere.places_of(records), units.rows, folder), folds, folder)
     return given
 
 
-def agree(units: Units, new: np.ndarray, given: np.ndarray, there: np.ndarray, folds: int) -> None:
-    "Change folds among new units of a label so that they are those of other tasks (`there`, of each of the units' rows)."
-    for label in np.unique(units.label[new]):
-        mine = new[units.label[new] == label]
-        sizes = units.start[mine + 1] - units.start[mine]
-        wanted = np.fromiter((wanted_place(there[units.members(unit)]) for unit in mine), np.int16, len(mine))
-        places = agreeing(sizes, given[units.rows[units.start[mine]]], wanted, {fold: (fold,) for fold in range(folds)})
-        for unit, place in zip(mine, places, strict=True):
+def agree(units: Units, new: np.ndarray, given: np.ndarray, there: np.ndarray, folds: int, folder: Path | None) -> None:
+    "Change folds among new units (`new` is 1) of a label so that they are those of other tasks (`there`, of each of the units' rows)."
+    for mine in units.of_labels(folder=folder):
+        mine = taken(mine, numbers_of(taken(new, mine, folder), folder), folder)
+        sizes, places, wanted = (zeros(len(mine), kind, folder) for kind in (np.int32, np.int16, np.int16))
+        filled((units.size(unit) for unit in mine), sizes)
+        filled((given[units.rows[units.start[unit]]] for unit in mine), places)
+        filled((wanted_place(there[units.members(unit)]) for unit in mine), wanted)
+        for unit, place in zip(mine, agreeing(sizes, places, wanted, {fold: (fold,) for fold in range(folds)}, folder), strict=True):
             given[units.rows[units.members(unit)]] = place
 
 # %% ../../nbs/23_data.prepare.ipynb #eb40c801
@@ -638,8 +669,8 @@ class Progress:
         self.next.rename(self.folder)
         self.clear()
 
-# %% ../../nbs/23_data.prepare.ipynb #542e2d62
-PAGE = pa.schema([("rows", pa.int32()), ("size", pa.int32()), ("page", pa.binary())])
+# %% ../../nbs/23_data.prepare.ipynb #ac5e6fb3
+PAGE, PAGES = pa.schema([("rows", pa.int32()), ("size", pa.int32()), ("page", pa.binary())]), 64  # pages in a batch
 
 
 def finish_task(progress: Progress, number: int, audit: Audit) -> None:
@@ -648,9 +679,9 @@ def finish_task(progress: Progress, number: int, audit: Audit) -> None:
     path, schema = progress.state / f"{number:04}.arrow", PAGE.with_metadata({"audit": json.dumps(content)})
     unfinished = path.with_suffix(".part")
     with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-        for at, (before, end) in enumerate(pairwise(audit.records.ends)):
-            size, page = audit.records.stored(at)
-            writer.write_batch(pa.record_batch([[end - before], [size], [page]], schema=schema))
+        rest = enumerate(pairwise(audit.records.ends))
+        while some := [(end - before, *audit.records.stored(at)) for at, (before, end) in islice(rest, PAGES)]:
+            writer.write_batch(pa.record_batch(list(zip(*some, strict=True)), schema=schema))
     os.replace(unfinished, path)
     shutil.rmtree(progress.state / f"{number:04}", ignore_errors=True)
 
@@ -663,8 +694,8 @@ def finished_task(progress: Progress, number: int, suite: Suite) -> Audit | None
             reader = pa.ipc.open_file(file)
             content = json.loads(reader.schema.metadata[b"audit"])
             for at in range(reader.num_record_batches):
-                rows, size, page = (column[0].as_py() for column in reader.get_batch(at))
-                records.add_page(rows, (size, page))
+                for rows, *page in zip(*(column.to_pylist() for column in reader.get_batch(at)), strict=True):
+                    records.add_page(rows, page)
         files = (progress.next / suite.tasks[number].name).glob("*.parquet")
         written = sum(pq.read_metadata(file).num_rows for file in files)
     except (OSError, ValueError, pa.ArrowException):
@@ -750,12 +781,12 @@ def folds_of(folder: Path) -> int:
     except (OSError, ValueError, KeyError):
         return 0
 
-# %% ../../nbs/23_data.prepare.ipynb #e8d16ed3
+# %% ../../nbs/23_data.prepare.ipynb #b9d776fe
 class Places:
     "The split or fold of pictures that were drawn before, in 10 bytes a picture (of more than BUCKET: in a file)."
 
     def __init__(self, count: int, names: Iterable, folder: Path | None = None):
-        self.names, self.count = sorted(names), 0
+        self.names, self.count, self.folder = sorted(names), 0, folder
         self.hashes, self.codes = zeros(count, np.int64, folder), zeros(count, np.int16, folder)
 
     def add(self, sha256: str, place: object) -> None:
@@ -764,8 +795,8 @@ class Places:
 
     def settle(self) -> None:
         "Make it ready for `get`; of rows with one picture the last counts."
-        order = np.argsort(self.hashes, kind="stable")
-        self.hashes[:], self.codes[:] = self.hashes[order], self.codes[order]
+        order = argsorted([self.hashes], self.folder)
+        self.hashes, self.codes = taken(self.hashes, order, self.folder), taken(self.codes, order, self.folder)
 
     def get(self, sha256: str) -> object:
         "Where the picture was, or None."
@@ -779,7 +810,7 @@ class Places:
     def pictures(self) -> tuple[np.ndarray, np.ndarray]:
         "For `Elsewhere`: hashes of the pictures, and the place of each: of a split its number in SPLITS."
         numbers = np.array([SPLITS.index(name) if name in SPLITS else name for name in self.names] or [0], np.int16)
-        return self.hashes, numbers[self.codes]
+        return self.hashes, taken(numbers, self.codes, self.folder)
 
 # %% ../../nbs/23_data.prepare.ipynb #01d22b1d
 FORMER_FILES = ("former-splits.parquet", "splits.parquet")
@@ -838,7 +869,7 @@ def write_rows(file: Path, rows: Iterable[dict], schema: pa.Schema) -> int:
                 break
     return count
 
-# %% ../../nbs/23_data.prepare.ipynb #419c375e
+# %% ../../nbs/23_data.prepare.ipynb #b77abbdc
 ASSIGNED = pa.schema([*((name, pa.string()) for name in ("task", "split", "id", "sha256", "group", "source")), ("drawn", pa.bool_())])
 
 
@@ -854,33 +885,35 @@ class Drawn:
 
     def __init__(self, suite: Suite, audit: Audit):
         self.is_drawn = drawn_rows(suite, audit.settings["fractions"])
-        columns = columns_of(audit.records, task=lambda record: record.task, drawn=self.is_drawn, sha256=lambda record: record.sha256)
+        number = {task.name: at for at, task in enumerate(suite.tasks, 1)}
+        columns = columns_of(audit.records, drawn=lambda record: number[record.task] * self.is_drawn(record), sha256=lambda record: record.sha256)
         self.rows, self.pictures, folder = {}, {}, audit.records.folder
-        for task in suite.tasks:
-            rows = numbers_of((columns["drawn"] == 1) & (columns["task"] == hash(task.name)), folder)
-            self.rows[task.name], self.pictures[task.name] = rows, zeros(len(rows), np.int64, folder)
-            self.pictures[task.name][:] = columns["sha256"][rows]
-            self.pictures[task.name].sort()
+        for task, at in number.items():
+            self.rows[task] = numbers_of(columns["drawn"], folder, at)
+            self.pictures[task] = taken(columns["sha256"], self.rows[task], folder)
+            self.pictures[task].sort()
 
     def has(self, task: str, sha256: str) -> bool:
         pictures = self.pictures.get(task, ())
         at = np.searchsorted(pictures, key := hash(sha256))
         return at < len(pictures) and pictures[at] == key
 
-# %% ../../nbs/23_data.prepare.ipynb #d3cbc1ee
+# %% ../../nbs/23_data.prepare.ipynb #8a3e9eff
 def assigned_folds(suite: Suite, audit: Audit, drawn: Drawn, previous: dict[str, Places]) -> np.ndarray | None:
     "The fold of each record, or -1; None without folds. Adds remarks to the audit."
     if not audit.settings.get("folds"):
         return None
-    folds, elsewhere = np.full(len(audit.records), -1, np.int16), Elsewhere()
+    folds, elsewhere = filled_with(-1, len(audit.records), np.int16, audit.records.folder), Elsewhere()
     for task in suite.tasks:
         rows = drawn.rows[task.name]
         others = Elsewhere([*elsewhere.parts, *(places.pictures() for name, places in previous.items() if name != task.name)])
         mine = Some(audit.records, rows)
-        folds[rows] = draw_folds(mine, audit.settings["folds"], previous.get(task.name, {}), task.is_closed, others)
+        found = draw_folds(mine, audit.settings["folds"], previous.get(task.name, {}), task.is_closed, others)
+        for part in blocks_of(len(rows)):
+            folds[rows[part]] = found[part]
         if len(suite.tasks) > 1:
-            elsewhere.add_folds(mine, folds[rows])
-        if left_out := int((folds[rows] < 0).sum()):
+            elsewhere.add_folds(mine, found)
+        if left_out := sum(np.count_nonzero(found[part] < 0) for part in blocks_of(len(rows))):
             audit.remarks[task.name].append(f"{left_out} rows join pictures of different folds and are in none")
     return folds
 
@@ -892,7 +925,7 @@ def assignment(audit: Audit, drawn: Drawn, folds: np.ndarray | None) -> Iterator
             row = {name: getattr(record, name) for name in ASSIGNED.names[:-1]} | {"drawn": drawn.is_drawn(record)}
             yield row if folds is None else row | {"fold": int(folds[number]) if folds[number] >= 0 else None}
 
-# %% ../../nbs/23_data.prepare.ipynb #b15c41e8
+# %% ../../nbs/23_data.prepare.ipynb #c50d5a0e
 FORMER = pa.schema([("task", pa.string()), ("sha256", pa.string()), ("drawn", pa.bool_()), ("split", pa.string()), ("fold", pa.int64())])
 
 
@@ -903,15 +936,21 @@ class Former:
     splits: dict[str, Places] = field(default_factory=dict)
     folds: dict[str, Places] = field(default_factory=dict)
 
-    def gone(self, drawn: Drawn) -> list[dict]:
-        "Places that none of the rows of splits.parquet has now: the one list that is held in memory as it is."
-        found = set()
+    def gone(self, drawn: Drawn) -> Iterator[dict]:
+        "Places that none of the rows of splits.parquet has now, ordered by task and sha256; about a bucket of them in memory."
+        counts = Counter(task for task, _ in self.away(drawn))
+        place = lambda places, task, sha256: places[task].get(sha256) if task in places else None
+        for task in sorted(counts):
+            parts = -(-counts[task] // BUCKET)
+            for part in range(parts):
+                for sha256 in sorted({sha256 for name, sha256 in self.away(drawn) if name == task and int(sha256[:8], 16) * parts >> 32 == part}):
+                    yield {"task": task, "sha256": sha256, "drawn": True, "split": place(self.splits, task, sha256), "fold": place(self.folds, task, sha256)}
+
+    def away(self, drawn: Drawn) -> Iterator[tuple[str, str]]:
+        "Task and sha256 of rows that were drawn before and are not now, some of them more than once."
         for column, places in (("split", self.splits), ("fold", self.folds)):
             if places:
-                found |= {(task, sha256) for task, sha256, _ in former_rows(self.folder, column) if not drawn.has(task, sha256)}
-        place = lambda places, task, sha256: places[task].get(sha256) if task in places else None
-        return [{"task": task, "sha256": sha256, "drawn": True, "split": place(self.splits, task, sha256),
-                 "fold": place(self.folds, task, sha256)} for task, sha256 in sorted(found)]
+                yield from ((task, sha256) for task, sha256, _ in former_rows(self.folder, column) if not drawn.has(task, sha256))
 
 
 def write_tables(staging: Path, audit: Audit, suite: Suite, former: Former) -> dict:
@@ -919,8 +958,9 @@ def write_tables(staging: Path, audit: Audit, suite: Suite, former: Former) -> d
     drawn = Drawn(suite, audit)
     folds = assigned_folds(suite, audit, drawn, former.folds)
     write_rows(staging / "splits.parquet", assignment(audit, drawn, folds), ASSIGNED if folds is None else ASSIGNED.append(pa.field("fold", pa.int64())))
-    if gone := former.gone(drawn):
-        write_rows(staging / "former-splits.parquet", gone, FORMER)
+    gone = former.gone(drawn)
+    if first := next(gone, None):
+        write_rows(staging / "former-splits.parquet", chain([first], gone), FORMER)
     names = ("task", "split", "id", "where", "reason", "detail", "label", "name", "sha256")
     left_out = ({name: getattr(record, name) for name in names} for record in audit.records if record.reason)
     write_rows(staging / "quarantine.parquet", left_out, pa.schema([(name, pa.string()) for name in names]))
