@@ -474,19 +474,20 @@ def peak(function, *arguments) -> int:
 
 
 def test_no_array_over_the_rows_is_in_memory(tmp_path, monkeypatch):
-    "Beyond a bucket, more rows take less than three bytes a row more at any moment."
-    def of_arrays(rows: int) -> list[int]:
-        rng, places = np.random.default_rng(0), module.Places(rows, {0, 1, 2}, tmp_path)
-        hashes = module.zeros(32 * rows, np.uint8, tmp_path).reshape(rows, 32)
-        hashes[rows // 4 :] = rng.integers(0, 256, (rows - rows // 4, 32), dtype=np.uint8)  # the others are copies
-        places.hashes[:], places.codes[:] = rng.integers(-(2**63), 2**63, rows), rng.integers(0, 3, rows)
-        steps = [(audit.near_components, hashes, 16, tmp_path), (places.settle,), (places.pictures,), (audit.distinct, module.taken(places.hashes, module.counting(rows)))]
-        return [peak(*step) for step in steps]
+    "Beyond a bucket, more rows take less than a byte a row more at any moment."
+    small_buckets(monkeypatch, 5000)
 
-    small_buckets(monkeypatch, 700)
-    of_arrays(800)  # imports
-    growth = np.array(of_arrays(20_000)) - of_arrays(8000)
-    assert (growth < 3 * 12_000).all(), growth
+    def peaks(rows: int) -> np.ndarray:
+        rng, places = np.random.default_rng(0), module.Places(rows, {0, 1, 2}, tmp_path)
+        places.hashes[:], places.codes[:] = rng.integers(-(2**63), 2**63, rows), rng.integers(0, 3, rows)
+        hashes, unit, two = module.zeros(32 * rows, np.uint8, tmp_path).reshape(rows, 32), module.counting(rows), module.counting(2)
+        unit //= 3
+        steps = [(audit.band_keys, hashes, np.arange(20)), (audit.near_components, hashes[: rows // 20], 16), (module.argsorted, [places.hashes, unit]), (module.rows_by_unit, unit),
+                 (audit.join, audit.counting(rows), [two[None]]), (audit.numbers_of, places.codes), (places.settle,), (places.pictures,), (audit.distinct, module.taken(places.hashes, unit))]
+        return np.array([peak(*step) for step in steps])
+
+    growth = peaks(200_000) - peaks(20_000)
+    assert (growth < 180_000).all(), growth
 
 
 def test_small_buckets_give_the_same_files(undisturbed, tmp_path, monkeypatch):
