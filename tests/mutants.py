@@ -155,7 +155,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '4.2', "tasks over the same pictures draw their splits apart", 'qwen2vl_sft/data/prepare.py',
-        'if (wanted < 0).all():', 'if True:',
+        'if all((wanted[units] < 0).all() for units in blocks_of(len(wanted))):', 'if True:',
         ('tests/test_data_prepare.py::test_tasks_over_the_same_pictures_agree_as_far_as_their_labels_allow',
          'tests/test_data_prepare.py::test_two_questions_about_the_same_pictures_share_no_test_and_train'),
     ),
