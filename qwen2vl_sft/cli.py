@@ -260,7 +260,7 @@ def calibrate(
         table = calibrate_experiment(folder, wanted=Wanted(precision, recall), names=task)
     print_json(plain(table)) if as_json else print(table_text(table, float_format="{:.3f}".format, na_rep=""))
 
-# %% ../nbs/90_cli.ipynb #956cb6ce
+# %% ../nbs/90_cli.ipynb #fca12a03
 @_command()
 def label(
     checkpoint: Annotated[str, typer.Argument(help="Such as demo/mix/step-337, its folder, or an exported folder.", autocompletion=completion.checkpoints)],
@@ -268,12 +268,12 @@ def label(
     task: Annotated[list[str] | None, typer.Option(help="Task to label; may be repeated.", show_default="all of the suite", autocompletion=completion.tasks)] = None,
     out: Annotated[str, typer.Option(help="Where to write: a .csv or .parquet file.")] = "labels.csv",
     suite: Annotated[str | None, typer.Option(help="Suite file with the questions.", show_default="the one it was trained on")] = None,
-    threshold: Annotated[float | None, typer.Option(help="Below this probability a label is `undecided`.", show_default="as calibrated")] = None,
+    threshold: Annotated[float | None, typer.Option(min=0, max=1, help="Below this probability a label is `undecided`.", show_default="as calibrated")] = None,
     column: Annotated[str | None, typer.Option(help="Column of the table that holds the images.", show_default="found by its content")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 32,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer to an open task, in tokens.", show_default="as in the recipe")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    replace: Annotated[bool, typer.Option("--replace", help="Replace labels of another checkpoint in the file.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace what the file holds of another checkpoint, other images or further tasks.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Label new images with a checkpoint. Images that are labelled already are skipped; one that can't be read gets a row with the reason. A file that no labelling wrote is never replaced.
@@ -282,11 +282,12 @@ def label(
     """
     from qwen2vl_sft.scoring.labeler import check_labelling, find_checkpoint, label_to_file, load_labeler
 
-    check_labelling(find_checkpoint(checkpoint).name, source, out, column, replace)
+    check_labelling(find_checkpoint(checkpoint).name, source, out, column, replace, task)
     with said_aside(as_json):
         labeler = load_labeler(checkpoint, task, suite and workbench_file(_here(suite)), threshold, batch, device, max_new_tokens)
         table = label_to_file(labeler, source, out, column, replace=replace)
-    counts = table.groupby(["task", "label"], dropna=False, sort=False).size().rename("images").reset_index()
+    texts = table["task"].isin([one.name for one in labeler.tasks if not one.is_closed]) & table["label"].notna()
+    counts = table.assign(label=table["label"].mask(texts, "(text)")).groupby(["task", "label"], dropna=False, sort=False).size().rename("images").reset_index()
     if as_json:
         print_json({"file": str(Path(out).resolve()), "labels": plain(counts)})  # label null: the image can't be read
     else:

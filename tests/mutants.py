@@ -1181,6 +1181,21 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_scoring_labeler.py::test_only_an_earlier_labelling_is_replaced', 'tests/test_scoring_labeler.py::test_labels_of_a_version_without_notes_are_known_by_their_parts'),
     ),
     Mutation(
+        'labels', "labels of other images are replaced unasked", 'qwen2vl_sft/scoring/labeler.py',
+        'if note.get("source", os.path.realpath(source)) != os.path.realpath(source) and not replace:', 'if False:',
+        ('tests/test_scoring_labeler.py::test_only_an_earlier_labelling_is_replaced',),
+    ),
+    Mutation(
+        'labels', "labels of tasks that aren't asked for now go unasked", 'qwen2vl_sft/scoring/labeler.py',
+        'if name not in tasks]) and not replace:', 'if name not in tasks]) and False:',
+        ('tests/test_scoring_labeler.py::test_only_an_earlier_labelling_is_replaced',),
+    ),
+    Mutation(
+        'labels', "a second row about a picture takes the first one's name", 'qwen2vl_sft/scoring/labeler.py',
+        'row.id = stated if seen[stated] == 1 else f"{stated} ({seen[stated]})"', 'row.id = stated',
+        ('tests/test_scoring_labeler.py::test_rows_without_ids_are_named_by_their_paths_and_what_is_no_row_gets_a_reason',),
+    ),
+    Mutation(
         'calibration', "too few rows for a wanted precision aren't said", 'qwen2vl_sft/scoring/calibration.py',
         'if needed is None or seen < needed:', 'if needed is None:',
         ('tests/test_scoring_calibration.py::test_too_few_rows_for_a_wanted_precision_are_said',),

@@ -89,7 +89,7 @@ def test_labels_are_those_of_scoring(home):
 
 
 @pytest.mark.slow
-def test_calibration_and_threshold_apply(home):
+def test_calibration_and_threshold_apply(home, capsys):
     table, images = scored(home)
     content, = calibrate_run(RunDir(home / "runs/toy/lora"), load_suite(home / "toy" / "toy.yaml").tasks, Wanted(recall=0.9))
     stated = pd.DataFrame([json.loads(text) for text in table["probabilities"]])[["red", "green", "blue"]].to_numpy()
@@ -105,8 +105,15 @@ def test_calibration_and_threshold_apply(home):
     assert (flagged == (ours[:, 0] >= content["operating_point"]["threshold"])).all()
     assert flagged.sum() == content["operating_point"]["test"]["flagged"]
 
-    certain = Labeler.load(CHECKPOINT, ["colour"], threshold=1.01, device="cpu").label(images)
+    certain = Labeler.load(CHECKPOINT, ["colour"], threshold=1.0, device="cpu").label(images)
     assert ((certain["label"] == "undecided") == (certain["most_probable"] == "red")).all()
+    point = content["operating_point"] | {"reached": False, "threshold": None}
+    path.write_text(json.dumps(content | {"operating_point": point}))
+    assert "red" not in set(Labeler.load(CHECKPOINT, ["colour"], device="cpu").label(images)["label"])
+    assert "task 'colour': no threshold reached what `calibrate` was asked for, so red is undecided; calibrate for less, or give --threshold" in capsys.readouterr().out
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="threshold 90: give a probability, from 0 to 1"):
+        Labeler.load(CHECKPOINT, ["colour"], threshold=90, device="cpu")
     text = (home / "toy" / "toy.yaml").read_text()
     other = home / "toy" / "other.yaml"
     other.write_text(text.replace("Which colour is it?", "What colour is it?"))
@@ -131,7 +138,7 @@ def test_the_commands_calibrate_and_label(home, tmp_path, capsys):
         shutil.copy(home / "toy" / "pictures" / f"test-{number}.png", tmp_path / f"{number}.png")
     (tmp_path / "torn.png").write_bytes(b"nothing")
     for out, read in (("labels.csv", pd.read_csv), ("labels.parquet", pd.read_parquet)):
-        assert cli.main(["label", CHECKPOINT, str(tmp_path), "--task", "colour", "--out", str(tmp_path / out), "--threshold", "1.01", "--device", "cpu"]) == 0
+        assert cli.main(["label", CHECKPOINT, str(tmp_path), "--task", "colour", "--out", str(tmp_path / out), "--threshold", "1.0", "--device", "cpu"]) == 0
         table = read(tmp_path / out).set_index("image")
         said = capsys.readouterr().out
         assert table.index.tolist() == ["0.png", "1.png", "2.png", "torn.png"] and table["calibrated"].tolist()[:3] == [True] * 3
@@ -242,6 +249,47 @@ def kept(parts: Path, *rows: tuple[str, str, str]) -> None:
     room.write_part(parts, [{"image": image, "task": "colour", **room.EMPTY, "label": label, "checkpoint": "c", "follows_from": "f", "stamp": stamp} for image, stamp, label in rows])
 
 
+def test_rows_without_ids_are_named_by_their_paths_and_what_is_no_row_gets_a_reason(tmp_path):
+    "As Windows writes a table: a byte order mark, line ends of two characters, blank lines."
+    (tmp_path / "a.csv").write_bytes("\ufefffile,说明\r\na.png,x\r\n\r\nsub/b.png,y\r\na.png,z\r\n,x\r\nc.png,x,y\r\n".encode())
+    rows = list(images_of(tmp_path / "a.csv"))
+    assert [row.id for row in rows] == ["a.png", "sub/b.png", "a.png (2)", "a.csv:4", "c.png"]
+    assert [row.path and Path(row.path).relative_to(tmp_path).as_posix() for row in rows] == ["a.png", "sub/b.png", "a.png", None, "c.png"]
+    assert rows[3].reason.startswith("no_image") and rows[4].reason.startswith("extra_cells")
+    (tmp_path / "b.jsonl").write_text('{"image": "a.png"}\n\n["b.png"]\n{"image": \n{"image": {"path": "c.png"}}\n')
+    rows = list(images_of(tmp_path / "b.jsonl"))
+    assert [(row.id, (row.reason or "")[:8]) for row in rows] == [("a.png", ""), ("b.jsonl:3", "not_json"), ("b.jsonl:4", "not_json"), ("c.png", "")]
+    (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(b"")
+    odd = next(row for row in images_of(tmp_path) if row.reason)
+    assert odd.id == "\\udcff.png" and odd.reason.startswith("bad_characters")
+    for content, message in ((b"file;note\na.png;x\n", "cells are separated by ,. Its columns: file;note"), ("file,说明\na.png,红色\n".encode("gbk"), "c.csv is not UTF-8 text; save it as UTF-8"), (b'[1]\n', "no rows"), (b'file,x\n"a.png\n', "c.csv, line 2: not readable as CSV")):
+        (tmp_path / "c.csv").write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            list(images_of(tmp_path / "c.csv"))
+    (tmp_path / "d.csv").write_text("id,file\n1,a.png\n2,b.png\n1,c.png\n")
+    with pytest.raises(InputError, match=r"d.csv: the id '1' occurs twice, again in d.csv, row 3; .* make them unique, or leave their column out"):
+        room.stamps_of(images_of(tmp_path / "d.csv"), tmp_path / "d.csv")
+
+
+def test_what_cannot_be_read_or_written_is_named(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/labels.csv: .*/file is no folder; name another --out"):
+        room.check_labelling("c", tmp_path / "one.png", tmp_path / "file" / "labels.csv")
+    with pytest.raises(RunFailure, match=r"labels.csv: can't be written \(Not a directory\); make room, or name another --out"), room.held_parts(tmp_path / "file" / "labels.csv.parts", tmp_path / "labels.csv"):
+        pass
+    out = tmp_path / "labels.csv"
+    out.write_text("labels")
+    kept(room.parts_of(out), ("a.png", "s", "red"))
+    (torn := room.parts_of(out) / "part-00001.parquet").write_bytes(b"torn")
+    with pytest.raises(RunFailure, match=r"part-00001.parquet can't be read \(.*\); delete it, and label again"):
+        room.check_labelling("c", tmp_path / "one.png", out)
+    torn.unlink()
+    (room.parts_of(out) / "written.json").write_text("{")
+    with pytest.raises(RunFailure, match=r"written.json can't be read \(.*\); delete it, and label again"):
+        room.check_labelling("c", tmp_path / "one.png", out)
+
+
 def test_a_picture_that_came_back_gets_its_own_label(tmp_path):
     "The latest row of the name is another picture's."
     one = SimpleNamespace(tasks=[SimpleNamespace(name="colour")], follows_from={"colour": "f"})
@@ -267,7 +315,7 @@ def test_a_table_of_pictures_is_read_a_few_rows_at_a_time(tmp_path, monkeypatch)
     rows = room.images_of(tmp_path / "t.parquet", "image")
     first = next(rows)
     assert first.image == b"\0" * 100
-    stamps = room.stamps_of(room.images_of(tmp_path / "t.parquet", "image"))
+    stamps = room.stamps_of(room.images_of(tmp_path / "t.parquet", "image"), tmp_path / "t.parquet")
     assert len(stamps) == 100 and len(set(stamps.values())) == 100
     read = []
     monkeypatch.setattr(room, "TABLE_ROWS", 8)
@@ -321,6 +369,13 @@ def test_only_an_earlier_labelling_is_replaced(tmp_path):
     with pytest.raises(InputError, match=r"holds labels of a/b/step-10, and these would be of a/b/step-20; .* --replace"):
         room.check_labelling("a/b/step-20", tmp_path / "one.png", out)
     room.check_labelling("a/b/step-20", tmp_path / "one.png", out, replace=True)
+    room.note_written(room.parts_of(out), "a/b/step-10", out.read_bytes(), tmp_path, ["face", "logo"])
+    with pytest.raises(InputError, match=r"gold.csv holds labels of the images of .*, which would go; name another --out, or give --replace"):
+        room.check_labelling("a/b/step-10", tmp_path / "one.png", out)
+    with pytest.raises(InputError, match=r"gold.csv also holds labels of task 'logo', which would go; name it with --task, too, "):
+        room.check_labelling("a/b/step-10", tmp_path, out, tasks=["face"])
+    room.check_labelling("a/b/step-10", tmp_path, out, tasks=["face", "logo", "word"])
+    room.check_labelling("a/b/step-10", tmp_path / "one.png", out, replace=True, tasks=["word"])
     room.note_written(room.parts_of(out), "a/b/step-10", b"labels that a kill kept from being written")
     room.check_labelling("a/b/step-10", tmp_path / "one.png", out)
     out.write_text("image,label\none.png,dog\n")

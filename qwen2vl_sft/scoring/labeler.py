@@ -7,17 +7,18 @@ __all__ = ['UNDECIDED', 'EMPTY', 'DECODERS', 'TABLE_ROWS', 'FLUSH_SECONDS', 'FLU
            'suite_of', 'exported_model', 'exported_candidate', 'Decision', 'decided_labels', 'decision_for', 'Picture',
            'Labeler', 'read_picture', 'load_labeler', 'label_pictures', 'sharing', 'label_fitting', 'tower_outputs',
            'fitting', 'shared_answers', 'answers_to', 'decided_rows', 'written_rows', 'stamp_of', 'label_rows', 'label',
-           'table_records', 'images_of', 'image_columns', 'label_to_file', 'label_into', 'parts_of', 'note_written',
-           'read_note', 'check_labelling', 'stamps_of', 'held_parts', 'write_part', 'read_parts', 'finished',
-           'assembled']
+           'table_records', 'parquet_rows', 'rows_of_table', 'images_of', 'image_columns', 'label_to_file',
+           'label_into', 'parts_of', 'note_written', 'read_note', 'check_labelling', 'stamps_of', 'writing',
+           'held_parts', 'write_part', 'read_parts', 'read_part', 'finished', 'assembled']
 
-# %% ../../nbs/49_scoring.labeler.ipynb #05830795
+# %% ../../nbs/49_scoring.labeler.ipynb #63cc6e33
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -30,10 +31,10 @@ from torch import nn
 from tqdm import tqdm
 
 from ..config import LONGEST_ANSWER, MethodConfig, ModelConfig, PreprocessingConfig, RunConfig, validated
-from ..core import InputError, RunFailure, did_you_mean, fingerprint, near_file, project_root, sha256_of, sole_use, write_atomically
+from ..core import InputError, RunFailure, did_you_mean, fingerprint, near_file, project_root, say, sha256_of, sole_use, write_atomically
 from ..data.audit import Limits, Unusable, check_header, decode, read_bytes
 from ..data.guess import IMAGE_SUFFIXES, by_name, share_of_images
-from ..data.sources import Row, files_below, locate_text, row_of_record
+from ..data.sources import Row, csv_table, files_below, fits, json_lines, locate_text, not_a_record, row_of_record, whole_text
 from ..encoding.batch import Sample
 from ..encoding.prompt import Encoder, check_contract, load_encoder, preprocessing_contract
 from ..model.load import base_location, checkpoint_kind, load_base, load_checkpoint, stored_contract, unwrapped
@@ -217,7 +218,7 @@ def read_picture(encoder: Encoder, row: Row) -> Picture:
     except InputError as problem:
         return Picture(row, reason=str(problem), stamp=stamp)
 
-# %% ../../nbs/49_scoring.labeler.ipynb #41cc957e
+# %% ../../nbs/49_scoring.labeler.ipynb #286a8b58
 def load_labeler(
     checkpoint: str | Path,  # see `find_checkpoint`
     tasks: list[str] | None = None,  # None: all of the suite
@@ -228,6 +229,8 @@ def load_labeler(
     max_new_tokens: int | None = None,  # of open answers; None: as in the run's recipe
 ) -> Labeler:
     "Load a checkpoint for labelling. Raises `InputError`, also when its preprocessing isn't ours."
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise InputError(f"threshold {threshold:g}: give a probability, from 0 to 1")
     found = find_checkpoint(checkpoint)
     known = suite_of(found, suite)
     chosen = [known.task(name) for name in dict.fromkeys(tasks)] if tasks else list(known.tasks)
@@ -244,6 +247,8 @@ def load_labeler(
     model_settings = scoring_model(model_settings.model_copy(update={"device": device} if device != "auto" else {}))
     one = replace(candidate_at(found.run, found.config, found.folder), config=model_settings) if found.config else exported_candidate(found.folder, model_settings, method)
     decisions = {task.name: decision_for(found, task, threshold, one.all_weights) if task.is_closed else Decision() for task in chosen}
+    for name in (name for name, decision in decisions.items() if decision.threshold == np.inf):
+        say(f"task '{name}': no threshold reached what `calibrate` was asked for, so {known.task(name).positive or 'every label'} is {UNDECIDED}; calibrate for less, or give --threshold")
     model = load_checkpoint(model_settings, method, found.folder) if method else load_base(model_settings)
     return Labeler(model, encoder, chosen, decisions, found.name, fingerprint([one.all_weights, one.precision]), batch, max_new_tokens or longest, batch_tokens(model))
 
@@ -415,29 +420,53 @@ def label(
 
 Labeler.label = label
 
-# %% ../../nbs/49_scoring.labeler.ipynb #f5cba17e
+# %% ../../nbs/49_scoring.labeler.ipynb #a73110e0
 TABLE_ROWS = 32  # of a Parquet file in memory at once: their images are in them
 
 
-def table_records(file: Path) -> Iterator[dict[str, Any]]:
+def table_records(file: Path) -> Iterator[tuple[int, Any]]:  # number, record; what isn't one as `json_lines` gives it
     "The records of a table. Raises `InputError` if it can't be read."
-    suffix = file.suffix.lower()
+    if file.suffix.lower() == ".parquet":
+        yield from enumerate(parquet_rows(file), start=1)
+        return
+    with file.open("rb") as stream:
+        if not fits(stream.read(65536), "utf-8"):
+            raise InputError(f"{file} is not UTF-8 text; save it as UTF-8")
+    if file.suffix.lower() == ".jsonl":
+        yield from json_lines(file, {})
+    else:
+        yield from enumerate(csv_table(file, {}, "\t" if file.suffix.lower() == ".tsv" else ",")[1], start=1)
+
+
+def parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    "The rows of a Parquet file, a few in memory. Raises `InputError` if it can't be read."
+    import pyarrow.parquet as pq
+
     try:
-        if suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            for part in pq.ParquetFile(file).iter_batches(batch_size=TABLE_ROWS):
-                yield from part.to_pylist()
-        elif suffix == ".jsonl":
-            with file.open(encoding="utf-8-sig") as lines:
-                yield from (json.loads(line) for line in lines if line.strip())
-        else:
-            for part in pd.read_csv(file, sep="\t" if suffix == ".tsv" else ",", dtype=str, keep_default_na=False, encoding="utf-8-sig", chunksize=1024):
-                yield from part.to_dict("records")
+        for part in pq.ParquetFile(file).iter_batches(batch_size=TABLE_ROWS):
+            yield from part.to_pylist()
     except (ValueError, OSError) as error:
-        raise InputError(f"{file}: not readable as {suffix[1:]}: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(f"{file}: not readable as parquet: {' '.join(str(error).split())[:200]}") from error
 
-# %% ../../nbs/49_scoring.labeler.ipynb #5042bfc2
+
+def rows_of_table(file: Path, column: str | None) -> Iterator[Row]:
+    "The rows of a table, named by their ids, else by the paths that they state; the second row of a path is `path (2)`."
+    names, seen = image_columns(file, column), Counter()
+    for number, record in table_records(file):
+        if not isinstance(record, dict):
+            yield not_a_record(record, file, number, file.parent)
+            continue
+        row, cell = row_of_record(record, names, file, number, {}, file.parent), record.get(names["image"])
+        stated = cell.get("path") if isinstance(cell, dict) else cell if row.image is None else None
+        has_id = "id" in names and str(record.get(names["id"]) or "").strip()
+        if isinstance(stated, str) and stated.strip() and not has_id:
+            seen[stated] += 1
+            row.id = stated if seen[stated] == 1 else f"{stated} ({seen[stated]})"
+        if None in record:
+            row.reason = f"extra_cells: {len(record[None])} more cells than columns; quote texts with commas"
+        yield row
+
+# %% ../../nbs/49_scoring.labeler.ipynb #43a4c12c
 def images_of(
     source: Path | str,  # a folder, an image, or a table
     column: str | None = None,  # of the table; None: the one that holds images
@@ -448,34 +477,33 @@ def images_of(
         found = [file for file in files_below(source) if file.suffix.lower() in IMAGE_SUFFIXES]
         if not found:
             raise InputError(f"{source}: no images (files ending in {', '.join(IMAGE_SUFFIXES)})")
-        yield from (Row(str(file.relative_to(source)), **locate_text(str(file.relative_to(source)), source.resolve())) for file in found)
+        yield from (whole_text(Row(str(file.relative_to(source)), **locate_text(str(file.relative_to(source)), source.resolve()))) for file in found)
     elif not source.is_file():
         raise InputError(f"{source}: no such file or folder.{near_file(source)}")
     elif source.suffix.lower() in IMAGE_SUFFIXES:
-        yield Row(source.name, path=str(source.resolve()))
+        yield whole_text(Row(source.name, path=str(source.resolve())))
     elif source.suffix.lower() in (".csv", ".tsv", ".jsonl", ".parquet"):
-        names = image_columns(source, column)
-        for number, record in enumerate(table_records(source), start=1):
-            yield row_of_record(record, names, source, number, {}, source.parent)
+        yield from map(whole_text, rows_of_table(source, column))
     else:
         raise InputError(f"{source}: neither an image nor a table (.csv, .tsv, .jsonl, .parquet)")
 
-# %% ../../nbs/49_scoring.labeler.ipynb #9bda6f18
+# %% ../../nbs/49_scoring.labeler.ipynb #bc4cd368
 def image_columns(file: Path, column: str | None) -> dict[str, str]:
-    "Which columns hold the image and, where there is one, an id."
-    first = list(islice(table_records(file), 50))
+    "Which columns hold the image and, where there is one, an id. Raises `InputError`."
+    first = [record for _, record in islice(table_records(file), 50) if isinstance(record, dict)]
     if not first:
         raise InputError(f"{file}: no rows")
-    columns = list(first[0])
+    columns = [name for name in first[0] if name is not None]
     if column is not None and column not in columns:
         raise InputError(f"{file}: no column '{column}'.{did_you_mean(column, columns)} It has: {', '.join(columns)}")
     pictures = [name for name in columns if share_of_images(first, name) > 0.5]
     image = column or (pictures[0] if len(pictures) == 1 else by_name(pictures or columns, "image"))
     if image is None:
-        raise InputError(f"{file}: which column holds the image isn't clear; name it. Its columns: {', '.join(columns)}")
+        remedy = f"cells are separated by {',' if file.suffix.lower() == '.csv' else 'tabs'}" if len(columns) == 1 and file.suffix.lower() in (".csv", ".tsv") else "name it with --column"
+        raise InputError(f"{file}: which column holds the image isn't clear; {remedy}. Its columns: {', '.join(columns)}")
     return {"image": image} | ({"id": "id"} if "id" in columns and image != "id" else {})
 
-# %% ../../nbs/49_scoring.labeler.ipynb #c90c72fc
+# %% ../../nbs/49_scoring.labeler.ipynb #8f217e13
 FLUSH_SECONDS, FLUSH_ROWS = 20.0, 2048
 
 
@@ -485,21 +513,23 @@ def label_to_file(
     out: Path | str,  # .csv or .parquet
     column: str | None = None,
     workers: int = DECODERS,
-    replace: bool = False,  # labels of another checkpoint
+    replace: bool = False,  # what `out` holds of another checkpoint, other images or further tasks
 ) -> pd.DataFrame:  # what was written
-    "Label everything in `source` that has no row yet, and write `out`. Raises `InputError`."
-    check_labelling(labeler.name, source, out, column, replace)
+    "Label everything in `source` that has no row yet, and write `out`. Raises `InputError`; `RunFailure` where it can't be written."
+    tasks = [task.name for task in labeler.tasks]
+    check_labelling(labeler.name, source, out, column, replace, tasks)
     out, parts = Path(out), parts_of(out)
     with held_parts(parts, out):
-        present = stamps_of(images_of(source, column))
+        present = stamps_of(images_of(source, column), source)
         done = finished(parts, labeler)
         missing = {name for name, stamp in present.items() if not all((name, stamp, labeler.follows_from[task.name]) in done for task in labeler.tasks)}
         rows = (row for row in images_of(source, column) if row.id in missing)  # read again, a few at a time
         label_into(parts, labeler, rows, len(missing), workers)
         table = assembled(parts, present, labeler)
         content = table.to_csv(index=False).encode() if out.suffix.lower() == ".csv" else table.to_parquet(index=False)
-        note_written(parts, labeler.name, content)
-        write_atomically(out, content)
+        with writing(out):
+            note_written(parts, labeler.name, content, source, tasks)
+            write_atomically(out, content)
     return table
 
 
@@ -516,7 +546,7 @@ def label_into(parts: Path, labeler: Labeler, rows: Iterable[Row], count: int, w
     if pending:
         write_part(parts, pending)
 
-# %% ../../nbs/49_scoring.labeler.ipynb #1799d958
+# %% ../../nbs/49_scoring.labeler.ipynb #e6fc0456
 def parts_of(out: Path | str) -> Path:
     "Where an output's parts lie."
     return Path(out).with_name(f"{Path(out).name}.parts")
@@ -526,26 +556,34 @@ def note_written(
     parts: Path,
     checkpoint: str,
     content: bytes,  # that the output is about to have
+    source: Path | str | None = None,
+    tasks: Collection[str] = (),
 ) -> None:
-    "Note whose labels the output holds, and hashes of it: as it was, and as it will be."
+    "Note what labels the output holds, of which images, and hashes of it: as it was, and as it will be."
     before = read_note(parts).get("files", [])[-1:]
-    write_atomically(parts / "written.json", json.dumps({"checkpoint": checkpoint, "files": [*before, sha256_of(content)]}))
+    labelled = {"source": os.path.realpath(source)} if source is not None else {}
+    write_atomically(parts / "written.json", json.dumps({"checkpoint": checkpoint, **labelled, "tasks": list(tasks), "files": [*before, sha256_of(content)]}))
 
 
 def read_note(parts: Path) -> dict[str, Any]:
-    "What is known of the output: `checkpoint`, and `files` where it was noted; empty where there is no earlier labelling."
-    if (parts / "written.json").exists():
-        return json.loads((parts / "written.json").read_text(encoding="utf-8"))
+    "What is known of the output: `checkpoint`, and where they were noted `source`, `tasks` and `files`; empty where there is no earlier labelling. Raises `RunFailure` for a damaged note."
+    path = parts / "written.json"
+    if path.exists():
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise RunFailure(f"{path} can't be read ({error}); delete it, and label again") from error
     table = read_parts(parts)
     return {"checkpoint": table["checkpoint"].iloc[-1]} if len(table) else {}
 
-# %% ../../nbs/49_scoring.labeler.ipynb #011dcc33
+# %% ../../nbs/49_scoring.labeler.ipynb #5ffb5255
 def check_labelling(
     checkpoint: str,  # its name
     source: Path | str,
     out: Path | str,
     column: str | None = None,
-    replace: bool = False,  # labels of another checkpoint
+    replace: bool = False,  # what `out` holds of another checkpoint, other images or further tasks
+    tasks: Collection[str] | None = None,  # None: not known yet
 ) -> None:
     "Whether there are images, and whether `out` may be written. Raises `InputError` with the remedy."
     out, next_best = Path(out), "name another --out, or move that file away"
@@ -554,6 +592,9 @@ def check_labelling(
     next(images_of(source, column))
     if out.is_dir():
         raise InputError(f"{out} is a folder; {next_best}")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{out}: {above} is {'a folder without permission to write' if above.is_dir() else 'no folder'}; name another --out")
     if not out.exists():
         return
     note = read_note(parts_of(out))
@@ -563,33 +604,60 @@ def check_labelling(
         raise InputError(f"{out} has been changed since it was labelled; {next_best}")
     if note["checkpoint"] != checkpoint and not replace:
         raise InputError(f"{out} holds labels of {note['checkpoint']}, and these would be of {checkpoint}; name another --out, or give --replace")
+    if note.get("source", os.path.realpath(source)) != os.path.realpath(source) and not replace:
+        raise InputError(f"{out} holds labels of the images of {note['source']}, which would go; name another --out, or give --replace")
+    if tasks is not None and (gone := [name for name in note.get("tasks", []) if name not in tasks]) and not replace:
+        raise InputError(f"{out} also holds labels of task '{gone[0]}', which would go; name it with --task, too, name another --out, or give --replace")
 
-# %% ../../nbs/49_scoring.labeler.ipynb #63dead72
-def stamps_of(rows: Iterable[Row]) -> dict[str, str]:  # id -> stamp, in order
+# %% ../../nbs/49_scoring.labeler.ipynb #8fb4058b
+def stamps_of(rows: Iterable[Row], source: Path | str) -> dict[str, str]:  # id -> stamp, in order
     "The images that are there, without their bytes. Raises `InputError` for an id that comes twice."
     found: dict[str, str] = {}
     for row in rows:
         if row.id in found:
-            raise InputError(f"the id '{row.id}' occurs twice in the table; ids name the rows of the result")
+            raise InputError(f"{source}: the id '{row.id}' occurs twice{f', again in {row.where}' if row.where else ''}; ids name the rows of the result: make them unique, or leave their column out")
         found[row.id] = stamp_of(row)
     return found
 
 
-def held_parts(parts: Path, out: Path) -> AbstractContextManager[None]:
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    "Write an output or its parts. Raises `RunFailure` where the disk refuses."
+    try:
+        yield
+    except OSError as error:
+        raise RunFailure(f"{out}: can't be written ({error.strerror or error}); make room, or name another --out. What is labelled already isn't labelled again") from error
+
+
+@contextmanager
+def held_parts(parts: Path, out: Path) -> Iterator[None]:
     "Hold the part files of an output. Raises `RunFailure` if another process does."
-    return sole_use(parts / ".lock", lambda: RunFailure(f"{out}: another process is labelling into this file; wait for it or name another --out"))
+    held = sole_use(parts / ".lock", lambda: RunFailure(f"{out}: another process is labelling into this file; wait for it or name another --out"))
+    with ExitStack() as stack:
+        with writing(out):
+            stack.enter_context(held)
+        yield
 
 
 def write_part(parts: Path, rows: list[dict[str, Any]]) -> None:
     "Publish the next part."
     numbers = [int(path.stem.removeprefix("part-")) for path in parts.glob("part-*.parquet")]
-    write_atomically(parts / f"part-{max(numbers, default=-1) + 1:05d}.parquet", pd.DataFrame(rows).to_parquet(index=False))
+    with writing(parts):
+        write_atomically(parts / f"part-{max(numbers, default=-1) + 1:05d}.parquet", pd.DataFrame(rows).to_parquet(index=False))
 
 
 def read_parts(parts: Path) -> pd.DataFrame:
-    "All rows of all parts, in order."
+    "All rows of all parts, in order. Raises `RunFailure` for a damaged one."
     files = sorted(parts.glob("part-*.parquet"))
-    return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True) if files else pd.DataFrame(columns=["image", "task", *EMPTY, "checkpoint", "follows_from", "stamp"])
+    return pd.concat([read_part(file) for file in files], ignore_index=True) if files else pd.DataFrame(columns=["image", "task", *EMPTY, "checkpoint", "follows_from", "stamp"])
+
+
+def read_part(file: Path) -> pd.DataFrame:
+    "The rows of one part."
+    try:
+        return pd.read_parquet(file)
+    except (ValueError, OSError) as error:
+        raise RunFailure(f"{file} can't be read ({' '.join(str(error).split())[:200]}); delete it, and label again: only its images are") from error
 
 
 def finished(parts: Path, labeler: Labeler) -> set[tuple[str, str, str]]:
