@@ -45,8 +45,28 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         'api', "a setting that the model refuses costs an attempt", 'qwen2vl_sft/scoring/remote.py',
-        'wait=0.0, counts=False)', 'wait=0.0)',
+        'self.other + (not failure.leaves_out and not failure.limited)', 'self.other + (not failure.limited)',
         ('tests/test_scoring_remote.py::test_settings_that_the_model_refuses_are_left_out',),
+    ),
+    Mutation(
+        'api.faults', "a refused field of extra is sent for ever", 'qwen2vl_sft/scoring/remote.py',
+        '    if name in extra:\n', '    if name in extra and name not in LEFT_OUT:\n',
+        ('tests/test_scoring_api_faults.py::test_a_refused_field_of_extra_is_not_sent_for_ever[seed]',),
+    ),
+    Mutation(
+        'api.faults', "a request that never left is paid for", 'qwen2vl_sft/scoring/remote.py',
+        'Failed(storable(" ".join(words.split())[:300]), again=True, charged=bool(left))', 'Failed(storable(" ".join(words.split())[:300]), again=True, charged=True)',
+        ('tests/test_scoring_api_faults.py::test_a_request_that_never_left_costs_nothing[nobody]',),
+    ),
+    Mutation(
+        'api.faults', "a request that timed out is free", 'qwen2vl_sft/scoring/remote.py',
+        'left.append(event)', 'pass',
+        ('tests/test_scoring_api_faults.py::test_a_request_that_left_counts_at_its_expected_cost',),
+    ),
+    Mutation(
+        'api.faults', "a question that failed before the end was not asked", 'qwen2vl_sft/scoring/remote.py',
+        'if failure.unasked and tries.last:', 'if False:',
+        ('tests/test_scoring_api_faults.py::test_a_question_that_failed_before_the_end_says_so',),
     ),
     Mutation(
         '5.13.shared', "rows of tasks that begin otherwise are scored together", 'qwen2vl_sft/scoring/suite.py',
@@ -1064,7 +1084,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '8.api', '429 uses up the attempts', 'qwen2vl_sft/scoring/remote.py',
-        'self.limited + failure.limited, self.other + (failure.counts and not failure.limited)',
+        'self.limited + failure.limited, self.other + (not failure.leaves_out and not failure.limited)',
         'self.limited + failure.limited, self.other + 1',
         ('tests/test_scoring_remote.py::test_after_429_all_workers_pause_and_errors_keep_their_attempts',),
     ),

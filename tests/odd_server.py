@@ -1,0 +1,76 @@
+"""An OpenAI-compatible server that misbehaves in one way at a time. It imports nothing of the package.
+
+`started(mode)` serves in a thread and yields the server: its address, the bodies it was sent, and the `mode`, which may be
+changed while it runs. See `MODES` for what it can do.
+"""
+
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+def completion(content, finish="stop", usage=True, **more):
+    choice = {"index": 0, "message": {"role": "assistant", "content": content, "refusal": None}, "finish_reason": finish}
+    counted = {"usage": {"prompt_tokens": 100, "completion_tokens": 2}} if usage else {}
+    return {"id": "c-1", "object": "chat.completion", "created": 1, "model": "odd-1", "choices": [choice], **counted, **more}
+
+
+def error(message, **details):
+    return {"error": {"message": message, "type": "invalid_request_error", **details}}
+
+
+def refuses(*names):
+    "A service that takes none of some settings, and says so in OpenAI's way."
+    def answer(body, key):
+        for name in names:
+            if name in body:
+                return 400, error(f"Unsupported parameter: '{name}'", param=name, code="unsupported_parameter")
+        return 200, completion("yes")
+
+    return answer
+
+
+MODES = {
+    "yes": lambda body, key: (200, completion("yes")),
+    "500": lambda body, key: (500, error("The server had an error", type="server_error")),
+    "no settings": refuses("temperature", "seed", "reasoning_effort"),
+    "no structure": refuses("response_format"),
+    "backticks": lambda body, key: (400, error("`temperature` is deprecated for this model.")) if "temperature" in body else (200, completion("yes")),
+}
+
+
+class Odd(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.received.append(body)
+        status, content, *headers = MODES[self.server.mode](body, self.headers["authorization"].split()[-1])
+        if status is None:  # closed half-way
+            self.wfile.write(b"HTTP/1.1 200 OK\r\ncontent-length: 400\r\n\r\n" + content)
+            self.close_connection = True
+            return
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in (headers[0] if headers else {}).items():
+            self.send_header(name, value)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@contextmanager
+def started(mode):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Odd)
+    server.mode, server.received, server.daemon_threads = mode, [], True
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()

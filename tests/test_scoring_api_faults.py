@@ -1,0 +1,87 @@
+"""API models, one kind of misbehaviour at a time: what it costs, what the rows and the user are told, and that it ends."""
+
+import socket
+import time
+from functools import partial
+
+import pytest
+from odd_server import started
+from test_scoring_remote import CANARY, asked, config_for, numbered
+
+from qwen2vl_sft.scoring.remote import ask_all, open_session, run_to_end
+from qwen2vl_sft.scoring.responses import ResponseStore
+
+
+@pytest.fixture
+def key(monkeypatch):
+    monkeypatch.setenv("CANARY_KEY", CANARY)
+
+
+def states(session) -> dict[str, int]:
+    return session.store.usage(session.run)["states"]
+
+
+# --- what ends, and what it costs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{"extra": {"seed": 1}}, {"temperature": None, "extra": {"temperature": 0.2}}, {"temperature": None, "extra": {"reasoning_effort": "low"}}], ids=lambda changes: "-".join(changes["extra"]))
+def test_a_refused_field_of_extra_is_not_sent_for_ever(project, key, changes):
+    with started("no settings") as server:
+        session, reasons = asked(config_for(server.address, concurrency=1, max_minutes=0.05, **changes), project / "store.sqlite", numbered(range(4)))
+        name = next(iter(changes["extra"]))
+        assert len(server.received) <= 2 and len(reasons) == 4
+        assert f"(take {name} out of the recipe's `extra`)" in session.stopped and session.spent == 0
+
+
+def test_a_setting_that_is_refused_in_other_words_is_left_out(project, key):
+    with started("backticks") as server:
+        session, reasons = asked(config_for(server.address, concurrency=1), project / "store.sqlite", numbered(range(3)))
+        assert reasons == {} and len(server.received) == 4 and session.refused == {"temperature"}
+
+
+def test_a_service_without_structured_answers_is_asked_once(project, key):
+    with started("no structure") as server:
+        session, reasons = asked(config_for(server.address, concurrency=1, structured=True), project / "store.sqlite", numbered(range(4)))
+        assert len(server.received) == 1 and len(reasons) == 4 and "structured=false asks for plain ones" in session.stopped
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.mark.parametrize("where", ["nobody", "no TLS", "no such host", "dead proxy"])
+def test_a_request_that_never_left_costs_nothing(project, key, monkeypatch, where):
+    (project / "prices.yaml").write_text("faulty: {input: 1000, output: 10000}\n")
+    with started("yes") as server:
+        address = {"nobody": f"http://127.0.0.1:{free_port()}", "no TLS": server.address.replace("http", "https"), "no such host": "http://nobody.invalid"}.get(where, server.address)
+        if where == "dead proxy":
+            monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+            monkeypatch.setenv("NO_PROXY", "")
+        session = open_session(config_for(address, attempts=2, concurrency=2, budget=3.0), ResponseStore(project / "store.sqlite"), "faults/faulty")
+        reasons = run_to_end(partial(ask_all, session, numbered(range(3))), session)
+        assert server.received == []
+    words = {"nobody": "ConnectionRefusedError", "no TLS": "SSLError", "no such host": "gaierror", "dead proxy": "ConnectionRefusedError"}
+    assert all(reason.startswith("no connection") and words[where] in reason for reason in reasons.values()), reasons
+    assert len(reasons) == 3 and session.spent == 0 and not session.stopped and sum(states(session).values()) == 6
+
+
+def test_a_request_that_left_counts_at_its_expected_cost(project, key):
+    "A service that hangs up on every request may have worked for it."
+    (project / "prices.yaml").write_text("faulty: {input: 1000, output: 10000}\n")  # at most 0.1 + 1.28 a request
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        session, reasons = asked(config_for(f"http://127.0.0.1:{silent.getsockname()[1]}", attempts=1, concurrency=2, timeout=0.5), project / "store.sqlite", numbered(range(2)))
+    assert set(reasons.values()) == {"no answer within 0.5 s"} and session.spent == pytest.approx(2 * 1.38)
+
+
+def test_a_question_that_failed_before_the_end_says_so(project, key):
+    "'Not asked' is said only of what was never asked."
+    with started("500") as server:
+        config = config_for(server.address, concurrency=2, attempts=5, first_wait=30.0, longest_wait=30.0, max_minutes=0.01)
+        began = time.monotonic()
+        _, reasons = asked(config, project / "store.sqlite", numbered(range(5)))
+        assert time.monotonic() - began < 5 and len(server.received) == 2
+    told = sorted(reasons.values())
+    assert told[:2] == ["HTTP 500 server_error: The server had an error; then stopped: max_minutes=0.01 are over"] * 2
+    assert told[2:] == ["not asked: max_minutes=0.01 are over"] * 3
