@@ -6,6 +6,7 @@ import unicodedata
 import zlib
 from itertools import pairwise
 
+import imagehash
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,6 +27,8 @@ from qwen2vl_sft.data.audit import (
     counts_of,
     decode,
     detection_power,
+    forecast_html,
+    in_grey,
     inspect_row,
     label_remarks,
     look_alike,
@@ -33,6 +36,7 @@ from qwen2vl_sft.data.audit import (
     note_duplicates,
     note_two_labels,
     number_duplicate_ids,
+    perceptual_hash,
     quarantine_leaks,
     runs_of,
     smallest_difference,
@@ -146,6 +150,23 @@ def test_unusual_modes_are_accepted(mode):
     assert record.verdict == "accepted" and (record.width, record.height) == (60, 40)
 
 
+def test_a_tiff_of_shares_of_white_is_as_bright_as_one_of_bytes():
+    shares = np.linspace(0, 1, 60 * 40, dtype=np.float32).reshape(40, 60)
+    expected = np.rint(shares * 255)
+    for values in (shares, shares * 255, np.where(shares > 0.5, shares, np.nan)):
+        picture = np.asarray(decode(encoded(Image.fromarray(values), "TIFF")))[..., 0]
+        assert (picture == np.where(np.isnan(values), 0, expected)).all()
+
+
+@pytest.mark.parametrize(("picture", "blank"), [
+    (Image.new("RGB", (60, 40), "white"), True), (noise(), False),
+    (Image.fromarray(np.linspace(0, 4095, 40 * 60).astype(np.uint16).reshape(40, 60)), True),  # 12 bits a pixel in a file of 16
+])
+def test_a_picture_of_one_colour_is_noted(picture, blank):
+    record = check(encoded(picture, "TIFF"))
+    assert ("blank" in record.notes) == blank and record.verdict == "accepted"
+
+
 def test_size_is_the_size_after_exif_rotation():
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -231,6 +252,18 @@ def test_two_labels_for_one_picture_are_reported_but_not_for_two_questions():
     note_two_labels(records)
     assert [record.notes for record in records] == [["two_labels"], ["two_labels"], [], []]
     assert "'dog'" in records[0].detail
+
+
+@pytest.mark.parametrize("size", [(411, 411), (700, 391), (1411, 1411)])
+def test_the_hash_is_imagehashs_whatever_the_size(size):
+    differing = lambda one, other: (int(one, 16) ^ int(other, 16)).bit_count()
+    for seed in range(3):
+        picture = noise(32, 24, seed).resize(size, Image.Resampling.BICUBIC)
+        found = perceptual_hash(in_grey(picture))
+        assert differing(found, str(imagehash.phash(picture, hash_size=16))) <= 6
+        for scale in (0.5, 0.6, 1.3):
+            copy = picture.resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.LANCZOS)
+            assert differing(found, perceptual_hash(in_grey(copy))) <= 6
 
 
 def test_groups_hold_recompressed_and_resized_copies_only():
@@ -492,6 +525,20 @@ def test_the_report_forecasts_lengths_and_draws_them():
     assert "<svg" in audit.page() and "Forecast" in audit._repr_html_() and "forecast (estimates)" in audit.summary()
     assert report["forecast"]["Qwen/Qwen2-VL-7B-Instruct"]["gigabytes"]["qlora"] < 20
     assert Audit("s", [check(label="elephant")]).to_json()["forecast"] == {}
+
+
+def test_each_model_of_the_forecast_has_its_own_sentence():
+    report = Audit("s", [check()]).to_json()
+    for block, (name, plan) in zip(forecast_html(report).split("<details>")[1:], report["forecast"].items(), strict=True):
+        assert f"{name}, at most {plan['max_pixels']:,} pixels" in block
+        assert not any(f"{other}, at most" in block for other in report["forecast"] if other != name)
+
+
+def test_why_nothing_is_left_for_test_is_said():
+    said = lambda count, group, source: " ".join(task_remarks(PET, [Checked("pet", "train", str(i), "", label="cat", group=group(i), source=source(i)) for i in range(count)]))
+    assert "its 80 rows are one group of nearly equal pictures" in said(80, lambda i: "g", lambda i: "g")
+    assert "few independent sources (flickr, google, own)" in said(80, str, lambda i: ["flickr", "google", "own"][i % 3])
+    assert "stays in one split" not in said(80, str, str) + said(2, lambda i: "g", lambda i: "g")
 
 
 def test_tables_in_the_terminal_line_up_with_chinese_names():

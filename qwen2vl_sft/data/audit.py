@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'REPAIRS', 'NOTES', 'CONTROL_TOKEN', 'HASH_SIDE', 'BUCKET', 'BLOCK', 'PAGE_ROWS', 'CODEC', 'SPREAD',
-           'ADDED', 'PRECEDENCE', 'ROUNDS', 'COMPARISONS', 'FEW', 'NAMES', 'IMBALANCE', 'MISSED', 'EXAMPLES', 'STYLE',
-           'FORECAST', 'Limits', 'Unusable', 'read_bytes', 'check_header', 'broken', 'decode', 'wordings_of', 'visible',
-           'confusable_characters', 'look_alike_key', 'look_alike', 'unlike', 'check_label', 'Checked',
-           'refuse_control_tokens', 'perceptual_hash', 'inspect_row', 'Spill', 'zeros', 'filled_with', 'blocks_of',
-           'counting', 'taken', 'digits_of', 'argsorted', 'runs_of', 'Numbers', 'Records', 'packed', 'unpacked',
-           'joined', 'edited', 'filled', 'columns_of', 'buckets', 'numbers_of', 'codes_of', 'is_kept', 'looked_up',
-           'number_duplicate_ids', 'new_ids', 'quarantine_leaks', 'note_two_labels', 'hash_bytes', 'hash_words',
-           'differing_bits', 'connected', 'words_of', 'spanning_pairs', 'keep', 'band_keys', 'varying_bits', 'divides',
-           'pairs_of_small', 'join', 'join_some', 'near_components', 'near_pairs', 'assign_groups', 'note_duplicates',
-           'note_copies', 'note_across', 'near_copies', 'splits_of_key', 'detection_power', 'smallest_difference',
-           'look_alike_labels', 'prefix_labels', 'label_remarks', 'imbalance', 'distinct', 'task_remarks',
-           'shared_between_tasks', 'Audit', 'samples_of', 'Tally', 'counts_of', 'independent_of', 'task_report',
-           'examples', 'meaning', 'difference_text', 'summary', 'thumbnail', 'cards_html', 'splits_html', 'labels_html',
-           'forecast_html', 'problem_html', 'page', 'audit_fragment']
+           'ADDED', 'PRECEDENCE', 'ROUNDS', 'COMPARISONS', 'FEW', 'NAMES', 'IMBALANCE', 'MISSED', 'FEW_UNITS',
+           'EXAMPLES', 'STYLE', 'FORECAST', 'Limits', 'limits_of', 'Unusable', 'read_bytes', 'check_header', 'broken',
+           'decode', 'wordings_of', 'visible', 'confusable_characters', 'look_alike_key', 'look_alike', 'unlike',
+           'check_label', 'Checked', 'refuse_control_tokens', 'in_grey', 'perceptual_hash', 'is_blank', 'inspect_row',
+           'Spill', 'zeros', 'filled_with', 'blocks_of', 'counting', 'taken', 'digits_of', 'argsorted', 'runs_of',
+           'Numbers', 'Records', 'packed', 'unpacked', 'joined', 'edited', 'filled', 'columns_of', 'buckets',
+           'numbers_of', 'codes_of', 'is_kept', 'looked_up', 'number_duplicate_ids', 'new_ids', 'quarantine_leaks',
+           'note_two_labels', 'hash_bytes', 'hash_words', 'differing_bits', 'connected', 'words_of', 'spanning_pairs',
+           'keep', 'band_keys', 'varying_bits', 'divides', 'pairs_of_small', 'join', 'join_some', 'near_components',
+           'near_pairs', 'assign_groups', 'note_duplicates', 'note_copies', 'note_across', 'near_copies',
+           'splits_of_key', 'detection_power', 'smallest_difference', 'look_alike_labels', 'prefix_labels',
+           'label_remarks', 'imbalance', 'together', 'distinct', 'task_remarks', 'shared_between_tasks', 'Audit',
+           'samples_of', 'Tally', 'counts_of', 'independent_of', 'task_report', 'examples', 'meaning',
+           'difference_text', 'summary', 'thumbnail', 'cards_html', 'splits_html', 'labels_html', 'forecast_html',
+           'problem_html', 'page', 'audit_fragment']
 
-# %% ../../nbs/22_data.audit.ipynb #9dafef2a
+# %% ../../nbs/22_data.audit.ipynb #61e0bdb4
 import base64
 import heapq
 import io
@@ -47,9 +48,9 @@ from ..core import did_you_mean, display_width, padded, printable, sha256_of
 from .forecast import Sample, forecast, forecast_lines, forecast_table, gigabytes_text, histogram_svg, small_plan
 from .sources import Row
 from ..encoding.images import FORMATS, open_image
-from ..tasks import SPLITS, Task
+from ..tasks import SPLITS, Suite, Task
 
-# %% ../../nbs/22_data.audit.ipynb #2d9e0317
+# %% ../../nbs/22_data.audit.ipynb #8b886a42
 REASONS = {
     "no_image": "the row names no image",
     "several_images": "the row has several images; a sample has one",
@@ -67,9 +68,9 @@ REASONS = {
     "other_media": "the row has video or audio; a sample is one image",
     "bad_characters": "a text or file name holds half characters (lone surrogates); write it again as UTF-8",
     "empty_file": "the image has no bytes; copy it again",
-    "too_many_bytes": "the image file is larger than the limit",
+    "too_many_bytes": "the image file is larger than the limit; make it smaller or raise limits.file_bytes in the suite",
     "not_an_image": "the bytes are no image in a known format",
-    "too_many_pixels": "the picture is larger than the limit; make it smaller or raise the limit",
+    "too_many_pixels": "the picture is larger than the limit; make it smaller or raise limits.pixels in the suite",
     "aspect_ratio": "one side is more than 200 times the other, which Qwen2-VL refuses; crop the picture",
     "truncated": "the image file is cut off; copy it again",
     "undecodable": "the image has a valid header and broken contents; export it again",
@@ -82,7 +83,7 @@ REASONS = {
     "unreadable": "the reader gave another reason",
 }
 
-# %% ../../nbs/22_data.audit.ipynb #febe928d
+# %% ../../nbs/22_data.audit.ipynb #2dd4163f
 REPAIRS = {
     "label_trimmed": "spaces around the label removed",
     "label_alias": "an alias replaced by its label",
@@ -97,9 +98,10 @@ NOTES = {
     "two_labels": "the same picture has another label elsewhere",
     "near_duplicate": "nearly the same picture is in another split: see its group",
     "shared_source": "rows of the same independent source are in another split",
+    "blank": "the picture is nearly of one colour",
 }
 
-# %% ../../nbs/22_data.audit.ipynb #b0c85c32
+# %% ../../nbs/22_data.audit.ipynb #ff4854de
 @dataclass(frozen=True)
 class Limits:
     "What the audit accepts; part of the fingerprint of prepared data."
@@ -107,6 +109,11 @@ class Limits:
     file_bytes: int = 200_000_000
     aspect_ratio: float = 200.0  # longer side / shorter side, the model's own limit
     near_bits: int = 16  # of 256 bits of the perceptual hash, for near duplicates
+
+
+def limits_of(suite: Suite) -> Limits:
+    "The limits that the suite states, else the usual ones."
+    return Limits(**suite.limits.model_dump(exclude_none=True))
 
 
 class Unusable(Exception):
@@ -294,15 +301,24 @@ def refuse_control_tokens(record: Checked) -> None:
         if found := CONTROL_TOKEN.search(text or ""):
             raise Unusable("special_token", f"the {name} holds {found[0]}")
 
-# %% ../../nbs/22_data.audit.ipynb #5b35d49e
+# %% ../../nbs/22_data.audit.ipynb #e0e3b320
 HASH_SIDE = 16  # bits a side of the perceptual hash
 
 
-def perceptual_hash(picture: Image.Image) -> str:
-    "imagehash.phash of 256 bits, as 64 hexadecimal digits; large pictures are averaged down first, in a third of the time."
-    grey = picture.convert("L")
-    factor = min(grey.size) // (8 * HASH_SIDE)
-    return str(imagehash.phash(grey.reduce(factor) if factor > 1 else grey, hash_size=HASH_SIDE))
+def in_grey(picture: Image.Image) -> Image.Image:
+    "The 64 x 64 pixels that imagehash.phash looks at; large pictures are averaged down first, in a third of the time."
+    return picture.convert("L").resize((4 * HASH_SIDE, 4 * HASH_SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+def perceptual_hash(grey: Image.Image) -> str:
+    "imagehash.phash of 256 bits, as 64 hexadecimal digits, from `in_grey`."
+    return str(imagehash.phash(grey, hash_size=HASH_SIDE))
+
+
+def is_blank(grey: Image.Image) -> bool:
+    "Whether darkest and lightest are at most 16 of 255 apart: an empty scan, a placeholder, or more bits a pixel than the file says."
+    darkest, lightest = grey.getextrema()
+    return lightest - darkest <= 16
 
 
 def inspect_row(row: Row, task: Task, split: str, limits: Limits) -> tuple[Checked, bytes | None]:
@@ -317,9 +333,11 @@ def inspect_row(row: Row, task: Task, split: str, limits: Limits) -> tuple[Check
         record.format, record.width, record.height = check_header(content, limits)
         picture = decode(content)
         record.width, record.height = picture.size
-        record.phash = perceptual_hash(picture)
+        grey = in_grey(picture)
+        record.phash = perceptual_hash(grey)
         record.label, record.notes = check_label(row.label, wordings_of(task))
         refuse_control_tokens(record)
+        record.notes += ["blank"] * is_blank(grey)
         record.notes += [code for note in row.notes if (code := note.partition(": ")[0]) in REPAIRS | NOTES]
         record.detail = "; ".join(note.partition(": ")[2] for note in row.notes) or None
     except Unusable as problem:
@@ -1018,8 +1036,26 @@ def imbalance(labels: dict[str, int]) -> float:
     found = [number for number in labels.values() if number]
     return round(max(found) / min(found), 2) if found else 1.0
 
-# %% ../../nbs/22_data.audit.ipynb #b15cdeb5
-MISSED = {"train": ": nothing can be trained", "validation": "", "test": ": nothing can be measured; give more rows, or a test source"}
+# %% ../../nbs/22_data.audit.ipynb #aad1939a
+MISSED = {"train": ": nothing can be trained", "validation": "", "test": ": nothing can be measured; "}
+FEW_UNITS = 10  # that a split can be drawn from
+
+
+def together(records: Iterable[Checked]) -> str:
+    "A sentence where many rows are so few units that none was left for a split; else empty."
+    rows, groups, sources = 0, set(), set()
+    for record in filter(is_kept, records):
+        rows += 1
+        (groups if record.source in (None, record.group) else sources).add(record.source)
+        if len(groups) + len(sources) > FEW_UNITS:
+            return ""
+    if rows < 3 * max(1, len(groups) + len(sources)):
+        return ""
+    if not sources:
+        many = f"{len(groups)} groups" if len(groups) > 1 else "one group"
+        return f"its {rows:,} rows are {many} of nearly equal pictures, and a group stays in one split; if they only look alike, set limits: {{near_bits: 0}} in the suite"
+    names = ", ".join(sorted(map(printable, sources)))[:200]
+    return f"its {rows:,} rows are of few independent sources ({names}), and a source stays in one split; if they don't depend on each other, leave the column out of the task's source"
 
 
 def distinct(numbers: np.ndarray) -> int:
@@ -1038,6 +1074,8 @@ def task_remarks(task: Task, records: Sequence[Checked]) -> list[str]:
                 tested[rows] = hash(record.source or record.group)
                 rows += 1
     remarks = label_remarks(task) + [f"no rows in {split}{MISSED[split]}" for split in SPLITS if not labels[split]]
+    if not labels["test"]:
+        remarks[-1] += together(records) or "give more rows, or a test source"
     for split in ("train", "test"):
         missing = [label for label in task.labels or [] if not labels[split][label]]
         if missing and labels[split]:
@@ -1304,21 +1342,22 @@ def labels_html(report: dict, most: int = 40) -> str:
         blocks += f"<details open><summary>{escape(task)}</summary>{table}</details>"
     return blocks
 
-# %% ../../nbs/22_data.audit.ipynb #eb5d1732
+# %% ../../nbs/22_data.audit.ipynb #6ae5e7fc
 FORECAST = re.compile(r'<section id="forecast">.*?</section>', re.DOTALL)
 
 
 def forecast_html(report: dict) -> str:
     "Histograms of sequence lengths, and steps and memory, a block a model."
     blocks = ""
-    for (name, plan), line in zip(report["forecast"].items(), forecast_lines(report["forecast"]), strict=False):
+    for name, plan in report["forecast"].items():
+        lines = "".join(f'<p class="soft">{escape(line)}</p>' for line in forecast_lines({name: plan}))
         needs = "".join(f'<td class="n">{gigabytes_text(number)}</td>' for number in plan["gigabytes"].values())
         head = "".join(f'<th class="n">{method}, GB</th>' for method in plan["gigabytes"])
         cells = f'<td class="n">{plan["too_long"]:,}</td><td class="n">{plan["steps_per_epoch"]:,}</td>{needs}'
         table = (f'<table><tr><th class="n">rows over {plan["max_tokens"]:,} tokens</th><th class="n">steps an epoch of {plan["batch"]}</th>'
                  f"{head}</tr><tr>{cells}</tr></table>")
         svg = histogram_svg(plan["histogram"], "tokens", plan["max_tokens"])
-        blocks += f'<details><summary>{escape(name)}</summary><p class="soft">{escape(line)}</p>{svg}{table}</details>'
+        blocks += f'<details><summary>{escape(name)}</summary>{lines}{svg}{table}</details>'
     heading = '<h2>Forecast</h2><p class="soft">Lengths from picture sizes; memory is an estimate.</p>' if blocks else ""
     return f'<section id="forecast">{heading}{blocks}</section>'
 

@@ -17,7 +17,7 @@ __all__ = ['COLUMNS', 'FEATURES', 'SCHEMA', 'GROUP_ROWS', 'GROUP_BYTES', 'SHARD_
            'Prepared', 'counts', 'quarantine', 'set_forecast', 'fold', 'is_drawn', 'holding_out', 'stream',
            'prepared_html', 'pictures_html', 'load_split']
 
-# %% ../../nbs/23_data.prepare.ipynb #99b92a22
+# %% ../../nbs/23_data.prepare.ipynb #4e15169e
 import errno
 import json
 import multiprocessing
@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 from ..core import InputError, RunFailure, fingerprint, project_root, say, sha256_of, sole_use, write_atomically
 from .audit import (BLOCK, BUCKET, FORECAST, Audit, Checked, Limits, Records, Spill, argsorted, assign_groups, blocks_of, buckets, columns_of, counting, counts_of,
-                                    differing_bits, edited, filled, filled_with, forecast_html, hash_bytes, hash_words, inspect_row, is_kept, join, joined, note_duplicates,
+                                    differing_bits, edited, filled, filled_with, forecast_html, hash_bytes, hash_words, inspect_row, is_kept, join, joined, limits_of, note_duplicates,
                                     note_two_labels, number_duplicate_ids, numbers_of, quarantine_leaks, runs_of, shared_between_tasks, summary, taken, task_remarks, thumbnail, zeros)
 from .sources import Row, read_rows, source_contents, source_remarks
 from ..tasks import SPLITS, Suite, Task, load_suite
@@ -742,8 +742,8 @@ def prepare_tasks(suite: Suite, progress: Progress, settings: dict, previous: di
             elsewhere.add_records(audits[number].records)
     return [audits[number] for number in range(len(tasks))]
 
-# %% ../../nbs/23_data.prepare.ipynb #eb972026
-FORMAT = 1  # of prepared data; a change prepares everything anew
+# %% ../../nbs/23_data.prepare.ipynb #bf1edbdb
+FORMAT = 2  # of prepared data; a change prepares everything anew
 
 
 def content_of(suite: Suite, limits: Limits, fractions: dict, folds: int | None = None) -> str:
@@ -985,20 +985,20 @@ def join_audits(suite: Suite, audits: list[Audit], spill: Spill) -> Audit:
         whole.remarks[task] += remarks
     return whole
 
-# %% ../../nbs/23_data.prepare.ipynb #4e83e08f
+# %% ../../nbs/23_data.prepare.ipynb #32422e1c
 def prepare(
     suite: Suite,
     out: Path | None = None,  # the folder that gets a subfolder for the suite; default: prepared/ of the project
     *,
     fractions: dict[str, float] | None = None,  # of splits that have to be drawn; default 0.8, 0.1, 0.1
     folds: int | None = None,  # also divide what is drawn into so many, for `Prepared.fold`; None: as many as before, 0: none
-    limits: Limits | None = None,
+    limits: Limits | None = None,  # in place of the suite's
     strict: bool = False,  # InputError if anything was quarantined
     force: bool = False,  # prepare again, also when nothing has changed
     workers: int | None = None,  # processes that decode; None: a core each, 0: none
 ) -> "Prepared":
     "Audit a suite's rows and write them as Parquet; does nothing where that is done. InputError for unusable input."
-    out, limits, fractions = Path(out or project_root() / "prepared"), limits or Limits(), fractions or FRACTIONS
+    out, limits, fractions = Path(out or project_root() / "prepared"), limits or limits_of(suite), fractions or FRACTIONS
     check_fractions(fractions)
     if folds and folds < 3:
         raise InputError(f"folds must be 3 or more (one for test, one for validation, the rest for train), not {folds}")

@@ -18,7 +18,7 @@ from ..config import PreprocessingConfig
 from ..core import InputError, first_line
 from .resize import resized_squares, squares_of
 
-# %% ../../nbs/10_encoding.images.ipynb #cc66b4b9
+# %% ../../nbs/10_encoding.images.ipynb #1742132b
 Image.init()
 FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO") if name in Image.OPEN]  # EPS, say, would start a program
 
@@ -42,8 +42,9 @@ def open_image(
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        scale = 257 if values.max(initial=0) > 255 else 1
+        values = np.nan_to_num(np.asarray(image).astype(np.float64))
+        highest = values.max(initial=0)
+        scale = 257 if highest > 255 else 1 / 255 if image.mode == "F" and 0 < highest <= 1 else 1  # 16 bits, 8 bits, shares of white
         return Image.fromarray(np.clip(np.rint(values / scale), 0, 255).astype(np.uint8))
     return image
 
