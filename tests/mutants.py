@@ -64,6 +64,16 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_scoring_api_faults.py::test_a_request_that_left_counts_at_its_expected_cost',),
     ),
     Mutation(
+        'api.faults', "a run without any answer has worked", 'qwen2vl_sft/scoring/remote.py',
+        'if len(failed) and len(failed) == len(rows):', 'if False:',
+        ('tests/test_scoring_api_faults.py::test_a_run_without_an_answer_says_why_and_fails',),
+    ),
+    Mutation(
+        'api.faults', "a service that answers now and then is given up", 'qwen2vl_sft/scoring/remote.py',
+        'and not session.counts["answered"] and', 'and',
+        ('tests/test_scoring_api_faults.py::test_one_answer_among_failures_is_enough_to_go_on',),
+    ),
+    Mutation(
         'api.faults', "a question that failed before the end was not asked", 'qwen2vl_sft/scoring/remote.py',
         'if failure.unasked and tries.last:', 'if False:',
         ('tests/test_scoring_api_faults.py::test_a_question_that_failed_before_the_end_says_so',),

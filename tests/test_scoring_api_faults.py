@@ -4,10 +4,13 @@ import socket
 import time
 from functools import partial
 
+import pandas as pd
 import pytest
 from odd_server import started
-from test_scoring_remote import CANARY, asked, config_for, numbered
+from test_scoring_remote import CANARY, asked, config_for, numbered, start_toy
 
+from qwen2vl_sft import cli
+from qwen2vl_sft.rundir import RunDir
 from qwen2vl_sft.scoring.remote import ask_all, open_session, run_to_end
 from qwen2vl_sft.scoring.responses import ResponseStore
 
@@ -85,3 +88,44 @@ def test_a_question_that_failed_before_the_end_says_so(project, key):
     told = sorted(reasons.values())
     assert told[:2] == ["HTTP 500 server_error: The server had an error; then stopped: max_minutes=0.01 are over"] * 2
     assert told[2:] == ["not asked: max_minutes=0.01 are over"] * 3
+
+
+# --- what the user is told ----------------------------------------------------------------------------------
+
+
+def rows_of(project, run: str = "service"):
+    run = RunDir(project / "runs" / "toy" / run)
+    return pd.concat([run.predictions(run.name, task, "free") for task in ("colour", "word")])
+
+
+def test_a_run_without_an_answer_says_why_and_fails(project, key, capfd):
+    with started("500") as server:
+        command = start_toy(project, server.address, attempts=1, concurrency=1, structured=True)
+        assert cli.main(command) == 1 and len(server.received) == 12
+        shown = capfd.readouterr()
+        assert "error: toy/service: none of 12 questions was answered: 12 x HTTP 500 server_error: The server had an error; the same command asks again" in shown.err
+        assert "toy/service: without an answer: 12 x HTTP 500 server_error" in shown.out
+        assert RunDir(project / "runs/toy/service").status().state == "failed"
+
+        assert cli.main([*command, "same_failures=4"]) == 1 and len(server.received) == 16
+        assert "stopped: 4 questions failed alike and none was answered: HTTP 500 server_error" in capfd.readouterr().err
+        told = rows_of(project)["reason"].value_counts()
+        assert len(told) == 2 and told.iloc[0] == 8 and told.index[0].startswith("not asked: 4 questions failed alike") and told.iloc[1] == 4
+
+        server.mode = "no structure"
+        assert cli.main(command) == 1 and "structured=false asks for plain ones" in capfd.readouterr().err
+        assert cli.main([*command, "structured=false"]) == 0  # a run without an answer may be changed
+        assert cli.main([*command, "structured=true"]) == 2 and "the run exists with structured: False" in capfd.readouterr().err
+        assert cli.main([*command, "structured=true", "--dry-run"]) == 2
+    rows = rows_of(project)
+    assert rows["outcome"].ne("error").all() and rows["cost"].isna().all() and rows["currency"].isna().all()  # no price is known
+
+
+def test_one_answer_among_failures_is_enough_to_go_on(project, key):
+    with started("500") as server:
+        session = open_session(config_for(server.address, concurrency=1, attempts=1, same_failures=3), ResponseStore(project / "store.sqlite"), "a/b")
+        server.mode = "yes"
+        run_to_end(partial(ask_all, session, numbered([0])), session)
+        server.mode = "500"
+        reasons = run_to_end(partial(ask_all, session, numbered(range(8))), session)
+        assert len(reasons) == 7 and not session.stopped and len(server.received) == 8

@@ -764,5 +764,6 @@ def test_money_spent_before_the_lock_was_ours_counts(project, key, monkeypatch):
 
     monkeypatch.setattr(remote, "_forecast", forecast)
     monkeypatch.setattr(remote, "ask_tests", lambda session, tests: seen.append(session.spent) or {})
-    score_api(project / "runs" / "toy", config)
+    with pytest.raises(RunFailure, match="none of 12 questions was answered: 12 x not asked"):
+        score_api(project / "runs" / "toy", config)
     assert seen == [2.5]

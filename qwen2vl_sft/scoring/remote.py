@@ -6,13 +6,14 @@
 __all__ = ['PACE', 'SENDABLE', 'NO_MONEY', 'LEFT_OUT', 'Asked', 'PaceConfig', 'ApiConfig', 'load_api_recipe', 'api_key', 'Price',
            'price_of', 'image_tokens', 'text_tokens', 'picture_url', 'Question', 'settings_sent', 'messages', 'Failed',
            'retry_after', 'refused_setting', 'setting_failure', 'failure_of', 'without_key', 'quiet_about', 'Session',
-           'pause', 'while_running', 'until_open', 'open_session', 'paced', 'connect', 'wait_for_turn', 'note_leaving',
-           'root_cause', 'answer_of', 'send', 'known_arguments', 'stated_usage', 'with_usage', 'tokens_of', 'cost_of',
-           'cost_at_most', 'attempt', 'Tries', 'ask', 'ask_all', 'run_to_end', 'questions_of', 'forecast_requests',
-           'forecast_text', 'named', 'prediction_row', 'predictions_of', 'earlier_rows', 'write_api_config',
-           'api_tests', 'ask_tests', 'summary', 'opened', 'forecast_api', 'score_api']
+           'alike', 'give_up', 'common_reasons', 'pause', 'while_running', 'until_open', 'open_session', 'paced',
+           'connect', 'wait_for_turn', 'note_leaving', 'root_cause', 'answer_of', 'send', 'known_arguments',
+           'stated_usage', 'with_usage', 'tokens_of', 'cost_of', 'cost_at_most', 'attempt', 'Tries', 'ask', 'ask_all',
+           'run_to_end', 'questions_of', 'forecast_requests', 'forecast_text', 'named', 'prediction_row',
+           'predictions_of', 'earlier_rows', 'has_answers', 'check_api_run', 'write_api_config', 'api_tests',
+           'ask_tests', 'summary', 'check_end', 'opened', 'forecast_api', 'score_api']
 
-# %% ../../nbs/47_scoring.remote.ipynb #b7283338
+# %% ../../nbs/47_scoring.remote.ipynb #b002ff13
 import asyncio
 import base64
 import io
@@ -23,6 +24,7 @@ import os
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -52,7 +54,7 @@ from .responses import Key, ResponseStore, completed_message, error_details, jud
 from .suite import TestSet, test_set
 from ..tasks import Task, load_suite
 
-# %% ../../nbs/47_scoring.remote.ipynb #877dabc9
+# %% ../../nbs/47_scoring.remote.ipynb #e0b23187
 class PaceConfig(Settings):
     "How fast, how long and for how much money a service is asked. No answer follows from it."
 
@@ -65,6 +67,7 @@ class PaceConfig(Settings):
     longest_wait: float = Field(60.0, ge=0, description="seconds between two attempts, where the service states none")
     limited_attempts: int = Field(12, ge=1, description="answers of 429 (too many requests) to one question, in one command; they don't count as `attempts`")
     longest_retry_after: float = Field(600.0, ge=0, description="seconds between two attempts, where the service states them (Retry-After)")
+    same_failures: int | None = Field(20, ge=1, description="questions given up for the same reason, and none answered, after which the command stops; None: never")
     budget: float | None = Field(None, ge=0, description="money that this run may cost, all its commands together")
     max_minutes: float | None = Field(None, gt=0, description="no request starts later than this into the command")
     store: str | None = Field(None, description="SQLite file of responses; None: runs/api-responses.sqlite")
@@ -335,7 +338,7 @@ def quiet_about(key: str) -> Iterator[None]:
         for name in names:
             logging.getLogger(name).removeFilter(blotted)
 
-# %% ../../nbs/47_scoring.remote.ipynb #bf6d67e6
+# %% ../../nbs/47_scoring.remote.ipynb #5a5b39d3
 @dataclass
 class Session:
     "One command's connection to a service."
@@ -354,6 +357,7 @@ class Session:
     stopped: str = ""  # why no further request leaves
     paused: float = 0.0  # until when no request leaves, by time.monotonic: the service has asked for fewer
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("requests", "answered", "retried", "lost"), 0))
+    given_up: Counter[str] = field(default_factory=Counter, repr=False)  # questions of this command, by `alike`
 
     def must_wait(self, cost: float) -> bool:
         "Whether the money would do if what is in flight turns out cheaper than it may."
@@ -375,7 +379,32 @@ class Session:
         if self.is_over():
             raise Failed(f"not asked: {self.stopped}", unasked=True)
 
-# %% ../../nbs/47_scoring.remote.ipynb #6990b2b5
+# %% ../../nbs/47_scoring.remote.ipynb #61757ffa
+def alike(reason: str) -> str:
+    "A reason without what differs from request to request: words with digits, but for the status."
+    return re.sub(r"(?<!HTTP )\b\w*\d\w*\b", "#", reason)
+
+
+def give_up(session: Session, failure: Failed) -> None:
+    "Count a question that got no answer; end the command once `same_failures` have met the same and none was answered."
+    most, kind = session.config.same_failures, alike(failure.reason)
+    session.given_up[kind] += not failure.unasked
+    if most and not session.stopped and not session.counts["answered"] and session.given_up[kind] >= most:
+        session.stopped = f"{session.given_up[kind]} questions failed alike and none was answered: {failure.reason}"
+
+
+def common_reasons(
+    reasons: Iterable[str],
+    most: int = 3,  # of them that are told
+) -> str:  # such as "40 x HTTP 500: ..., 2 x no answer within 60 s"
+    "The commonest reasons with their counts."
+    reasons = list(reasons)
+    examples, counted = {alike(reason): reason for reason in reversed(reasons)}, Counter(map(alike, reasons))
+    told = [f"{count} x {examples[kind]}" for kind, count in counted.most_common(most)]
+    left = len(reasons) - sum(count for _, count in counted.most_common(most))
+    return "; ".join(told + [f"{left} for other reasons"] * bool(left))
+
+# %% ../../nbs/47_scoring.remote.ipynb #2dfd6292
 def pause(session: Session, seconds: float) -> None:
     "No request leaves for so long. Ends the run if that is beyond its time."
     end = math.inf if not session.config.max_minutes else session.started + session.config.max_minutes * 60
@@ -402,7 +431,7 @@ async def until_open(session: Session) -> None:
         await session.while_running(asyncio.sleep(left * random.uniform(1.0, 1.2)))
 
 
-Session.pause, Session.while_running, Session.until_open = pause, while_running, until_open
+Session.give_up, Session.pause, Session.while_running, Session.until_open = give_up, pause, while_running, until_open
 
 # %% ../../nbs/47_scoring.remote.ipynb #f9a1bbad
 def open_session(
@@ -629,7 +658,7 @@ class Tries:
         longest = min(self.config.longest_wait, self.config.first_wait * 2.0 ** min(tries - 1, 60))
         return random.uniform(longest / 2 if failure.limited else 0.0, longest)
 
-# %% ../../nbs/47_scoring.remote.ipynb #f730f3b2
+# %% ../../nbs/47_scoring.remote.ipynb #3b1992b3
 async def ask(session: Session, question: Question) -> dict[str, Any]:
     "The response to one question, after as many attempts as the recipe allows. Raises `Failed` with the last reason."
     from tenacity import AsyncRetrying, retry_if_exception
@@ -642,7 +671,7 @@ async def ask(session: Session, question: Question) -> dict[str, Any]:
             return await attempt(session, question)
         except Failed as failure:
             if failure.unasked and tries.last:  # this question was asked, if in vain
-                raise Failed(f"{tries.last}; then stopped: {session.stopped}") from None
+                raise Failed(f"{tries.last}; then stopped: {session.stopped}", unasked=True) from None
             tries.count(failure)
             if failure.stops and not session.stopped:
                 session.stopped = failure.reason
@@ -667,7 +696,7 @@ async def ask(session: Session, question: Question) -> dict[str, Any]:
     session.counts["answered"] += 1
     return response
 
-# %% ../../nbs/47_scoring.remote.ipynb #c5215d47
+# %% ../../nbs/47_scoring.remote.ipynb #d670b07a
 async def ask_all(
     session: Session,
     questions: Iterable[Question],  # keys differ
@@ -687,6 +716,7 @@ async def ask_all(
                     await ask(session, question)
             except Failed as failure:
                 reasons[question.key] = failure.reason
+                session.give_up(failure)
             except RunFailure as failure:
                 session.stopped = session.stopped or str(failure)
                 broken.append(failure)
@@ -761,7 +791,7 @@ def forecast_text(table: pd.DataFrame, session: Session) -> str:
         lines.append(f"the budget of {config.budget:g} may end before the last request")
     return "\n".join(lines)
 
-# %% ../../nbs/47_scoring.remote.ipynb #a4d0df37
+# %% ../../nbs/47_scoring.remote.ipynb #e3897404
 def named(value: Any) -> str | None:
     "A name that a service states, as a text that a table can hold."
     return None if value is None else storable(str(value))
@@ -780,14 +810,15 @@ def prediction_row(
     row = {
         "id": name, "target": target, "rule": "free", "probabilities": None, "in_set_mass": None,
         "similarity": None if task.is_closed else similarity(text, target), "fields": json.dumps(fields_match(text, target, task)) if task.fields else None,
+        "currency": price.currency if price else None,  # of `cost`, which is missing without a price
     }  # fmt: skip
     if response is None:
-        empty = {"text": "", "seconds": 0.0, "tokens_in": 0, "tokens_out": 0, "cost": 0.0}
+        empty = {"text": "", "seconds": 0.0, "tokens_in": 0, "tokens_out": 0, "cost": 0.0 if price else math.nan}
         return row | vars(Judged(None, "error", storable(reason))) | empty | dict.fromkeys(("model_answered", "system_fingerprint", "date", "detail", "settings", "request_id")) | {"tokens_estimated": False}
     answer, (tokens_in, tokens_out, _) = read_answer(response), tokens_of(response)
     said = {} if response["status"] >= 400 else json.loads(response["body"])
     return row | vars(judge_answer(task, target, answer)) | {
-        "text": answer.text, "seconds": response["seconds"], "tokens_in": tokens_in, "tokens_out": tokens_out, "cost": cost_of(response, price),
+        "text": answer.text, "seconds": response["seconds"], "tokens_in": tokens_in, "tokens_out": tokens_out, "cost": cost_of(response, price) if price else math.nan,
         "model_answered": named(said.get("model")), "system_fingerprint": named(said.get("system_fingerprint")), "date": response["date"],
         "detail": response["detail"], "settings": json.dumps(response["sent"] | {"base_url": response["base_url"]}, ensure_ascii=False), "request_id": response["request_id"],
         "tokens_estimated": "estimated" in response,
@@ -820,16 +851,30 @@ def earlier_rows(run: RunDir, data: TestSet) -> dict[str, str]:
     reasons = done["reason"].where(done["outcome"] == "error", "not asked: its picture or question has changed since its answer")
     return dict(zip(done["id"], reasons, strict=True))
 
-# %% ../../nbs/47_scoring.remote.ipynb #07ea4a6e
+# %% ../../nbs/47_scoring.remote.ipynb #e45f601c
+def has_answers(run: RunDir) -> bool:
+    "Whether a sample of the run has another outcome than an error."
+    tables = (run.predictions(checkpoint, task, "free", split) for split in ("test", "validation") for checkpoint, task in run.predicted(split))
+    return any(table is not None and table["outcome"].ne("error").any() for table in tables)
+
+
+def check_api_run(run: RunDir, config: ApiConfig) -> None:
+    "Raise `InputError` if the run exists and its answers follow from other settings."
+    if not run.config_path.exists():
+        return
+    there = read_yaml(run.config_path, "the configuration of an API run")
+    if there.get("kind") != "api":
+        raise InputError(f"{run.path}: '{run.name}' is the name of a training run; choose another one as run=...")
+    differs = [name for name, value in config.identity.items() if there.get(name) != value]
+    if differs and has_answers(run):
+        what = f"{differs[0]}: {there.get(differs[0])!r}, now {config.identity[differs[0]]!r} is asked for"
+        raise InputError(f"{run.config_path}: the run exists with {what}; choose another run name or delete the folder")
+
+
 def write_api_config(run: RunDir, config: ApiConfig, suite: str) -> None:
-    "Write `config.yaml`; a run that exists keeps what its answers follow from. Raises `InputError`."
+    "Write `config.yaml`; a run that has answers keeps what they follow from. Raises `InputError`."
+    check_api_run(run, config)
     content = config.model_dump(mode="json") | {"suite": suite, "run": config.run_name}
-    if run.config_path.exists():
-        there = read_yaml(run.config_path, "the configuration of an API run")
-        differs = [name for name, value in config.identity.items() if there.get(name) != value]
-        if there.get("kind") != "api" or differs:
-            what = f"{differs[0]}: {there.get(differs[0])!r}, now {config.identity[differs[0]]!r} is asked for" if differs and there.get("kind") == "api" else "another kind of run"
-            raise InputError(f"{run.config_path}: the run exists with {what}; choose another run name or delete the folder")
     write_atomically(run.config_path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
@@ -874,7 +919,16 @@ def summary(session: Session, rows: pd.DataFrame) -> str:
     money += f" (of {guessed} answers, tokens and cost are estimates: the service states no usage)" if guessed else ""
     return f"{found}; {counts['requests']} requests ({counts['retried']} repeated{lost}); the run so far: {paid['requests']} requests, {paid['lost']} lost, {paid['tokens_in']} tokens in, {paid['tokens_out']} out{money}"
 
-# %% ../../nbs/47_scoring.remote.ipynb #2ffd77e8
+# %% ../../nbs/47_scoring.remote.ipynb #aa524af8
+def check_end(session: Session, rows: pd.DataFrame) -> None:
+    "Raise `RunFailure` if the run was stopped before the last question, or if no sample of it has an answer."
+    failed = rows.loc[rows["outcome"] == "error", "reason"]
+    if session.stopped:
+        raise RunFailure(f"{session.run}: stopped: {session.stopped}; the answers so far are kept, the same command continues")
+    if len(failed) and len(failed) == len(rows):
+        raise RunFailure(f"{session.run}: none of {len(rows)} questions was answered: {common_reasons(failed)}; the same command asks again")
+
+# %% ../../nbs/47_scoring.remote.ipynb #01057150
 Asked = list[tuple[TestSet, list[Question], set[int]]]  # see `api_tests`
 
 
@@ -900,6 +954,7 @@ def forecast_api(
     prepared: Prepared | None = None,
 ) -> tuple[pd.DataFrame, str]:  # `forecast_requests`' table, and what a terminal shows
     "What `score_api` would take at most; asks nothing and needs no key. Raises `InputError`."
+    check_api_run(RunDir(Path(experiment) / config.run_name), config)
     session, _, tests = opened(Path(experiment), config, settings or ScoringConfig(), prepared, asks=False)
     return _forecast(session, tests)
 
@@ -909,7 +964,7 @@ def _forecast(session: Session, tests: Asked) -> tuple[pd.DataFrame, str]:
     table = forecast_requests(asked, session)
     return table, forecast_text(table, session)
 
-# %% ../../nbs/47_scoring.remote.ipynb #0d1d5ed7
+# %% ../../nbs/47_scoring.remote.ipynb #c2739091
 def score_api(
     experiment: Path,  # runs/<experiment>
     config: ApiConfig,
@@ -920,6 +975,7 @@ def score_api(
     "Ask an API model every question that has no answer yet, and write its predictions. Raises `InputError`, and `RunFailure` when the run was stopped before the last question."
     experiment, settings = Path(experiment), settings or ScoringConfig()
     run = RunDir(experiment / config.run_name)
+    check_api_run(run, config)
     session, prepared, tests = opened(experiment, config, settings, prepared, asks=not dry_run)
     print(_forecast(session, tests)[1], flush=True)
     if dry_run:
@@ -929,9 +985,11 @@ def score_api(
         write_api_config(run, config, config.suite or prepared.suite.name)
         reasons = ask_tests(session, tests)
         tables = [_write(run, data, predictions_of(data, questions, chosen, reasons, session, earlier_rows(run, data))) for data, questions, chosen in tests]
-    say(f"{run.experiment}/{run.name}: {summary(session, pd.concat(tables))}")
-    if session.stopped:
-        raise RunFailure(f"{run.experiment}/{run.name}: stopped: {session.stopped}; the answers so far are kept, the same command continues")
+        rows = pd.concat(tables)
+        say(f"{session.run}: {summary(session, rows)}")
+        if (failed := rows.loc[rows["outcome"] == "error", "reason"]).any():
+            say(f"{session.run}: without an answer: {common_reasons(failed)}")
+        check_end(session, rows)
     return run
 
 
