@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['HEARTBEAT_SECONDS', 'DEAD_AFTER_SECONDS', 'Run', 'RULES', 'Status', 'RunDir', 'load', 'read_status', 'write_status',
            'running', 'refuse_if_held', 'write_config', 'log', 'metrics', 'validations', 'best', 'checkpoints',
-           'predictions_folder', 'prediction_parts', 'next_part', 'write_predictions', 'rules', 'predictions',
-           'Predictions', 'run_html', 'predicted', 'decided_path', 'decided_parts', 'decided', 'is_about',
-           'note_decided']
+           'predictions_folder', 'prediction_parts', 'read_part', 'next_part', 'write_predictions', 'rules',
+           'predictions', 'Predictions', 'run_html', 'predicted', 'decided_path', 'decided_parts', 'decided',
+           'is_about', 'note_decided']
 
 # %% ../nbs/03_rundir.ipynb #237661ed
 import itertools
@@ -323,7 +323,7 @@ def checkpoints(run: RunDir) -> dict[int, Path]:  # step -> folder, ascending
 
 RunDir.checkpoints = checkpoints
 
-# %% ../nbs/03_rundir.ipynb #503ef39a
+# %% ../nbs/03_rundir.ipynb #487ed0df
 RULES = ("closed", "free")  # how an answer was obtained; where both are there, the first is shown
 _PART = re.compile(r"part-([a-z]+)-([a-z]+)-(\d+)\.parquet")  # split, rule, number
 
@@ -346,6 +346,19 @@ def prediction_parts(
 ) -> list[Path]:
     "The part files of one rule on one split, in order."
     return sorted(predictions_folder(run, checkpoint, task).glob(f"part-{split}-{rule}-*.parquet"))
+
+
+def read_part(
+    part: Path,
+    columns: list[str] | None = None,  # those of them that it has; None: all
+) -> pd.DataFrame:
+    "The rows of a part file, of predictions or of labels. Raises `RunFailure` for a damaged one."
+    import pyarrow.parquet as pq
+
+    try:
+        return pd.read_parquet(part, columns=columns and [name for name in columns if name in pq.read_schema(part).names])
+    except (ValueError, OSError) as error:
+        raise RunFailure(f"{part} can't be read ({' '.join(str(error).split())[:200]}); delete it, then score (or label) again: only its rows are made again") from error
 
 # %% ../nbs/03_rundir.ipynb #1109228f
 def next_part(
@@ -376,7 +389,7 @@ def write_predictions(
     path = predictions_folder(run, checkpoint, task) / f"part-{splits[0]}-{rules[0]}-{part:05d}.parquet"
     return write_atomically(path, rows.to_parquet(index=False))
 
-# %% ../nbs/03_rundir.ipynb #780eed96
+# %% ../nbs/03_rundir.ipynb #3faaa7ae
 def rules(
     run: RunDir,
     checkpoint: str,
@@ -397,7 +410,7 @@ def predictions(
     "The predictions of one checkpoint on one task by one rule, all parts in order."
     rule = rule or next(iter(rules(run, checkpoint, task, split)), RULES[0])
     parts = prediction_parts(run, checkpoint, task, rule, split)
-    return Predictions(pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True)) if parts else None
+    return Predictions(pd.concat([read_part(part) for part in parts], ignore_index=True)) if parts else None
 
 # %% ../nbs/03_rundir.ipynb #303609bf
 class Predictions(pd.DataFrame):
@@ -417,14 +430,14 @@ class Predictions(pd.DataFrame):
         head = f"<p><b>{len(self)} predictions</b>{f', rule {escape(rules)}' if rules else ''}: {100 * accuracy:.1f} % correct ({escape(counts)})</p>"
         return head + pd.DataFrame(self[shown]).head(10).to_html(index=False, escape=True, na_rep="–", border=0)
 
-# %% ../nbs/03_rundir.ipynb #2bcbb4e1
+# %% ../nbs/03_rundir.ipynb #c206cc33
 def run_html(run: RunDir) -> str:
     "A run as a notebook shows it: state, checkpoints, and percent correct by checkpoint and task on the test sets."
     status = run.status()
     lines = []
     for checkpoint, task in predicted(run):
         for rule in rules(run, checkpoint, task):
-            outcomes = pd.concat([pd.read_parquet(part, columns=["outcome"]) for part in prediction_parts(run, checkpoint, task, rule)])["outcome"]
+            outcomes = pd.concat([read_part(part, ["outcome"]) for part in prediction_parts(run, checkpoint, task, rule)])["outcome"]
             lines.append({"checkpoint": checkpoint, "rule": rule, "task": f"{task} (n={len(outcomes)})", "correct": f"{100 * float((outcomes == 'correct').mean()):.1f}"})
     steps = ", ".join(map(str, run.checkpoints())) or "none"
     doing = " ".join(filter(None, [status.state, f"({status.stage})" if status.stage else "", status.message]))
@@ -460,7 +473,7 @@ RunDir.predictions = predictions
 RunDir._repr_html_ = run_html
 RunDir.predicted = predicted
 
-# %% ../nbs/03_rundir.ipynb #68e9e50b
+# %% ../nbs/03_rundir.ipynb #3ee87a7c
 def decided_path(run: RunDir, checkpoint: str, task: str, rule: str, split: str = "test") -> Path:
     "The file that says what the predictions of one rule on one split follow from."
     return predictions_folder(run, checkpoint, task) / f"decided_by-{split}-{rule}.json"
@@ -484,7 +497,7 @@ def is_about(run: RunDir, checkpoint: str, task: str, rule: str, fingerprint: st
     "Whether predictions are answers to a task as it is now (its `Task.fingerprint`: question, labels, wordings); True where nothing was noted."
     return decided_parts(run, checkpoint, task, rule, split).get("task", fingerprint) == fingerprint
 
-# %% ../nbs/03_rundir.ipynb #27e13342
+# %% ../nbs/03_rundir.ipynb #51a23348
 def note_decided(
     run: RunDir,
     checkpoint: str,

@@ -1226,6 +1226,11 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_scoring_labeler.py::test_rows_without_ids_are_named_by_their_paths_and_what_is_no_row_gets_a_reason',),
     ),
     Mutation(
+        'calibration', "calibrating again without a wish takes the threshold away", 'qwen2vl_sft/scoring/calibration.py',
+        'wanted if is_asked(wanted) else wanted_before(run, checkpoint, task.name))', 'wanted)',
+        ('tests/test_scoring_calibration.py::test_a_run_is_calibrated_from_its_files_and_changed_predictions_void_it',),
+    ),
+    Mutation(
         'calibration', "too few rows for a wanted precision aren't said", 'qwen2vl_sft/scoring/calibration.py',
         'if needed is None or seen < needed:', 'if needed is None:',
         ('tests/test_scoring_calibration.py::test_too_few_rows_for_a_wanted_precision_are_said',),

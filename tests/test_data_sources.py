@@ -146,6 +146,12 @@ def test_paths_and_links_that_leave_the_root(tmp_path):
         assert locate_image(reference, root)["reason"].startswith("outside_root"), reference
     for reference in ("in.png", "./in.png", "good_link.png", "folder/../in.png", str(root / "in.png")):
         assert "path" in locate_image(reference, root) or reference.startswith("folder"), reference
+    (root / "sub").mkdir()
+    (root / "sub" / "a b.png").write_bytes(b"x")
+    assert locate_image("sub\\a b.png", root) == {"path": str(root / "sub" / "a b.png")}, "as Windows writes it"
+    assert locate_image("..\\outside\\x.png", root)["reason"].startswith("outside_root")
+    (root / "odd\\name.png").write_bytes(b"x")
+    assert locate_image("odd\\name.png", root) == {"path": str(root / "odd\\name.png")}
     assert locate_image("loop", root).keys() <= {"path", "reason"}
     assert locate_image("nul\0.png", root)["reason"].startswith("no_image")
     assert locate_image("x" * 5000, root).keys() <= {"path", "reason"}

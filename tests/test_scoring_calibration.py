@@ -23,6 +23,7 @@ from qwen2vl_sft.scoring.calibration import (
     calibration_path,
     calibration_table,
     fit_temperature,
+    kept_points,
     operating_point,
     read_calibration,
     reliability,
@@ -155,6 +156,12 @@ def test_a_run_is_calibrated_from_its_files_and_changed_predictions_void_it(tmp_
     assert {one["n"] for one in (stored["figures"]["validation"]["after"], stored["figures"]["test"]["after"])} == {120}
     run.write_predictions("step-4", "face", 0, drawn(FACE, 120, 7).assign(split="validation"))
     assert read_calibration(run, "step-4", "face") is None
+    for wanted in (None, Wanted()):  # what `label` says to run then keeps what was wanted
+        (again,) = calibrate_run(run, [FACE], wanted)
+        assert again["operating_point"]["wanted"] == {"recall": 0.9} and again["operating_point"]["validation"]["recall"] >= 0.9
+        assert again["operating_point"]["threshold"] != stored["operating_point"]["threshold"] and kept_points([again]) == "face (recall 0.9)"
+    calibration_path(run, "step-4", "face").unlink()
+    assert calibrate_run(run, [FACE])[0]["operating_point"] is None
 
 
 def test_a_calibration_belongs_to_its_labels_and_its_weights(tmp_path):

@@ -134,6 +134,7 @@ def test_the_commands_calibrate_and_label(home, tmp_path, capsys):
     assert cli.main(["calibrate", "toy", "--task", "colour", "--recall", "0.9"]) == 0
     shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("[")]  # lines with a time are notes
     assert shown[0].split()[:4] == ["run", "checkpoint", "task", "temperature"] and [line.split()[:3] for line in shown[1:]] == [["base", "base", "colour"], ["lora", "step-4", "colour"]]
+    assert cli.main(["calibrate", "toy", "--task", "word"]) == 2 and "task 'word' is open: " in capsys.readouterr().err
     for number in range(3):
         shutil.copy(home / "toy" / "pictures" / f"test-{number}.png", tmp_path / f"{number}.png")
     (tmp_path / "torn.png").write_bytes(b"nothing")
@@ -282,8 +283,13 @@ def test_what_cannot_be_read_or_written_is_named(tmp_path):
     out.write_text("labels")
     kept(room.parts_of(out), ("a.png", "s", "red"))
     (torn := room.parts_of(out) / "part-00001.parquet").write_bytes(b"torn")
-    with pytest.raises(RunFailure, match=r"part-00001.parquet can't be read \(.*\); delete it, and label again"):
+    with pytest.raises(RunFailure, match=r"part-00001.parquet can't be read \(.*\); delete it, then score \(or label\) again: only its rows are made again"):
         room.check_labelling("c", tmp_path / "one.png", out)
+    run = RunDir(tmp_path / "runs/x/y")
+    run.write_predictions("step-1", "t", 0, pd.DataFrame([{"rule": "closed", "split": "test", "id": "1"}]))
+    run.prediction_parts("step-1", "t", "closed")[0].write_bytes(b"PAR1")
+    with pytest.raises(RunFailure, match="part-test-closed-00000.parquet can't be read"):
+        run.predictions("step-1", "t")
     torn.unlink()
     (room.parts_of(out) / "written.json").write_text("{")
     with pytest.raises(RunFailure, match=r"written.json can't be read \(.*\); delete it, and label again"):
@@ -381,6 +387,17 @@ def test_only_an_earlier_labelling_is_replaced(tmp_path):
     out.write_text("image,label\none.png,dog\n")
     with pytest.raises(InputError, match="has been changed since it was labelled"):
         room.check_labelling("a/b/step-10", tmp_path / "one.png", out, replace=True)
+
+
+def test_an_interrupted_labelling_keeps_what_it_has(tmp_path, monkeypatch):
+    def rows(*_):
+        yield [{"image": "a.png", "label": "red"}]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "label_rows", rows)
+    with pytest.raises(KeyboardInterrupt):
+        room.label_into(tmp_path, SimpleNamespace(tasks=["colour"]), [], 2, 1)
+    assert room.read_parts(tmp_path)["image"].tolist() == ["a.png"]
 
 
 def test_labels_of_a_version_without_notes_are_known_by_their_parts(tmp_path):

@@ -87,7 +87,7 @@ def locate_image(value, root: Path) -> dict:
         return {"reason": "no_image: the row names no image"}
     return locate_text(str(value).strip(), root)
 
-# %% ../../nbs/20_data.sources.ipynb #06dc6748
+# %% ../../nbs/20_data.sources.ipynb #e7b03372
 def locate_text(text: str, root: Path) -> dict:
     "The same for a cell of text: a data URI or a path below `root`."
     if text[:5].lower() == "data:":
@@ -101,6 +101,8 @@ def locate_text(text: str, root: Path) -> dict:
         return {"reason": "no_image: the image's path contains a NUL character"}
     try:
         path = path_inside(text, root)
+        if "\\" in text and not (path and path.exists()):  # as Windows writes it
+            path = path_inside(text.replace("\\", "/"), root)
     except (OSError, ValueError, RuntimeError) as error:
         return {"reason": f"missing_file: {text[:200]!r} is not a usable path ({error})"}
     if path is None:

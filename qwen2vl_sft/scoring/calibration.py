@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SMALLEST', 'BINS', 'Probabilities', 'probabilities_of', 'LogProbabilities', 'fit_temperature', 'scaled_probabilities',
-           'scaled', 'reliability', 'calibration_figures', 'Wanted', 'threshold_for', 'achieved', 'judged_by',
-           'rows_needed', 'operating_point', 'calibrate_predictions', 'calibration_path', 'read_calibration',
-           'calibration_for', 'scored_again', 'calibrate_run', 'predicted_with', 'calibrate_experiment',
-           'calibration_table', 'interval_text', 'calibration_notes']
+           'scaled', 'reliability', 'calibration_figures', 'Wanted', 'is_asked', 'threshold_for', 'achieved',
+           'judged_by', 'rows_needed', 'operating_point', 'calibrate_predictions', 'calibration_path',
+           'read_calibration', 'calibration_for', 'scored_again', 'calibrate_run', 'wanted_before', 'predicted_with',
+           'calibrate_experiment', 'kept_points', 'calibration_table', 'interval_text', 'calibration_notes']
 
 # %% ../../nbs/48_scoring.calibration.ipynb #d2cb2055
 import json
@@ -161,7 +161,12 @@ class Wanted:
         if len(given) > 1 or not all(0 < value <= 1 for value in given):
             raise InputError("an operating point is one wanted precision or one wanted recall, above 0 and at most 1")
 
-# %% ../../nbs/48_scoring.calibration.ipynb #77a860ab
+# %% ../../nbs/48_scoring.calibration.ipynb #5fc0cccf
+def is_asked(wanted: Wanted | None) -> bool:
+    "Whether a threshold is wanted."
+    return wanted is not None and bool(wanted.precision or wanted.recall)
+
+
 def threshold_for(
     hit: np.ndarray,  # bool [samples]: true positives of the task, or right answers
     score: np.ndarray,  # float [samples]
@@ -231,7 +236,7 @@ def operating_point(
         found["test"] = achieved(*judged_by(test, positive), threshold) if test is not None else None
     return found
 
-# %% ../../nbs/48_scoring.calibration.ipynb #59d746ca
+# %% ../../nbs/48_scoring.calibration.ipynb #101759d0
 def calibrate_predictions(
     task: Task,
     validation: pd.DataFrame,  # closed predictions on validation
@@ -244,12 +249,11 @@ def calibrate_predictions(
         splits["test"] = probabilities_of(test, task)
     temperature, note = fit_temperature(splits["validation"])
     after = {name: scaled(split, temperature) for name, split in splits.items()}
-    asked = wanted is not None and (wanted.precision or wanted.recall)
     return {
         "task": task.name, "labels": task.labels, "positive": task.positive, "task_fingerprint": task.fingerprint, "temperature": temperature, "note": note,
         "figures": {name: {"before": calibration_figures(split), "after": calibration_figures(after[name])} for name, split in splits.items()},
         "reliability": {name: {"before": reliability(split).to_dict("records"), "after": reliability(after[name]).to_dict("records")} for name, split in splits.items()},
-        "operating_point": operating_point(task.positive, after["validation"], after.get("test"), wanted) if asked else None,
+        "operating_point": operating_point(task.positive, after["validation"], after.get("test"), wanted) if is_asked(wanted) else None,
     }  # fmt: skip
 
 
@@ -299,13 +303,13 @@ def scored_again(experiment: str) -> str:
 def _rows_hash(rows: pd.DataFrame) -> str:
     return fingerprint(rows.sort_values("id")[["id", "target", "probabilities"]].to_numpy().tolist())
 
-# %% ../../nbs/48_scoring.calibration.ipynb #33836da2
+# %% ../../nbs/48_scoring.calibration.ipynb #61e14fc9
 def calibrate_run(
     run: RunDir,
     tasks: Iterable[Task],
     wanted: Wanted | None = None,
 ) -> list[dict[str, Any]]:  # what was written
-    "Calibrate every checkpoint on every closed task that has validation predictions; one whose folder is gone keeps what it has. Raises `InputError` for predictions of other labels or weights."
+    "Calibrate every checkpoint on every closed task that has validation predictions; where nothing is wanted, a threshold is chosen for what was wanted before. One whose folder is gone keeps what it has. Raises `InputError` for predictions of other labels or weights."
     written, tasks, present = [], list(tasks), {f"step-{step}" for step in run.checkpoints()}
     for checkpoint in dict.fromkeys(name for name, _ in run.predicted("validation")):
         for task in tasks if not checkpoint.startswith("step-") or checkpoint in present else []:
@@ -313,11 +317,18 @@ def calibrate_run(
             if rows is None or rows["probabilities"].isna().any():  # the baselines state none
                 continue
             weights = predicted_with(run, checkpoint, task)
-            content = calibrate_predictions(task, rows, run.predictions(checkpoint, task.name, "closed", "test"), wanted)
+            content = calibrate_predictions(task, rows, run.predictions(checkpoint, task.name, "closed", "test"), wanted if is_asked(wanted) else wanted_before(run, checkpoint, task.name))
             content = {"run": run.name, "checkpoint": checkpoint, "weights": weights, "follows_from": _rows_hash(rows), **content}
             write_atomically(calibration_path(run, checkpoint, task.name), json.dumps(content, ensure_ascii=False, indent=1))
             written.append(content)
     return written
+
+
+def wanted_before(run: RunDir, checkpoint: str, task: str) -> Wanted | None:
+    "What the stored threshold was chosen for, also where the predictions have changed since; None where there is none."
+    path = calibration_path(run, checkpoint, task)
+    point = json.loads(path.read_text(encoding="utf-8"))["operating_point"] if path.exists() else None
+    return Wanted(**point["wanted"]) if point else None
 
 
 def predicted_with(run: RunDir, checkpoint: str, task: Task) -> str:
@@ -333,7 +344,7 @@ def predicted_with(run: RunDir, checkpoint: str, task: Task) -> str:
             raise InputError(f"task '{task.name}': {name} was scored on test and on validation with different weights; {again}")
     return noted["validation"]["weights"]
 
-# %% ../../nbs/48_scoring.calibration.ipynb #f6efbf92
+# %% ../../nbs/48_scoring.calibration.ipynb #d60eea23
 def calibrate_experiment(
     experiment: Path,  # runs/<experiment>
     names: list[str] | None = None,  # tasks; None: all closed ones
@@ -348,13 +359,23 @@ def calibrate_experiment(
         raise InputError(f"{experiment}: {'no run has a checkpoint yet; train one first' if not suites else 'its runs use several suites: ' + ', '.join(suites)}")
     known = next(iter(suites.values()))
     tasks = [known.task(name) for name in dict.fromkeys(names)] if names else known.tasks
+    if names and (unlabelled := next((task for task in tasks if not task.is_closed), None)):
+        raise InputError(f"task '{unlabelled.name}' is open: what is written freely has no label probabilities to calibrate; name a task with labels")
     runs = [RunDir(path.parent) for path in sorted(Path(experiment).glob("*/config.yaml"))]
     written = [content for run in runs for content in calibrate_run(run, tasks, wanted)]
     if not written:
         raise InputError(f"{experiment}: no closed predictions on validation; run `qwen2vl-sft score {Path(experiment).name} --split validation` first")
+    if not is_asked(wanted) and (kept := kept_points(written)):
+        say(f"thresholds are chosen for what was wanted before: {kept}; a task without its calibration.json files has none")
     for line in calibration_notes(written):
         say(line)
     return calibration_table(written)
+
+
+def kept_points(written: list[dict[str, Any]]) -> str:  # such as "face (precision 0.95)"
+    "The tasks that have a threshold, and what for."
+    points = {(content["task"], name, value) for content in written if content["operating_point"] for name, value in content["operating_point"]["wanted"].items()}
+    return ", ".join(f"{task} ({name} {value:g})" for task, name, value in sorted(points))
 
 # %% ../../nbs/48_scoring.calibration.ipynb #5410159b
 def calibration_table(written: list[dict[str, Any]]) -> pd.DataFrame:

@@ -9,9 +9,9 @@ __all__ = ['UNDECIDED', 'EMPTY', 'DECODERS', 'TABLE_ROWS', 'FLUSH_SECONDS', 'FLU
            'fitting', 'shared_answers', 'answers_to', 'decided_rows', 'written_rows', 'stamp_of', 'label_rows', 'label',
            'table_records', 'parquet_rows', 'rows_of_table', 'images_of', 'image_columns', 'label_to_file',
            'label_into', 'parts_of', 'note_written', 'read_note', 'check_labelling', 'stamps_of', 'writing',
-           'held_parts', 'write_part', 'read_parts', 'read_part', 'finished', 'assembled']
+           'held_parts', 'write_part', 'read_parts', 'finished', 'assembled']
 
-# %% ../../nbs/49_scoring.labeler.ipynb #63cc6e33
+# %% ../../nbs/49_scoring.labeler.ipynb #4ba28a57
 import json
 import os
 import time
@@ -41,7 +41,7 @@ from ..model.load import base_location, checkpoint_kind, load_base, load_checkpo
 from ..model.memory import AtOnce, in_halves
 from ..model.prefill import Prefill, before_picture, beginning, ending, prefill
 from ..model.vision_cache import frames_of, tower_features
-from ..rundir import RunDir
+from ..rundir import RunDir, read_part
 from .calibration import calibration_for, scaled_probabilities
 from .experiment import base_hash, candidate_at
 from .labels import Asked, LabelScores, LabelTree, label_tree, read_trees, room_beside, scores_of
@@ -503,7 +503,7 @@ def image_columns(file: Path, column: str | None) -> dict[str, str]:
         raise InputError(f"{file}: which column holds the image isn't clear; {remedy}. Its columns: {', '.join(columns)}")
     return {"image": image} | ({"id": "id"} if "id" in columns and image != "id" else {})
 
-# %% ../../nbs/49_scoring.labeler.ipynb #8f217e13
+# %% ../../nbs/49_scoring.labeler.ipynb #a72d1831
 FLUSH_SECONDS, FLUSH_ROWS = 20.0, 2048
 
 
@@ -536,15 +536,17 @@ def label_to_file(
 def label_into(parts: Path, labeler: Labeler, rows: Iterable[Row], count: int, workers: int) -> None:
     "Label the rows and publish them in parts."
     pending, flushed = [], time.monotonic()
-    with tqdm(total=count, desc="label", unit="image", mininterval=1.0, ncols=100) as bar:
-        for batch in label_rows(labeler, rows, workers):
-            pending += batch
-            bar.update(len(batch) // len(labeler.tasks))
-            if len(pending) >= FLUSH_ROWS or time.monotonic() - flushed > FLUSH_SECONDS:
-                write_part(parts, pending)
-                pending, flushed = [], time.monotonic()
-    if pending:
-        write_part(parts, pending)
+    try:
+        with tqdm(total=count, desc="label", unit="image", mininterval=1.0, ncols=100) as bar:
+            for batch in label_rows(labeler, rows, workers):
+                pending += batch
+                bar.update(len(batch) // len(labeler.tasks))
+                if len(pending) >= FLUSH_ROWS or time.monotonic() - flushed > FLUSH_SECONDS:
+                    write_part(parts, pending)
+                    pending, flushed = [], time.monotonic()
+    finally:  # also of a labelling that is interrupted
+        if pending:
+            write_part(parts, pending)
 
 # %% ../../nbs/49_scoring.labeler.ipynb #e6fc0456
 def parts_of(out: Path | str) -> Path:
@@ -609,7 +611,7 @@ def check_labelling(
     if tasks is not None and (gone := [name for name in note.get("tasks", []) if name not in tasks]) and not replace:
         raise InputError(f"{out} also holds labels of task '{gone[0]}', which would go; name it with --task, too, name another --out, or give --replace")
 
-# %% ../../nbs/49_scoring.labeler.ipynb #8fb4058b
+# %% ../../nbs/49_scoring.labeler.ipynb #01961951
 def stamps_of(rows: Iterable[Row], source: Path | str) -> dict[str, str]:  # id -> stamp, in order
     "The images that are there, without their bytes. Raises `InputError` for an id that comes twice."
     found: dict[str, str] = {}
@@ -650,14 +652,6 @@ def read_parts(parts: Path) -> pd.DataFrame:
     "All rows of all parts, in order. Raises `RunFailure` for a damaged one."
     files = sorted(parts.glob("part-*.parquet"))
     return pd.concat([read_part(file) for file in files], ignore_index=True) if files else pd.DataFrame(columns=["image", "task", *EMPTY, "checkpoint", "follows_from", "stamp"])
-
-
-def read_part(file: Path) -> pd.DataFrame:
-    "The rows of one part."
-    try:
-        return pd.read_parquet(file)
-    except (ValueError, OSError) as error:
-        raise RunFailure(f"{file} can't be read ({' '.join(str(error).split())[:200]}); delete it, and label again: only its images are") from error
 
 
 def finished(parts: Path, labeler: Labeler) -> set[tuple[str, str, str]]:

@@ -12,7 +12,7 @@ __all__ = ['BATCH_TOKENS', 'TOWER_BYTES', 'WALKED', 'ASKED_OFTEN', 'PASS_TOKENS'
            'present_ids', 'drop_leftovers', 'start_predictions', 'near_ties', 'is_near_tie', 'explained_by_rounding',
            'Apart', 'self_test', 'share_ending', 'labels_apart', 'answers_apart', 'next_token']
 
-# %% ../../nbs/43_scoring.suite.ipynb #26de393e
+# %% ../../nbs/43_scoring.suite.ipynb #fb7961c1
 import json
 import math
 import time
@@ -42,7 +42,7 @@ from ..model.load import check_token_ids, compute_dtype, unwrapped
 from ..model.memory import empty_device_cache
 from ..model.prefill import Prefill, around_picture, before_picture, beginning, ending, logits_of, prefill
 from ..model.vision_cache import VisionCache, frames_of, tower_features
-from ..rundir import RunDir
+from ..rundir import RunDir, read_part
 from .labels import Asked, LabelScores, LabelTree, label_tree, read_trees, room_beside, score_labels, scores_of
 from .metrics import fields_match, judge, parsed_label, similarity
 from .text import answer_ends, answer_text, greedy_tokens
@@ -617,7 +617,7 @@ def what_changed(
     noted, now = candidate.run.decided_parts(*where), deciding_parts(candidate, data, rule, scorer)
     return [name for name in now if noted.get(name) != now[name]]
 
-# %% ../../nbs/43_scoring.suite.ipynb #0576826f
+# %% ../../nbs/43_scoring.suite.ipynb #5454ede1
 def missing_places(
     candidate: Candidate,
     data: TestSet,
@@ -639,7 +639,7 @@ def predicted_samples(
 ) -> set[tuple[str, str]]:  # id, row key
     "The samples that have a prediction, valid or not."
     parts = candidate.run.prediction_parts(candidate.checkpoint, data.task.name, rule, data.split)
-    tables = [pd.read_parquet(part, columns=["id", "sample"]) for part in parts]
+    tables = [read_part(part, ["id", "sample"]) for part in parts]
     return {pair for table in tables for pair in zip(table["id"], table["sample"], strict=True)}
 
 # %% ../../nbs/43_scoring.suite.ipynb #b027ab40
@@ -660,7 +660,7 @@ def present_ids(
         found.append(name if same else free[key].pop(0) if free.get(key) else None)
     return found
 
-# %% ../../nbs/43_scoring.suite.ipynb #b8694bd2
+# %% ../../nbs/43_scoring.suite.ipynb #71728b7a
 def drop_leftovers(
     candidate: Candidate,
     data: TestSet,
@@ -668,7 +668,7 @@ def drop_leftovers(
 ) -> bool:  # whether there were any
     "Remove the predictions of rows that the split doesn't have any more, or not like this; one whose row has another id now gets that."
     parts = candidate.run.prediction_parts(candidate.checkpoint, data.task.name, rule, data.split)
-    names = [pd.read_parquet(part, columns=["id", "sample"]) for part in parts]
+    names = [read_part(part, ["id", "sample"]) for part in parts]
     predicted = [pair for table in names for pair in zip(table["id"], table["sample"], strict=True)]
     ids = present_ids(predicted, list(zip(data.rows.column("id"), data.row_keys, strict=True)))
     present = iter(ids)
@@ -677,7 +677,7 @@ def drop_leftovers(
         if not any(name is not None for name in now):
             part.unlink()
         elif now != table["id"].tolist():
-            whole = pd.read_parquet(part).assign(id=now)
+            whole = read_part(part).assign(id=now)
             write_atomically(part, whole[whole["id"].notna()].to_parquet(index=False))
     return None in ids
 
