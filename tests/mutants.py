@@ -34,6 +34,26 @@ class Mutation:
 
 MUTATIONS: list[Mutation] = [
     Mutation(
+        '4.guess', "a column of splits is ignored", 'qwen2vl_sft/data/guess.py',
+        'if texts := split_texts(counts):', 'if texts := {}:',
+        ('tests/test_data_guess.py::test_a_column_of_splits_divides_the_table',),
+    ),
+    Mutation(
+        '4.guess', "where takes every row", 'qwen2vl_sft/data/sources.py',
+        'rows = rows_where(rows, accepted) if accepted else rows', 'rows = rows',
+        ('tests/test_data_sources.py::test_where_takes_rows_by_a_column', 'tests/test_data_guess.py::test_a_column_of_splits_divides_the_table'),
+    ),
+    Mutation(
+        '4.guess', "each numbered part is a table of its own", 'qwen2vl_sft/data/guess.py',
+        'part = PART.search(file.name)', 'part = None',
+        ('tests/test_data_guess.py::test_numbered_parts_are_one_table_of_their_split',),
+    ),
+    Mutation(
+        '4.guess', "a folder beside train and test makes classes of them", 'qwen2vl_sft/data/guess.py',
+        'for each in named}) > 1 or named == inside)', 'for each in named}) > 1 and named == inside)',
+        ('tests/test_data_guess.py::test_a_folder_beside_the_splits_is_no_class',),
+    ),
+    Mutation(
         'api', "turns that came in a pause are all taken at its end", 'qwen2vl_sft/scoring/remote.py',
         'while session.paused > time.monotonic() and not session.is_over():', 'while False:',
         ('tests/test_scoring_remote.py::test_after_a_pause_requests_leave_at_the_stated_pace',),

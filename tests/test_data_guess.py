@@ -107,6 +107,58 @@ def test_splits_by_file_name(folder):
     assert len(rows) == 36
 
 
+def split_sizes(suite):
+    return [{split: sum(1 for _ in read_rows(source, suite.folder)) for split, source in task.sources.items()} for task in suite.tasks]
+
+
+def test_a_column_of_splits_divides_the_table(folder):
+    says = ["Train"] * 8 + ["val", "dev", "test", ""]
+    records = [{"image": image, "label": label, "split": split, "note": i} for i, ((image, label), split) in enumerate(zip(labels(), says, strict=True))]
+    (folder / "x.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n7\n")
+    write_json(folder / "chat.json", [chat(r["image"], "Which pet?", r["label"]) | {"kind": r["split"]} for r in records])
+    (folder / "x.csv").write_text("image,label,when\n" + "".join(f"{r['image']},{r['label']},{r['split']}\n" for r in records))
+    pq.write_table(pa.Table.from_pylist(records), folder / "x.parquet")
+    for name, more in (("x.jsonl", 1), ("chat.json", 0), ("x.csv", 0), ("x.parquet", 0)):
+        suite, rows = suite_of(folder / name, folder / f"{name}.yaml")
+        assert split_sizes(suite) == [{"train": 9 + more, "validation": 2, "test": 1}] and len(rows) == 12 + more
+        (test,) = read_rows(suite.tasks[0].sources["test"], folder)
+        assert test.path.endswith("10.png")
+    said = guess(folder / "x.jsonl").text()
+    assert "divided by what column 'split' says" in said and "columns that are not used: note" in said
+
+
+def test_a_column_that_names_splits_and_more_is_a_question(folder):
+    (folder / "x.csv").write_text("image,label,subset\n" + "".join(f"{a},{b},{'train' if i % 2 else 'extra'}\n" for i, (a, b) in enumerate(labels())))
+    assert "its column 'subset' names splits, and 'extra' beside them" in error_of(folder / "x.csv")
+    (folder / "x.csv").write_text("image,label,subset\n" + "".join(f"{a},{b},train\n" for a, b in labels()))
+    assert list(guess(folder / "x.csv").suite["tasks"][0]["sources"]) == ["all"]
+
+
+@pytest.mark.parametrize("inside", [".", "data"])
+def test_numbered_parts_are_one_table_of_their_split(folder, inside):
+    place = folder / "hub [1]" / inside
+    place.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train-00000-of-00002", labels()[:4]), ("train-00001-of-00002", labels()[4:8]), ("test-00000-of-00001", labels()[8:])):
+        records = [{"image": {"bytes": (folder / image).read_bytes(), "path": image}, "label": label} for image, label in rows]
+        pq.write_table(pa.Table.from_pylist(records), place / f"{name}.parquet")
+    suite, _ = suite_of(folder / "hub [1]")
+    assert split_sizes(suite) == [{"test": 4, "train": 8}] and guess(folder / "hub [1]").left == []
+    (place / "train-00000-of-00002.parquet").unlink()
+    assert guess(folder / "hub [1]").left == ["train: only 1 of 2 parts are here"]
+
+
+def test_a_folder_beside_the_splits_is_no_class(tmp_path):
+    for split, label in (("train", "cat"), ("train", "dog"), ("val", "cat"), ("val", "dog"), ("unlabeled", "x"), ("test", ".")):
+        (tmp_path / "s" / split / label).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "s" / split / label / "1.png")
+    suite, _ = suite_of(tmp_path / "s")
+    assert suite.tasks[0].labels == ["cat", "dog"] and split_sizes(suite) == [{"train": 2, "validation": 2}]
+    assert guess(tmp_path / "s").left == ["test: pictures without folders of classes", "unlabeled: a folder beside the splits"]
+    (tmp_path / "s" / "val").rename(tmp_path / "s" / "more")
+    (tmp_path / "s" / "test" / "1.png").unlink()
+    assert "whether train is a split or a class isn't clear" in error_of(tmp_path / "s")
+
+
 def test_two_files_for_one_split_are_an_error(folder):
     for name in ("pets_val.csv", "pets_validation.csv"):
         (folder / name).write_text("image,label\nimg/0.png,cat\nimg/1.png,dog\n")

@@ -101,6 +101,27 @@ def test_settings_are_checked(table):
     assert "not readable as Parquet" in error_of(table, format="parquet", path="t.csv")
 
 
+def test_where_takes_rows_by_a_column(table):
+    (table / "w.csv").write_text("image,label,split\na.png,cat,train\na.png,dog, val\na.png,cat,\n")
+    texts = lambda where: [row.label for row in read_rows({"format": "csv", "path": "w.csv", "where": where}, table)]
+    assert [texts({"split": each}) for each in ("train", ["val"], [None, "train"])] == [["cat"], ["dog"], ["cat", "cat"]]
+    for where, message in (({"spilt": "train"}, "Did you mean 'split'"), ("train", "has to name a column"), ({"split": [1]}, "put quotes around 1"), ({}, "has to name")):
+        with pytest.raises(InputError, match=message):
+            texts(where)
+
+
+def test_a_column_of_that_name_can_be_left_aside(table):
+    (table / "s.csv").write_text("image,label,source\na.png,cat,web\n")
+    assert [row.source for row in read_rows({"format": "csv", "path": "s.csv"}, table)] == ["web"]
+    assert [row.source for row in read_rows({"format": "csv", "path": "s.csv", "source": None}, table)] == [None]
+
+
+def test_two_columns_of_one_name_are_an_error(table):
+    (table / "d.csv").write_text("image,label,label,note,note\na.png,cat,x,1,2\n")
+    with pytest.raises(InputError, match="2 columns are called 'label'"):
+        list(read_rows({"format": "csv", "path": "d.csv"}, table))
+
+
 def test_a_row_with_too_many_cells_is_kept_with_a_reason(table):
     (table / "x.csv").write_text("image,label\na.png,cat,dog\na.png\n")
     first, second = rows_of(table, format="csv", path="x.csv")

@@ -6,18 +6,18 @@
 __all__ = ['READERS', 'LAZY_READERS', 'COLUMNS', 'FILE_OPTIONS', 'IMAGE_SUFFIXES', 'IMAGE_PLACEHOLDER', 'SHAREGPT_TAGS',
            'OPENAI_TAGS', 'CHAT_OPTIONS', 'CHAT_SUFFIXES', 'CHAT_COLUMNS', 'STUDIO_FIELDS', 'Row', 'path_inside',
            'bytes_of_data_uri', 'locate_image', 'locate_text', 'Reader', 'reader', 'formats', 'reader_of', 'whole_text',
-           'questions_of', 'rows_that_ask', 'read_rows', 'source_files', 'column_names', 'text_or_none',
-           'row_of_record', 'fits', 'check_encoding', 'text_lines', 'text_blocks', 'text_pieces', 'bad_line',
-           'table_contents', 'image_stamp', 'csv_table', 'read_delimited', 'read_csv', 'read_tsv', 'parsed',
-           'json_lines', 'JsonText', 'json_records', 'is_one_value', 'not_a_record', 'rows_of_json', 'read_jsonl',
-           'read_json', 'folder_contents', 'loose_files', 'read_folder', 'classes_and_loose', 'files_below',
-           'class_names', 'read_parquet', 'parquet_records', 'Talk', 'without_placeholder', 'content_of_turn',
-           'turns_of', 'talk_of_messages', 'row_of_talk', 'mapping_of', 'dataset_entry', 'info_path', 'ChatFiles',
-           'chat_files', 'talk_of_alpaca', 'row_of_chat', 'chat_records', 'csv_records', 'list_or_text', 'taken',
-           'rows_of_chat', 'chat_contents', 'read_llamafactory', 'read_llava', 'llava_source', 'studio_path',
-           'studio_answers', 'studio_label', 'is_short', 'short_label', 'read_labelstudio', 'huggingface_dataset',
-           'undecoded', 'sound_batches', 'huggingface_contents', 'read_huggingface', 'code_hash', 'source_contents',
-           'source_remarks']
+           'questions_of', 'rows_that_ask', 'accepted_cells', 'cells_of', 'rows_where', 'read_rows', 'source_files',
+           'column_names', 'stated_columns', 'text_or_none', 'row_of_record', 'fits', 'check_encoding', 'text_lines',
+           'text_blocks', 'text_pieces', 'bad_line', 'table_contents', 'image_stamp', 'csv_table', 'read_delimited',
+           'read_csv', 'read_tsv', 'parsed', 'json_lines', 'JsonText', 'json_records', 'is_one_value', 'not_a_record',
+           'rows_of_json', 'read_jsonl', 'read_json', 'folder_contents', 'loose_files', 'read_folder',
+           'classes_and_loose', 'files_below', 'class_names', 'read_parquet', 'parquet_columns', 'parquet_records',
+           'Talk', 'without_placeholder', 'content_of_turn', 'turns_of', 'talk_of_messages', 'row_of_talk',
+           'mapping_of', 'dataset_entry', 'info_path', 'ChatFiles', 'chat_files', 'talk_of_alpaca', 'row_of_chat',
+           'chat_records', 'csv_records', 'list_or_text', 'taken', 'rows_of_chat', 'chat_contents', 'read_llamafactory',
+           'read_llava', 'llava_source', 'studio_path', 'studio_answers', 'studio_label', 'is_short', 'short_label',
+           'read_labelstudio', 'huggingface_dataset', 'undecoded', 'sound_batches', 'huggingface_contents',
+           'read_huggingface', 'code_hash', 'source_contents', 'source_remarks']
 
 # %% ../../nbs/20_data.sources.ipynb #a6a72577
 import base64
@@ -40,7 +40,7 @@ from typing import TextIO
 
 from ..core import InputError, did_you_mean, first_line, near_file, sha256_of
 
-# %% ../../nbs/20_data.sources.ipynb #47a33be3
+# %% ../../nbs/20_data.sources.ipynb #910e6363
 @dataclass
 class Row:
     "One labelled image as its source states it; `reason` says why a row can't be used, as `code: explanation`."
@@ -53,6 +53,7 @@ class Row:
     reason: str | None = None
     where: str | None = None  # for messages: "train.csv, row 12"
     notes: tuple[str, ...] = ()  # what the reader changed, as `code: explanation`
+    cells: dict[str, str | None] | None = None  # what the columns hold that the source's `where` names
 
 # %% ../../nbs/20_data.sources.ipynb #e3735444
 def path_inside(reference: str, root: Path) -> Path | None:
@@ -188,15 +189,40 @@ def rows_that_ask(rows: Iterator[Row], source: dict) -> Iterator[Row]:
                 row.question = None
             yield row
 
-# %% ../../nbs/20_data.sources.ipynb #ec28f530
+# %% ../../nbs/20_data.sources.ipynb #dcf906ec
+def accepted_cells(source: dict) -> dict[str, set[str | None]]:
+    "What `where` of a source asks for: column -> the texts that are taken; InputError for another shape."
+    where = source.get("where")
+    if not isinstance(where, dict) or not where:
+        raise InputError(f"where of a source has to name a column and its texts, as {{split: [train]}}, not {str(where)[:100]}")
+    lists = {str(column): texts if isinstance(texts, list) else [texts] for column, texts in where.items()}
+    if wrong := [text for texts in lists.values() for text in texts if text is not None and not isinstance(text, str)]:
+        raise InputError(f"where of a source compares texts; put quotes around {str(wrong[0])[:100]}")
+    return {column: {(text or "").strip() or None for text in texts} for column, texts in lists.items()}
+
+
+def cells_of(record: dict, source: dict) -> dict[str, str | None] | None:
+    "What a record holds in the columns that `where` names: text without spaces around, None for nothing."
+    return {column: (text_or_none(record.get(column)) or "").strip() or None for column in source["where"]} if source.get("where") else None
+
+
+def rows_where(rows: Iterator[Row], accepted: dict[str, set[str | None]]) -> Iterator[Row]:
+    "The rows whose columns hold what is accepted."
+    for row in rows:
+        if all((row.cells or {}).get(column) in texts for column, texts in accepted.items()):
+            yield row
+
+# %% ../../nbs/20_data.sources.ipynb #af2dca0a
 def read_rows(source: dict, folder: Path) -> Iterator[Row]:
     "All rows of a source of a suite file; relative paths in it count from `folder`."
+    accepted = accepted_cells(source) if source.get("where") is not None else {}
     rows = map(whole_text, reader_of(source).read(source, Path(folder)))
+    rows = rows_where(rows, accepted) if accepted else rows
     return rows_that_ask(rows, source) if "only" in source or "without" in source else rows
 
-# %% ../../nbs/20_data.sources.ipynb #817f9626
+# %% ../../nbs/20_data.sources.ipynb #443f9e78
 COLUMNS = ("image", "label", "question", "id", "source")
-FILE_OPTIONS = ("path", "root", *COLUMNS, "only", "without")
+FILE_OPTIONS = ("path", "root", *COLUMNS, "only", "without", "where")
 
 
 def source_files(source: dict, folder: Path, folders: bool = False) -> list[Path]:
@@ -204,7 +230,7 @@ def source_files(source: dict, folder: Path, folders: bool = False) -> list[Path
     if not source.get("path"):
         raise InputError(f"a source of format {source.get('format')} needs a path, for example path: train.csv")
     pattern = Path(folder) / str(source["path"])
-    found = [pattern] if os.path.exists(pattern) else [Path(name) for name in sorted(glob.glob(str(pattern)))]
+    found = [pattern] if os.path.exists(pattern) else [Path(folder) / name for name in sorted(glob.glob(str(source["path"]), root_dir=folder))]
     if not found:
         raise InputError(f"{pattern} doesn't exist; correct the source's path.{near_file(pattern)}")
     for path in found:
@@ -215,20 +241,29 @@ def source_files(source: dict, folder: Path, folders: bool = False) -> list[Path
             raise InputError(f"{path} may not be read; change its permissions")
     return found
 
-# %% ../../nbs/20_data.sources.ipynb #cd6aae3c
+# %% ../../nbs/20_data.sources.ipynb #c29803ff
 def column_names(source: dict, available: list[str], file: Path) -> dict[str, str]:
     "Which column holds what: {image: ..., label: ..., ...}; InputError for a stated or needed one that is missing."
     names = {}
-    for field in COLUMNS:
-        name = str(source.get(field, field))
+    for field, name in stated_columns(source).items():
         if name in available:
+            if available.count(name) > 1:
+                raise InputError(f"{file}: {available.count(name)} columns are called {name!r}; rename all but the one that holds the {field}")
             names[field] = name
         elif field in source or field in ("image", "label"):
             raise InputError(f"{file}: no column {name!r} for the {field}.{did_you_mean(name, available)} "
                              f"Its columns: {', '.join(available)}; name yours with {field}: COLUMN in the source.")
+    if missing := [name for name in source.get("where") or {} if name not in available]:
+        raise InputError(f"{file}: no column {missing[0]!r}, which `where` names.{did_you_mean(str(missing[0]), available)} Its columns: {', '.join(available)}")
     return names
 
-# %% ../../nbs/20_data.sources.ipynb #97c41c18
+
+def stated_columns(source: dict) -> dict[str, str]:
+    "What a source calls its columns; without those that it sets to null."
+    optional = [field for field in COLUMNS if field not in ("image", "label")]
+    return {field: str(source.get(field, field)) for field in COLUMNS if not (field in optional and field in source and source[field] is None)}
+
+# %% ../../nbs/20_data.sources.ipynb #27c51c9f
 def text_or_none(value) -> str | None:
     "A cell as text: None for nothing and NaN, `3` for 3.0 read from a column of floats, else str(value)."
     if value is None or value != value:
@@ -245,8 +280,10 @@ def row_of_record(record: dict, names: dict[str, str], file: Path, number: int, 
     for field in ("id", "question", "source"):  # an empty cell states nothing
         if not (texts.get(field) or "").strip():
             texts.pop(field, None)
+    if "question" in texts and IMAGE_PLACEHOLDER in texts["question"]:
+        texts["question"] = without_placeholder(texts["question"])[0]
     key = texts.pop("id", None) or f"{os.path.relpath(file, folder)}:{number}"
-    return Row(key, where=f"{file.name}, row {number}", **texts, **locate_image(record.get(names["image"]), root))
+    return Row(key, where=f"{file.name}, row {number}", cells=cells_of(record, source), **texts, **locate_image(record.get(names["image"]), root))
 
 # %% ../../nbs/20_data.sources.ipynb #3bfabd2b
 def fits(head: bytes, encoding: str) -> bool:
@@ -496,10 +533,10 @@ def not_a_record(value: object, file: Path, number: int, folder: Path) -> Row:
     return Row(f"{os.path.relpath(file, folder)}:{number}", where=f"{file.name}, row {number}",
                reason=f"not_json: not a JSON object {found[:200]}")
 
-# %% ../../nbs/20_data.sources.ipynb #66e0f6f5
+# %% ../../nbs/20_data.sources.ipynb #d5b35f8a
 def rows_of_json(source: dict, folder: Path, records: Callable) -> Iterator[Row]:
     "Rows of files of flat objects, as `records(file, source)` gives them."
-    names = {field: str(source.get(field, field)) for field in COLUMNS}
+    names = stated_columns(source)
     for file in source_files(source, folder):
         for number, record in records(file, source):
             if isinstance(record, dict):
@@ -591,7 +628,7 @@ def class_names(schema, column: str) -> list[str] | None:
     except (ValueError, KeyError, TypeError):
         return None
 
-# %% ../../nbs/20_data.sources.ipynb #0ec7a1a0
+# %% ../../nbs/20_data.sources.ipynb #256ad597
 @reader("parquet", options=FILE_OPTIONS, contents=table_contents)
 def read_parquet(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: parquet, path: train-*.parquet}`; only the named columns are read, in batches."
@@ -603,7 +640,7 @@ def read_parquet(source: dict, folder: Path) -> Iterator[Row]:
             table = pq.ParquetFile(file)
             names = column_names(source, table.schema_arrow.names, file)
             labels = class_names(table.schema_arrow, names["label"])
-            batches = table.iter_batches(batch_size=256, columns=sorted(set(names.values())))
+            batches = table.iter_batches(batch_size=256, columns=sorted({*names.values(), *(source.get("where") or {})}))
             records = (record for batch in batches for record in batch.to_pylist())
             for number, record in enumerate(records, start=1):
                 index = record[names["label"]]
@@ -612,6 +649,17 @@ def read_parquet(source: dict, folder: Path) -> Iterator[Row]:
                 yield row_of_record(record, names, file, number, source, folder)
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{file}: not readable as Parquet ({error})") from None
+
+
+def parquet_columns(file: Path) -> list[str]:
+    "Names of the columns of a Parquet file."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(file).schema_arrow.names
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file}: not readable as Parquet ({error})") from None
 
 
 def parquet_records(file: Path) -> Iterator[dict]:
@@ -718,8 +766,8 @@ def row_of_talk(talk: Talk, images: object, key: str, where: str, root: Path) ->
     notes += [f"system_prompt_left_out: {system[:200]}"] if system else []
     return Row(key, label=talk.label, question=question or None, reason=reason, where=where, notes=tuple(notes), **place)
 
-# %% ../../nbs/20_data.sources.ipynb #28a337a2
-CHAT_OPTIONS = ("path", "root", "encoding", "columns", "tags", "only", "without")
+# %% ../../nbs/20_data.sources.ipynb #5fe72440
+CHAT_OPTIONS = ("path", "root", "encoding", "columns", "tags", "only", "without", "where")
 CHAT_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 CHAT_COLUMNS = {
     "sharegpt": {"messages": "conversations", "system": "system", "images": "images", "id": "id"},
@@ -843,7 +891,7 @@ def list_or_text(cell: str | None) -> object:
         return cell
     return found if isinstance(found, list) else cell
 
-# %% ../../nbs/20_data.sources.ipynb #a50b698f
+# %% ../../nbs/20_data.sources.ipynb #f3c2a862
 def taken(chat: ChatFiles, source: dict) -> set[int] | None:
     "Which records, counted over all files, a dataset with `num_samples` takes; None: all."
     if chat.samples is None:
@@ -862,7 +910,9 @@ def rows_of_chat(chat: ChatFiles, source: dict, folder: Path) -> Iterator[Row]:
                 continue
             if isinstance(record, dict):
                 key = text_or_none(record.get(chat.columns["id"])) or f"{os.path.relpath(file, folder)}:{number}"
-                yield row_of_chat(record, chat, key, f"{file.name}, row {number}")
+                row = row_of_chat(record, chat, key, f"{file.name}, row {number}")
+                row.cells = cells_of(record, source)
+                yield row
             else:
                 yield not_a_record(record, file, number, folder)
 
@@ -1031,7 +1081,7 @@ def sound_batches(
             raise InputError(f"{place}: a file of this data set is damaged: {first_line(error)[:300]}; fetch or save it again") from None
         yield batch
 
-# %% ../../nbs/20_data.sources.ipynb #0e69a35b
+# %% ../../nbs/20_data.sources.ipynb #97735ff6
 def huggingface_contents(source: dict, folder: Path) -> list:
     "Names, sizes and times of a local dataset's files; of one on the hub only what the source says."
     local = Path(folder) / str(source.get("path"))
@@ -1046,7 +1096,7 @@ def read_huggingface(source: dict, folder: Path) -> Iterator[Row]:
     place = Path(folder) / str(source["path"])
     names = column_names(source, list(dataset.features), place)
     number = 0
-    for batch in sound_batches(dataset.select_columns(sorted(set(names.values()))), place):
+    for batch in sound_batches(dataset.select_columns(sorted({*names.values(), *(source.get("where") or {})})), place):
         for cells in zip(*batch.values(), strict=True):
             number += 1
             record = dict(zip(batch, cells, strict=True))
