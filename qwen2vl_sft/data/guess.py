@@ -479,7 +479,7 @@ def columns_used(source: dict, home: Path, there: list[str]) -> dict[str, str]:
         return chat_files(llava_source(source) if source["format"] == "llava" else source, home).columns
     return {kind: column for kind, column in stated_columns(source).items() if column in there}
 
-# %% ../../nbs/28_data.guess.ipynb #80573da4
+# %% ../../nbs/28_data.guess.ipynb #9d3de73b
 def cells_counted(source: dict, columns: list[str], home: Path) -> dict[str, Counter]:
     "Column -> text -> rows, over all rows of a source."
     counts = {column: Counter() for column in columns}
@@ -513,7 +513,7 @@ def by_split_column(origin: Origin, home: Path) -> dict[str, dict]:
 def likely_splits(column: str, values: list[str | None]) -> bool:
     "Whether the first rows of a column leave it possible that all of it names splits, or its name says so."
     filled = {value.casefold() for value in values if value}
-    return column.strip().casefold() in SPLIT_COLUMNS or bool(filled) and filled <= SPLIT_WORDS.keys()
+    return column.strip().casefold() in SPLIT_COLUMNS or (bool(filled) and filled <= SPLIT_WORDS.keys())
 
 # %% ../../nbs/28_data.guess.ipynb #20d5b8d6
 @dataclass
