@@ -207,6 +207,8 @@ def test_too_few_rows_for_a_wanted_precision_are_said():
     low = proportion_confint(4, 4, method="wilson")[0]
     assert calibration_notes([rows[5]]) == [f"run/step-4, task 'face': too few validation rows for a precision of 0.95: it was seen on 4 flagged ones, at least 20 are needed to tell 0.95 from 1; it may be anything from {low:.3f} to 1.000"]
     assert calibration_notes([rows[400]]) == [] and rows_needed(Wanted(recall=0.9)) == 10 and rows_needed(Wanted(precision=1.0)) is None
+    lacking = operating_point(FACE.positive, Probabilities(FACE.labels, np.array([[0.4, 0.6]] * 9), np.ones(9, dtype=int)), None, Wanted(recall=0.9))
+    assert calibration_notes([{**rows[5], "positive": FACE.positive, "operating_point": lacking}]) == ["run/step-4, task 'face': no threshold reaches a recall of 0.9 on validation: no validation row is 'yes'"]
     (line,) = calibration_notes([{**rows[400], "note": "every validation answer is right, so no temperature follows from them"}])
     assert line == "run/step-4, task 'face': the temperature stays 1: every validation answer is right, so no temperature follows from them"
 

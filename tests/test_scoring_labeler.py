@@ -190,6 +190,8 @@ def test_bad_images_get_a_row_with_the_reason(home, tmp_path):
         assert table.loc[name, "reason"].startswith(reason) and pd.isna(table.loc[name, "label"]), name
     assert table.loc["good.png", "label"] in ("red", "green", "blue")
     assert pd.read_parquet(tmp_path / "out.parquet")["image"].tolist() == table.index.tolist()
+    with pytest.raises(InputError, match="an image is a ndarray; give a file's path, or the bytes of one"):
+        Labeler.label(None, [tmp_path / "good.png", np.zeros((9, 9, 3))])
 
 
 def test_tables_name_images_by_path_or_bytes(home, tmp_path):

@@ -37,6 +37,7 @@ from qwen2vl_sft.model.load import base_location, load_base, trainable
 from qwen2vl_sft.model.prefill import logits_of
 from qwen2vl_sft.rundir import RunDir, Status
 from qwen2vl_sft.scoring import experiment, labels, suite
+from qwen2vl_sft.scoring.baselines import score_baselines
 from qwen2vl_sft.scoring.experiment import score_experiment, score_run
 from qwen2vl_sft.scoring.remote import ApiConfig
 from qwen2vl_sft.scoring.labels import LabelScores, TreeReading, label_tree, path_sums
@@ -654,6 +655,22 @@ def test_seconds_hold_the_towers_part_also_where_its_output_is_shared_or_cached(
     scorer.towers, scorer.cache = [], SimpleNamespace(seconds_a_token=1.0)
     cached = suite.score_batch(model, scorer, colour, [2, 3], samples, tree)["seconds"].iloc[0]
     assert cached == pytest.approx(len(samples[0].features), abs=0.2)
+
+
+def test_tasks_without_rows_are_left_out_and_said(project, capsys):
+    "One that can't be trained on has no baselines; one that can't be tested takes the others nothing."
+    folder = write_toy_suite(project / "toy", rows=9).parent
+    tables = {split: {"format": "csv", "path": f"{split}.csv"} for split in ("train", "validation", "test")}
+    task = lambda name, *splits: Task(name=name, question="Which colour?", labels=["red", "green", "blue"], sources={split: tables[split] for split in splits})
+    ready = prepare(Suite(name="some", tasks=[task("whole", "train", "validation", "test"), task("held", "test"), task("bare", "train")], folder=folder), project / "prepared" / "some")
+    capsys.readouterr()
+    assert [data.task.name for data in suite.test_sets(ready, SETTINGS)] == ["whole", "held"] and "not scored: bare, for want of test rows" in capsys.readouterr().out
+    assert [data.task.name for data in suite.test_sets(ready, SETTINGS.model_copy(update={"split": "validation"}))] == ["whole"]
+    score_baselines(project / "runs" / "e", ready, SETTINGS)
+    assert RunDir(project / "runs/e/majority").predicted() == [("majority", "whole")] and "no baselines for held: no training rows" in capsys.readouterr().out
+    ready.suite.tasks = ready.suite.tasks[2:]
+    with pytest.raises(InputError, match="some: no task has test rows; give the suite a test source, or score another split"):
+        suite.test_sets(ready, SETTINGS)
 
 
 # --- several tasks about the same pictures -----------------------------------------------------------------

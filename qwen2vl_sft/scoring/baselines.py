@@ -6,7 +6,7 @@
 __all__ = ['PIXELS', 'BASELINES', 'majority_answers', 'thumbnail_pixels', 'nearest_neighbour_answers', 'open_columns',
            'baseline_predictions', 'score_baselines']
 
-# %% ../../nbs/44_scoring.baselines.ipynb #c6aaed11
+# %% ../../nbs/44_scoring.baselines.ipynb #6353cfbc
 import json
 import time
 from collections import Counter
@@ -26,7 +26,7 @@ from ..data.prepare import Prepared, Rows
 from ..encoding.images import open_image
 from ..rundir import RunDir
 from .metrics import fields_match, judge, similarity
-from .suite import TestSet, test_set
+from .suite import TestSet, test_set, tested_tasks
 from ..tasks import Task
 
 # %% ../../nbs/44_scoring.baselines.ipynb #ef14eb55
@@ -61,7 +61,7 @@ def nearest_neighbour_answers(
 
 BASELINES: dict[str, Callable[[Rows, TestSet], list[str]]] = {"majority": majority_answers, "nearest_neighbour": nearest_neighbour_answers}
 
-# %% ../../nbs/44_scoring.baselines.ipynb #baef2a55
+# %% ../../nbs/44_scoring.baselines.ipynb #d853b5a7
 def open_columns(
     task: Task,
     target: str,
@@ -88,7 +88,7 @@ def baseline_predictions(
         seconds=seconds, tokens_in=0, tokens_out=0, cost=0.0,
     )  # fmt: skip
 
-# %% ../../nbs/44_scoring.baselines.ipynb #e5530b36
+# %% ../../nbs/44_scoring.baselines.ipynb #a41e1d12
 def _score_baseline(run: RunDir, prepared: Prepared, data: TestSet) -> None:
     "What was scored before stays in the table when fewer rows are asked for."
     decided, where, ids = fingerprint([prepared.audit.get("fingerprint"), data.rule]), (run.name, data.task.name, data.rule), data.rows.column("id")
@@ -106,11 +106,15 @@ def score_baselines(
     prepared: Prepared,
     settings: ScoringConfig,
 ) -> None:
-    "Write the predictions of every baseline, where the data or the test rows have changed."
+    "Write the predictions of every baseline, where the data or the test rows have changed; of tasks without training rows there are none."
+    tasks = tested_tasks(prepared, settings.split)
+    known = [task for task in tasks if len(prepared.split(task.name, "train"))]
+    if len(known) < len(tasks):
+        say(f"no baselines for {', '.join(task.name for task in tasks if task not in known)}: no training rows")
     for name in BASELINES:
         run = RunDir(Path(experiment) / name)
         with run.running("scoring"):
             run.write_config(yaml.safe_dump({"kind": name, "suite": prepared.suite.name}))
-            for task in prepared.suite.tasks:
+            for task in known:
                 _score_baseline(run, prepared, test_set(prepared, task, settings))
     say(f"{experiment.name}: baselines {', '.join(BASELINES)} are scored")

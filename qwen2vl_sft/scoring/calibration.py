@@ -201,7 +201,7 @@ def achieved(
         figures[f"{name}_interval"] = [float(end) for end in proportion_confint((hit & flagged).sum(), total, method="wilson")] if total else None
     return figures
 
-# %% ../../nbs/48_scoring.calibration.ipynb #544956fe
+# %% ../../nbs/48_scoring.calibration.ipynb #fc7882a8
 def judged_by(
     split: Probabilities,
     positive: str | None,  # the task's
@@ -230,7 +230,7 @@ def operating_point(
     "A threshold chosen on validation, and what it achieves there and on the test set."
     hit, score = judged_by(validation, positive)
     threshold = threshold_for(hit, score, wanted)
-    found = {"positive": positive, "wanted": {name: value for name, value in vars(wanted).items() if value is not None}, "threshold": threshold, "reached": threshold is not None, "needed": rows_needed(wanted)}
+    found = {"positive": positive, "wanted": {name: value for name, value in vars(wanted).items() if value is not None}, "threshold": threshold, "reached": threshold is not None, "needed": rows_needed(wanted), "hits": int(hit.sum())}
     if threshold is not None:
         found["validation"] = achieved(hit, score, threshold)
         found["test"] = achieved(*judged_by(test, positive), threshold) if test is not None else None
@@ -402,7 +402,7 @@ def interval_text(
     interval = (point.get(where) or {}).get(f"{next(iter(point.get('wanted', {})), '')}_interval")
     return f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
 
-# %% ../../nbs/48_scoring.calibration.ipynb #ba90a1ad
+# %% ../../nbs/48_scoring.calibration.ipynb #ab08a70d
 def calibration_notes(written: list[dict[str, Any]]) -> list[str]:
     "A line for each temperature that couldn't be fitted, and for each threshold that too few validation rows support."
     lines = []
@@ -412,7 +412,8 @@ def calibration_notes(written: list[dict[str, Any]]) -> list[str]:
             lines.append(f"{head}: the temperature stays {content['temperature']:g}: {content['note']}")
         for name, value in point.get("wanted", {}).items():
             if not point["reached"]:
-                lines.append(f"{head}: no threshold reaches a {name} of {value:g} on validation")
+                none = f": no validation row is '{content['positive']}'" if content["positive"] else ": no validation answer is right"
+                lines.append(f"{head}: no threshold reaches a {name} of {value:g} on validation{'' if point.get('hits', 1) else none}")
                 continue
             found, needed = point["validation"], point["needed"]
             seen = found["flagged"] if name == "precision" else found["true"]

@@ -28,7 +28,7 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-# %% ../../nbs/45_scoring.experiment.ipynb #42b0ab17
+# %% ../../nbs/45_scoring.experiment.ipynb #3a0674c7
 from ..config import MethodConfig, ModelConfig, PreprocessingConfig, RunConfig, ScoringConfig, check_same_base, read_yaml, same_test_set, validated
 from ..core import InputError, RunFailure, pick_device, process_count, process_rank, project_root, say, table_text, write_atomically
 from ..data.pixels import PixelCache
@@ -65,7 +65,7 @@ from qwen2vl_sft.scoring.suite import (
     self_test,
     shared_batches,
     start_predictions,
-    test_set,
+    test_sets,
     weights_hash,
     what_changed,
 )
@@ -652,7 +652,7 @@ def checked_encoder(
         check_contract(encoder, stored_contract(folder), f"{folder.parent.parent.name}/{folder.name}")
     return encoder
 
-# %% ../../nbs/45_scoring.experiment.ipynb #0cbc2f5f
+# %% ../../nbs/45_scoring.experiment.ipynb #0e76d618
 def read_config(
     run: RunDir,
 ) -> RunConfig:
@@ -671,7 +671,7 @@ def score_run(
     settings = with_longest_answer(settings, [config])
     candidates = candidates_of(run, config, steps)
     scorer = Scorer(checked_encoder(config, [one.folder for one in candidates]), settings)
-    tests = [test_set(prepared, task, settings) for task in prepared.suite.tasks]
+    tests = test_sets(prepared, settings)
     score_candidates(candidates, scorer, tests, config.schedule.vision_cache_gb if config.schedule.vision_cache else 0.0)
 
 
@@ -685,7 +685,7 @@ def score_untuned(
     "Score the base model as it is."
     candidate = untuned_candidate(run, prepared.suite.name, model, preprocessing)
     scorer = Scorer(load_encoder(base_location(model.base), preprocessing, revision=model.revision), settings)
-    score_candidates([candidate], scorer, [test_set(prepared, task, settings) for task in prepared.suite.tasks])
+    score_candidates([candidate], scorer, test_sets(prepared, settings))
 
 # %% ../../nbs/45_scoring.experiment.ipynb #e8c4fed6
 def trained_runs(
@@ -789,7 +789,7 @@ def progress_of(
 
     return report
 
-# %% ../../nbs/45_scoring.experiment.ipynb #dce8d15c
+# %% ../../nbs/45_scoring.experiment.ipynb #a6b05592
 def with_longest_answer(
     settings: ScoringConfig,
     configs: list[RunConfig],
@@ -823,7 +823,7 @@ def score_experiment(
             candidates += candidates_of(RunDir(experiment / name), config)
         for one in candidates[1:]:
             check_contract(encoder, stored_contract(one.folder), str(one))
-        tests = [test_set(prepared, task, settings) for task in prepared.suite.tasks]
+        tests = test_sets(prepared, settings)
         sizes = [config.schedule.vision_cache_gb for config in runs.values() if config.schedule.vision_cache]
         score_candidates(candidates, Scorer(encoder, settings), tests, max(sizes, default=0.0 if runs else 20.0), progress_of(statuses))
     from_first(lambda: report_rules(experiment, settings.split))

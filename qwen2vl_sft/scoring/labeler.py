@@ -387,7 +387,7 @@ def stamp_of(row: Row) -> str:
     except (OSError, ValueError):
         return "missing"
 
-# %% ../../nbs/49_scoring.labeler.ipynb #af9530e2
+# %% ../../nbs/49_scoring.labeler.ipynb #363e84ce
 DECODERS = min(16, os.cpu_count() or 1)  # threads
 
 
@@ -412,10 +412,13 @@ def label(
     labeler: Labeler,
     images: Iterable[Path | str | bytes],  # files, or their contents
 ) -> pd.DataFrame:  # a row for each image and task: image, task, label, probability, most_probable, ..., reason
-    "Label images in memory, without files."
+    "Label images in memory, without files. Raises `InputError` for what is neither."
+    images = [images] if isinstance(images, (str, Path, bytes)) else list(images)
+    if others := {type(image).__name__ for image in images if not isinstance(image, (str, Path, bytes))}:
+        raise InputError(f"an image is a {min(others)}; give a file's path, or the bytes of one")
     rows = [Row(str(number), image=image) if isinstance(image, bytes) else Row(str(image), path=str(image)) for number, image in enumerate(images)]
-    table = pd.DataFrame([row for batch in label_rows(labeler, rows) for row in batch])
-    return table.drop(columns=["follows_from", "stamp"]) if len(table) else table
+    columns = ["image", "task", *EMPTY, "checkpoint"]
+    return pd.DataFrame([row for batch in label_rows(labeler, rows) for row in batch], columns=columns)
 
 
 Labeler.label = label

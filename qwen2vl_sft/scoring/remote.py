@@ -13,7 +13,7 @@ __all__ = ['PACE', 'SENDABLE', 'NO_MONEY', 'LEFT_OUT', 'Asked', 'PaceConfig', 'A
            'predictions_of', 'earlier_rows', 'has_answers', 'check_api_run', 'write_api_config', 'api_tests',
            'ask_tests', 'summary', 'check_end', 'opened', 'forecast_api', 'score_api']
 
-# %% ../../nbs/47_scoring.remote.ipynb #b002ff13
+# %% ../../nbs/47_scoring.remote.ipynb #b3f653e3
 import asyncio
 import base64
 import io
@@ -51,7 +51,7 @@ from ..rundir import RunDir
 from .experiment import shared_data, trained_runs
 from .metrics import Judged, fields_match, similarity
 from .responses import Key, ResponseStore, completed_message, error_details, judge_answer, policy_code, read_answer, storable
-from .suite import TestSet, test_set
+from .suite import TestSet, test_set, tested_tasks
 from ..tasks import Task, load_suite
 
 # %% ../../nbs/47_scoring.remote.ipynb #e0b23187
@@ -851,7 +851,7 @@ def earlier_rows(run: RunDir, data: TestSet) -> dict[str, str]:
     reasons = done["reason"].where(done["outcome"] == "error", "not asked: its picture or question has changed since its answer")
     return dict(zip(done["id"], reasons, strict=True))
 
-# %% ../../nbs/47_scoring.remote.ipynb #e45f601c
+# %% ../../nbs/47_scoring.remote.ipynb #c9adda91
 def has_answers(run: RunDir) -> bool:
     "Whether a sample of the run has another outcome than an error."
     tables = (run.predictions(checkpoint, task, "free", split) for split in ("test", "validation") for checkpoint, task in run.predicted(split))
@@ -886,7 +886,7 @@ def api_tests(
 ) -> list[tuple[TestSet, list[Question], set[int]]]:
     "Every task's whole split, its questions, and the places to ask (all, or a random sample of `settings.limit`)."
     free, found = settings.model_copy(update={"rule": "free"}), []
-    for task in prepared.suite.tasks:
+    for task in tested_tasks(prepared, settings.split):
         data = test_set(prepared, task, free.model_copy(update={"limit": None}))
         chosen = {data.chosen.index(row) for row in test_set(prepared, task, free).chosen}
         found.append((data, questions_of(data, config, price), chosen))

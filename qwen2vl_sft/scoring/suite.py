@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['BATCH_TOKENS', 'TOWER_BYTES', 'WALKED', 'ASKED_OFTEN', 'PASS_TOKENS', 'NOT_DECIDING', 'STEP', 'NEAR_TIE', 'SELF_TEST',
-           'SELF_TEST_TOKENS', 'TestSet', 'test_set', 'Scorer', 'tower_passes', 'add_features', 'now_on', 'stored',
-           'batches', 'free_bytes', 'batch_tokens', 'for_scoring', 'stated', 'closed_rows', 'cut_reason', 'free_row',
-           'free_tokens', 'is_walked', 'answers', 'Wanted', 'score_batch', 'is_worth_riding', 'riding',
-           'shared_batches', 'same_pictures', 'score_shared', 'Candidate', 'scoring_model', 'computed_in',
-           'weights_hash', 'deciding_parts', 'decided_by', 'what_changed', 'missing_places', 'predicted_samples',
-           'present_ids', 'drop_leftovers', 'start_predictions', 'near_ties', 'is_near_tie', 'explained_by_rounding',
-           'Apart', 'self_test', 'share_ending', 'labels_apart', 'answers_apart', 'next_token']
+           'SELF_TEST_TOKENS', 'TestSet', 'test_set', 'tested_tasks', 'test_sets', 'Scorer', 'tower_passes',
+           'add_features', 'now_on', 'stored', 'batches', 'free_bytes', 'batch_tokens', 'for_scoring', 'stated',
+           'closed_rows', 'cut_reason', 'free_row', 'free_tokens', 'is_walked', 'answers', 'Wanted', 'score_batch',
+           'is_worth_riding', 'riding', 'shared_batches', 'same_pictures', 'score_shared', 'Candidate', 'scoring_model',
+           'computed_in', 'weights_hash', 'deciding_parts', 'decided_by', 'what_changed', 'missing_places',
+           'predicted_samples', 'present_ids', 'drop_leftovers', 'start_predictions', 'near_ties', 'is_near_tie',
+           'explained_by_rounding', 'Apart', 'self_test', 'share_ending', 'labels_apart', 'answers_apart', 'next_token']
 
 # %% ../../nbs/43_scoring.suite.ipynb #fb7961c1
 import json
@@ -83,7 +83,7 @@ class TestSet:
 
 TestSet.__test__ = False  # not a pytest class
 
-# %% ../../nbs/43_scoring.suite.ipynb #5b855358
+# %% ../../nbs/43_scoring.suite.ipynb #0a8f7357
 def test_set(
     prepared: Prepared,
     task: Task,
@@ -103,7 +103,29 @@ def test_set(
     return TestSet(task, rows, chosen, rules, settings.split)
 
 
-test_set.__test__ = False
+def tested_tasks(
+    prepared: Prepared,
+    split: str,
+) -> list[Task]:
+    "The tasks that have rows in a split. Raises `InputError` if none has."
+    found = [task for task in prepared.suite.tasks if len(prepared.split(task.name, split))]
+    if not found:
+        raise InputError(f"{prepared.folder}: no task has {split} rows; give the suite a {split} source, or score another split")
+    return found
+
+
+def test_sets(
+    prepared: Prepared,
+    settings: ScoringConfig,
+) -> list[TestSet]:
+    "Those of the tasks that have rows; says which have none."
+    tasks = tested_tasks(prepared, settings.split)
+    if without := [task.name for task in prepared.suite.tasks if task not in tasks]:
+        say(f"not scored: {', '.join(without)}, for want of {settings.split} rows")
+    return [test_set(prepared, task, settings) for task in tasks]
+
+
+test_set.__test__ = test_sets.__test__ = False
 
 # %% ../../nbs/43_scoring.suite.ipynb #d98d6c2c
 BATCH_TOKENS = 32 * 1024  # padded, in one forward pass
