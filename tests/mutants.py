@@ -84,6 +84,16 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_scoring_api_faults.py::test_a_request_that_left_counts_at_its_expected_cost',),
     ),
     Mutation(
+        'api.key', "an escaped key is not the key", 'qwen2vl_sft/scoring/remote.py',
+        'return key_pattern(key).sub("[key]", text)', 'return text.replace(key, "[key]")',
+        tuple(f'tests/test_scoring_api_faults.py::test_a_key_that_a_service_repeats_escaped_is_blotted_out[{mode}]' for mode in ('401 escaped', '200 in numbers')),
+    ),
+    Mutation(
+        'api.key', "a word that stands for no key is blotted out of answers", 'qwen2vl_sft/scoring/remote.py',
+        'if status >= 400 or is_secret(session.key):', 'if True:',
+        ('tests/test_scoring_api_faults.py::test_a_word_that_stands_for_a_key_changes_no_answer[green]',),
+    ),
+    Mutation(
         'api.faults', "a run without any answer has worked", 'qwen2vl_sft/scoring/remote.py',
         'if len(failed) and len(failed) == len(rows):', 'if False:',
         ('tests/test_scoring_api_faults.py::test_a_run_without_an_answer_says_why_and_fails',),

@@ -40,6 +40,24 @@ MODES = {
 }
 
 
+def as_php(content):
+    return json.dumps(content).replace("/", "\\/").encode()
+
+
+def as_numbers(content, key):
+    return json.dumps(content).replace(key, "".join(f"\\u{ord(c):04X}" for c in key)).encode()
+
+
+MODES |= {
+    "401 escaped": lambda body, key: (401, as_php(error(f"Incorrect API key provided: {key}", code="invalid_api_key"))),
+    "400 escaped": lambda body, key: (400, as_numbers(error(f"bad: {key}", code="x"), key), {"x-request-id": key}),
+    "200 escaped": lambda body, key: (200, as_php(completion(f"your key is {key}", model=key, system_fingerprint=key)), {"x-request-id": key}),
+    "200 in numbers": lambda body, key: (200, as_numbers(completion(f"your key is {key}", model=key), key)),
+    "200 nested": lambda body, key: (200, as_php(completion(as_php({"key": key}).decode()))),
+    "green": lambda body, key: (200, completion("green")),
+}
+
+
 class Odd(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 

@@ -1,5 +1,6 @@
 """API models, one kind of misbehaviour at a time: what it costs, what the rows and the user are told, and that it ends."""
 
+import re
 import socket
 import time
 from functools import partial
@@ -11,8 +12,9 @@ from test_scoring_remote import CANARY, asked, config_for, numbered, start_toy
 
 from qwen2vl_sft import cli
 from qwen2vl_sft.rundir import RunDir
-from qwen2vl_sft.scoring.remote import ask_all, open_session, run_to_end
+from qwen2vl_sft.scoring.remote import ask_all, open_session, prediction_row, run_to_end
 from qwen2vl_sft.scoring.responses import ResponseStore
+from qwen2vl_sft.tasks import Task
 
 
 @pytest.fixture
@@ -129,3 +131,36 @@ def test_one_answer_among_failures_is_enough_to_go_on(project, key):
         server.mode = "500"
         reasons = run_to_end(partial(ask_all, session, numbered(range(8))), session)
         assert len(reasons) == 7 and not session.stopped and len(server.received) == 8
+
+
+# --- the key ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["401 escaped", "400 escaped", "200 escaped", "200 in numbers", "200 nested"])
+def test_a_key_that_a_service_repeats_escaped_is_blotted_out(project, monkeypatch, capfd, mode):
+    "JSON spells one text in many ways; none of them may bring the key back."
+    monkeypatch.setenv("CANARY_KEY", "sk-CAN/ARY/7f3a9b2c1d")
+    with started(mode) as server:
+        cli.main(start_toy(project, server.address, attempts=1, concurrency=1))
+    rows, shown = rows_of(project), capfd.readouterr()
+    written = b"".join(path.read_bytes() for path in project.rglob("*") if path.is_file()).decode("latin-1")
+    for text in (*shown, str(rows.to_dict()), written):
+        plain = re.sub(r"\\+u00([0-9a-f]{2})", lambda found: chr(int(found[1], 16)), text, flags=re.IGNORECASE)
+        assert "7f3a9b2c1d" not in plain and "ARY/" not in plain
+    assert "[key]" in written and (mode[0] == "4" or not rows["outcome"].eq("error").any())
+
+
+@pytest.mark.parametrize("word", ["green", "token", "lm-studio"])
+def test_a_word_that_stands_for_a_key_changes_no_answer(project, monkeypatch, word):
+    monkeypatch.setenv("CANARY_KEY", word)
+    with started("green") as server:
+        session, reasons = asked(config_for(server.address), project / "store.sqlite", numbered([1]))
+    row = prediction_row(Task(name="c", question="Which colour?", labels=["red", "green"]), "1", "green", session.store.get(numbered([1])[0].key), "", None)
+    assert reasons == {} and row["outcome"] == "correct" and row["tokens_in"] == 100 and not row["tokens_estimated"]
+
+
+@pytest.mark.parametrize("name", ["sk-proj-abc", "sk_live_abc", "AIzaSyA1234567890abcdefghi"])
+def test_a_key_in_the_place_of_its_variables_name_is_not_shown(project, name, capfd):
+    assert cli.main([*start_toy(project, "http://127.0.0.1:9"), f"key_variable={name}", "--dry-run"]) == 2
+    shown = capfd.readouterr()
+    assert name not in "".join(shown) and "key_variable: the name of an environment variable is wanted" in shown.err

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['PACE', 'SENDABLE', 'NO_MONEY', 'LEFT_OUT', 'Asked', 'PaceConfig', 'ApiConfig', 'load_api_recipe', 'api_key', 'Price',
            'price_of', 'image_tokens', 'text_tokens', 'picture_url', 'Question', 'settings_sent', 'messages', 'Failed',
-           'retry_after', 'refused_setting', 'setting_failure', 'failure_of', 'without_key', 'quiet_about', 'Session',
-           'alike', 'give_up', 'common_reasons', 'pause', 'while_running', 'until_open', 'open_session', 'paced',
-           'connect', 'wait_for_turn', 'note_leaving', 'root_cause', 'answer_of', 'send', 'known_arguments',
-           'stated_usage', 'with_usage', 'tokens_of', 'cost_of', 'cost_at_most', 'attempt', 'Tries', 'ask', 'ask_all',
-           'run_to_end', 'questions_of', 'forecast_requests', 'forecast_text', 'named', 'prediction_row',
-           'predictions_of', 'earlier_rows', 'has_answers', 'check_api_run', 'write_api_config', 'api_tests',
-           'ask_tests', 'summary', 'check_end', 'opened', 'forecast_api', 'score_api']
+           'retry_after', 'refused_setting', 'setting_failure', 'failure_of', 'key_pattern', 'without_key', 'is_secret',
+           'quiet_about', 'Session', 'alike', 'give_up', 'common_reasons', 'pause', 'while_running', 'until_open',
+           'open_session', 'paced', 'connect', 'wait_for_turn', 'note_leaving', 'root_cause', 'answer_of', 'send',
+           'known_arguments', 'stated_usage', 'with_usage', 'tokens_of', 'cost_of', 'cost_at_most', 'attempt', 'Tries',
+           'ask', 'ask_all', 'run_to_end', 'questions_of', 'forecast_requests', 'forecast_text', 'named',
+           'prediction_row', 'predictions_of', 'earlier_rows', 'has_answers', 'check_api_run', 'write_api_config',
+           'api_tests', 'ask_tests', 'summary', 'check_end', 'opened', 'forecast_api', 'score_api']
 
-# %% ../../nbs/47_scoring.remote.ipynb #b3f653e3
+# %% ../../nbs/47_scoring.remote.ipynb #b078f2c2
 import asyncio
 import base64
 import io
@@ -32,7 +32,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -40,7 +40,7 @@ from urllib.parse import urlsplit
 import pandas as pd
 import yaml
 from PIL import ExifTags, Image
-from pydantic import Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 from tqdm import tqdm
 
 from ..config import LONGEST_ANSWER, ScoringConfig, Settings, explain, parse_overrides, read_yaml, validated
@@ -75,9 +75,11 @@ class PaceConfig(Settings):
 
 PACE = (*PaceConfig.model_fields, "key_variable")
 
-# %% ../../nbs/47_scoring.remote.ipynb #12390a9c
+# %% ../../nbs/47_scoring.remote.ipynb #53ef12b0
 class ApiConfig(PaceConfig):
     "The complete configuration of an API run."
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # a key may stand in the wrong place
 
     kind: Literal["api"] = "api"
     suite: str | None = Field(None, description="the suite's YAML file; None: the one that the experiment's runs were trained on")
@@ -92,6 +94,14 @@ class ApiConfig(PaceConfig):
     structured: bool = Field(False, description="closed tasks: ask for JSON whose label is one of the task's")
     system_prompt: str | None = Field(None, description="None: none is sent")
     extra: dict[str, Any] = Field(default_factory=dict, description="further fields of the request, such as reasoning_effort")
+
+    @field_validator("key_variable")
+    @classmethod
+    def _name_is_no_key(cls, name: str | None) -> str | None:
+        is_key = name and (name.startswith("sk_") or (len(name) >= 20 and re.search("[a-z]", name) and re.search(r"\d", name)))
+        if name is not None and (is_key or not re.fullmatch(r"[A-Za-z_]\w*", name)):
+            raise ValueError("the name of an environment variable is wanted, such as OPENAI_API_KEY; what stands here is not shown, since it may be a key")
+        return name
 
     @field_validator("base_url")
     @classmethod
@@ -316,10 +326,22 @@ def failure_of(
         return Failed(reason, stops=True)
     return Failed(reason, again=status in (408, 409, 425, 429) or status >= 500, wait=retry_after(headers), limited=status == 429)
 
-# %% ../../nbs/47_scoring.remote.ipynb #0a21e321
+# %% ../../nbs/47_scoring.remote.ipynb #f2200bbe
+@lru_cache(8)
+def key_pattern(key: str) -> re.Pattern[str]:
+    r"The key, any of its characters also escaped: `\/`, `\u002f`, `%2F`, `&#47;`, `&#x2f;`."
+    forms = ((re.escape(c), ord(c)) for c in key)
+    return re.compile("".join(rf"(?:\\*{c}|\\+u(?i:{n:04x})|%(?i:{n:02x})|&#0*{n};|&#(?i:x0*{n:x});)" for c, n in forms))
+
+
 def without_key(text: str, key: str) -> str:
     "The text with the key blotted out."
-    return text.replace(key, "[key]") if len(key) > 4 else text
+    return key_pattern(key).sub("[key]", text) if len(key) > 4 else text
+
+
+def is_secret(key: str) -> bool:
+    "Whether a key is more than a word that stands for none."
+    return len(key) >= 20 or (len(key) >= 8 and any(c.isdigit() for c in key))
 
 
 @contextmanager
@@ -510,7 +532,7 @@ def root_cause(error: BaseException) -> BaseException:
     below = error.__cause__ or hidden or next(iter(getattr(error, "exceptions", ())), None)
     return root_cause(below) if below else error
 
-# %% ../../nbs/47_scoring.remote.ipynb #4229a145
+# %% ../../nbs/47_scoring.remote.ipynb #792ecba2
 async def answer_of(session: Session, sent: dict[str, Any], conversation: list[dict[str, Any]]) -> tuple[int, str, Any]:  # status, body, headers
     "What the service answers, an error too. Raises `Failed` where it doesn't; nothing of the client's exceptions is kept."
     import openai
@@ -544,7 +566,8 @@ async def send(
     sent = settings_sent(session.config, question.labels, session.refused)
     conversation, began = messages(session.config, question), time.perf_counter()
     status, body, headers = await answer_of(session, sent, conversation)
-    body = without_key(body, session.key)
+    if status >= 400 or is_secret(session.key):
+        body = without_key(body, session.key)
     if status >= 400 and not policy_code(body):
         failure = failure_of(status, body, headers, sent, session.config.extra)
         session.refused |= {failure.leaves_out} - {""}

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'GRACE_SECONDS', 'POLICY_CODES', 'REFUSAL_PHRASES', 'NO_INFERENCE_PHRASES', 'Key', 'ResponseStore',
-           'this_process', 'is_gone', 'begin', 'finish', 'settle', 'usage', 'completed_message', 'error_details',
-           'policy_code', 'guessed_outcome', 'Answer', 'storable', 'written_text', 'structured_text', 'read_answer',
-           'judge_answer']
+           'this_process', 'is_gone', 'begin', 'finish', 'settle', 'usage', 'parsed', 'completed_message',
+           'error_details', 'policy_code', 'guessed_outcome', 'Answer', 'storable', 'written_text', 'structured_text',
+           'read_answer', 'judge_answer']
 
 # %% ../../nbs/46_scoring.responses.ipynb #8666d411
 import json
@@ -175,18 +175,26 @@ def usage(
 
 ResponseStore.begin, ResponseStore.finish, ResponseStore.settle, ResponseStore.usage = begin, finish, settle, usage
 
-# %% ../../nbs/46_scoring.responses.ipynb #41e21e34
+# %% ../../nbs/46_scoring.responses.ipynb #641caf86
+def parsed(body: str) -> Any:
+    "What a JSON text says; None if it can't be read, also where it is nested too deeply."
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
 def completed_message(
     body: str,
 ) -> dict[str, Any] | None:
     "The first choice of a chat completion with its message, or None if the body is no complete one."
     try:
-        choice = json.loads(body)["choices"][0]
+        choice = parsed(body)["choices"][0]
         return choice if isinstance(choice["message"], dict) else None
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (KeyError, IndexError, TypeError):
         return None
 
-# %% ../../nbs/46_scoring.responses.ipynb #8b02ecff
+# %% ../../nbs/46_scoring.responses.ipynb #ef956d18
 POLICY_CODES = frozenset({
     "contentpolicyviolation", "moderationblocked", "invalidprompt", "contentfilter", "responsibleaipolicyviolation",
     "datainspectionfailed", "1301",
@@ -197,10 +205,7 @@ def error_details(
     body: str,  # of a response with an error status
 ) -> dict[str, Any]:
     "The `error` object of a body, or {} if there is none."
-    try:
-        content = json.loads(body)
-    except ValueError:
-        return {}
+    content = parsed(body)
     details = content.get("error", content) if isinstance(content, dict) else {}
     return details if isinstance(details, dict) else {"message": str(details)}
 
