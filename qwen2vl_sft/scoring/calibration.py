@@ -377,7 +377,7 @@ def kept_points(written: list[dict[str, Any]]) -> str:  # such as "face (precisi
     points = {(content["task"], name, value) for content in written if content["operating_point"] for name, value in content["operating_point"]["wanted"].items()}
     return ", ".join(f"{task} ({name} {value:g})" for task, name, value in sorted(points))
 
-# %% ../../nbs/48_scoring.calibration.ipynb #5410159b
+# %% ../../nbs/48_scoring.calibration.ipynb #ef594518
 def calibration_table(written: list[dict[str, Any]]) -> pd.DataFrame:
     "Temperatures, errors before and after on the test set (validation where there is none), and operating points."
     lines = []
@@ -388,10 +388,14 @@ def calibration_table(written: list[dict[str, Any]]) -> pd.DataFrame:
         line |= {f"n_{where}": content["figures"][where]["after"]["n"] if where in content["figures"] else 0 for where in ("validation", "test")}
         line |= {"on": split, "ece_before": before["ece"], "ece": after["ece"], "brier_before": before["brier"], "brier": after["brier"]}
         point = content["operating_point"] or {}
-        line |= {"threshold": point.get("threshold"), **{f"{name}_{where}": (point.get(where) or {}).get(name) for where in ("validation", "test") for name in ("precision", "recall")}}
+        line |= {"threshold": _number(point.get("threshold")), **{f"{name}_{where}": _number((point.get(where) or {}).get(name)) for where in ("validation", "test") for name in ("precision", "recall")}}
         line |= {f"interval_{where}": interval_text(point, where) for where in ("validation", "test")}
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def interval_text(

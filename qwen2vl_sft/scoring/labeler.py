@@ -551,7 +551,7 @@ def label_into(parts: Path, labeler: Labeler, rows: Iterable[Row], count: int, w
         if pending:
             write_part(parts, pending)
 
-# %% ../../nbs/49_scoring.labeler.ipynb #e6fc0456
+# %% ../../nbs/49_scoring.labeler.ipynb #87e374b4
 def parts_of(out: Path | str) -> Path:
     "Where an output's parts lie."
     return Path(out).with_name(f"{Path(out).name}.parts")
@@ -578,7 +578,7 @@ def read_note(parts: Path) -> dict[str, Any]:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise RunFailure(f"{path} can't be read ({error}); delete it, and label again") from error
-    table = read_parts(parts)
+    table = read_parts(parts, ["checkpoint"])
     return {"checkpoint": table["checkpoint"].iloc[-1]} if len(table) else {}
 
 # %% ../../nbs/49_scoring.labeler.ipynb #5ffb5255
@@ -614,7 +614,7 @@ def check_labelling(
     if tasks is not None and (gone := [name for name in note.get("tasks", []) if name not in tasks]) and not replace:
         raise InputError(f"{out} also holds labels of task '{gone[0]}', which would go; name it with --task, too, name another --out, or give --replace")
 
-# %% ../../nbs/49_scoring.labeler.ipynb #01961951
+# %% ../../nbs/49_scoring.labeler.ipynb #67d27570
 def stamps_of(rows: Iterable[Row], source: Path | str) -> dict[str, str]:  # id -> stamp, in order
     "The images that are there, without their bytes. Raises `InputError` for an id that comes twice."
     found: dict[str, str] = {}
@@ -651,15 +651,15 @@ def write_part(parts: Path, rows: list[dict[str, Any]]) -> None:
         write_atomically(parts / f"part-{max(numbers, default=-1) + 1:05d}.parquet", pd.DataFrame(rows).to_parquet(index=False))
 
 
-def read_parts(parts: Path) -> pd.DataFrame:
-    "All rows of all parts, in order. Raises `RunFailure` for a damaged one."
+def read_parts(parts: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    "All rows of all parts, in order, or some of their columns. Raises `RunFailure` for a damaged one."
     files = sorted(parts.glob("part-*.parquet"))
-    return pd.concat([read_part(file) for file in files], ignore_index=True) if files else pd.DataFrame(columns=["image", "task", *EMPTY, "checkpoint", "follows_from", "stamp"])
+    return pd.concat([read_part(file, columns) for file in files], ignore_index=True) if files else pd.DataFrame(columns=columns or ["image", "task", *EMPTY, "checkpoint", "follows_from", "stamp"])
 
 
 def finished(parts: Path, labeler: Labeler) -> set[tuple[str, str, str]]:
     "Image, stamp and fingerprint of what is labelled; unreadable images are tried again."
-    table = read_parts(parts)
+    table = read_parts(parts, ["image", "label", "stamp", "follows_from"])  # not the probabilities: of a thousand labels they are 40 kB a row
     table = table[table["label"].notna() & table["follows_from"].isin(labeler.follows_from.values())]
     return set(zip(table["image"], table["stamp"], table["follows_from"], strict=True))
 
