@@ -2140,6 +2140,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                              'qwen2vl_sft/scoring/calibration.py'),
                                                  'qwen2vl_sft.scoring.calibration.Wanted.__post_init__': ( 'scoring.calibration.html#wanted.__post_init__',
                                                                                                            'qwen2vl_sft/scoring/calibration.py'),
+                                                 'qwen2vl_sft.scoring.calibration._number': ( 'scoring.calibration.html#_number',
+                                                                                              'qwen2vl_sft/scoring/calibration.py'),
                                                  'qwen2vl_sft.scoring.calibration._rows_hash': ( 'scoring.calibration.html#_rows_hash',
                                                                                                  'qwen2vl_sft/scoring/calibration.py'),
                                                  'qwen2vl_sft.scoring.calibration.achieved': ( 'scoring.calibration.html#achieved',
