@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'FEATURES', 'SCHEMA', 'GROUP_ROWS', 'GROUP_BYTES', 'SHARD_BYTES', 'LEAVES', 'STORAGE', 'CHUNK_ROWS',
-           'CHUNK_BYTES', 'CHUNK', 'ROWS_BEFORE_WORKERS', 'FRACTIONS', 'RANKS', 'PAGE', 'PAGES', 'FORMAT',
-           'FORMER_FILES', 'TABLE_ROWS', 'TABLE_GROUP', 'ASSIGNED', 'FORMER', 'stored_row', 'ShardWriter',
+           'CHUNK_BYTES', 'CHUNK', 'ROWS_BEFORE_WORKERS', 'FRACTIONS', 'NEAREST', 'GIVEN', 'FACTS', 'PAGE', 'PAGES',
+           'FORMAT', 'FORMER_FILES', 'TABLE_ROWS', 'TABLE_GROUP', 'ASSIGNED', 'FORMER', 'stored_row', 'ShardWriter',
            'close_shard', 'chunks_of', 'write_chunk', 'records_of', 'chunk_path', 'images_of', 'end_with_parent',
            'Workers', 'start', 'stop', 'read_split', 'named', 'read_task', 'check_fractions', 'parts_to_draw',
-           'units_of', 'Units', 'divided', 'rows_by_unit', 'joining_rows', 'quarantine_joining', 'Some', 'Elsewhere',
-           'dealt', 'agreeing', 'divide', 'wanted_place', 'keep_place', 'draw_folds', 'agree', 'settle_splits',
-           'rows_of_split', 'write_task', 'Progress', 'finish_task', 'finished_task', 'prepare_task', 'prepare_tasks',
-           'content_of', 'each_named', 'is_current', 'folds_of', 'Places', 'former_rows', 'previous_places', 'table_of',
-           'write_rows', 'drawn_rows', 'Drawn', 'assigned_folds', 'assignment', 'Former', 'write_tables', 'join_audits',
-           'prepare', 'made_from_another', 'write_suite', 'Rows', 'select', 'read_group', 'image', 'without_images',
-           'Prepared', 'counts', 'quarantine', 'set_forecast', 'fold', 'is_drawn', 'holding_out', 'stream',
-           'prepared_html', 'pictures_html', 'load_split']
+           'units_of', 'Units', 'divided', 'rows_by_unit', 'joining_rows', 'quarantine_joining', 'Some', 'dealt',
+           'divide', 'keep_place', 'Draw', 'suite_units', 'Shared', 'fact_of', 'shared_splits', 'followed',
+           'rows_of_labels', 'most_lacking', 'seen_elsewhere', 'Elsewhere', 'wanted_place', 'agreeing', 'draw_folds',
+           'agree', 'check_rows', 'settle_splits', 'settle_suite', 'rows_of_split', 'write_task', 'Progress',
+           'keep_task', 'kept_tasks', 'finish_task', 'is_finished', 'settle_tasks', 'prepare_tasks', 'content_of',
+           'each_named', 'is_current', 'folds_of', 'Places', 'former_rows', 'previous_places', 'table_of', 'write_rows',
+           'drawn_rows', 'Drawn', 'assigned_folds', 'assignment', 'Former', 'write_tables', 'join_audits', 'prepare',
+           'made_from_another', 'write_suite', 'Rows', 'select', 'read_group', 'image', 'without_images', 'Prepared',
+           'counts', 'quarantine', 'set_forecast', 'fold', 'is_drawn', 'holding_out', 'stream', 'prepared_html',
+           'pictures_html', 'load_split']
 
-# %% ../../nbs/23_data.prepare.ipynb #4e15169e
+# %% ../../nbs/23_data.prepare.ipynb #2a28c907
 import errno
 import json
 import multiprocessing
@@ -46,7 +48,7 @@ import yaml
 from tqdm import tqdm
 
 from ..core import InputError, RunFailure, fingerprint, project_root, say, sha256_of, sole_use, write_atomically
-from .audit import (BLOCK, BUCKET, FORECAST, Audit, Checked, Limits, Records, Spill, argsorted, assign_groups, blocks_of, buckets, columns_of, counting, counts_of,
+from .audit import (BLOCK, BUCKET, FORECAST, Audit, Checked, Limits, Records, Spill, argsorted, assign_groups, blocks_of, buckets, columns_of, Numbers, counting, counts_of, near_components,
                                     differing_bits, edited, filled, filled_with, forecast_html, hash_bytes, hash_words, inspect_row, is_kept, join, joined, limits_of, note_duplicates,
                                     note_two_labels, number_duplicate_ids, numbers_of, quarantine_leaks, runs_of, shared_between_tasks, summary, taken, task_remarks, thumbnail, zeros)
 from .sources import Row, read_rows, source_contents, source_remarks
@@ -421,7 +423,242 @@ class Some(Sequence):
     def __getitem__(self, index: int) -> Checked:
         return self.records[int(self.rows[index])]
 
-# %% ../../nbs/23_data.prepare.ipynb #da018b15
+# %% ../../nbs/23_data.prepare.ipynb #6a46d4e9
+def dealt(sizes: np.ndarray, parts: dict[str, float], placed: Counter, total: int, folder: Path | None = None) -> np.ndarray:
+    "The split (number in SPLITS) of each unit, in this order: the one that is furthest below its share of `total` rows. Adds to `placed`."
+    splits = zeros(len(sizes), np.int16, folder)
+    for unit, size in enumerate(sizes):
+        split = max(parts, key=lambda split: (parts[split] * total - placed[split], SPLITS.index(split)))
+        splits[unit] = SPLITS.index(split)
+        placed[split] += int(size)
+    return splits
+
+
+def divide(
+    records: Sequence[Checked],  # with group and label; their split is set
+    parts: dict[str, float],  # split -> share
+    previous: Mapping[str, str],  # sha256 -> split of the last preparation
+    stratified: bool = True,  # by label
+    rows: np.ndarray | None = None,  # numbers of the records to divide; None: all
+    wanted: np.ndarray | None = None,  # of each of these rows: the split (number in SPLITS) that all tasks agreed upon, or -1
+) -> None:
+    "Give every record a split; units stay together, and stay where they were."
+    folder = getattr(records, "folder", None)
+    rows = counting(len(records), folder) if rows is None else rows
+    some = Some(records, rows)
+    units = divided(some, previous, stratified)
+    given = zeros(len(rows), np.int8, folder)  # number in SPLITS; below 0: left out, a bit for each split it joins
+    for mine in units.of_labels([units.key], folder):
+        placed, new = Counter(), zeros(len(mine), np.int8, folder)
+        filled((not keep_place(units, units.members(unit), parts, placed, given, wanted) for unit in mine), new)
+        total = sum(units.size(unit) for unit in mine)
+        mine = taken(mine, numbers_of(new, folder), folder)
+        sizes = zeros(len(mine), np.int32, folder)
+        filled((units.size(unit) for unit in mine), sizes)
+        for unit, split in zip(mine, dealt(sizes, parts, placed, total, folder), strict=True):
+            given[units.rows[units.members(unit)]] = split
+    for (_, record), place in zip(edited(records, rows), given, strict=False):
+        if place < 0:
+            record.quarantine("joins_splits", "nearly equals pictures of " + " and ".join(sorted(split for bit, split in enumerate(SPLITS) if -place >> bit & 1)))
+        else:
+            record.split = SPLITS[place]
+
+# %% ../../nbs/23_data.prepare.ipynb #710f68f9
+def keep_place(units: Units, members: slice, parts: dict[str, float], placed: Counter, given: np.ndarray, wanted: np.ndarray | None = None) -> bool:
+    "Put a unit where it was before, or else is wanted; False if it is new and may go anywhere."
+    old = [units.places[place] if place >= 0 and units.places[place] in parts else None for place in units.place[members]]
+    splits = sorted({*old} - {None})
+    if not splits and wanted is not None and (place := int(wanted[units.rows[members]].max())) >= 0:
+        splits = [SPLITS[place]]
+    for row, split in zip(units.rows[members].tolist() if splits else [], old, strict=False):
+        if len(splits) > 1 and split is None:
+            given[row] = -sum(1 << SPLITS.index(each) for each in splits)
+            continue
+        given[row] = SPLITS.index(split or splits[0])
+        placed[split or splits[0]] += 1
+    return bool(splits)
+
+# %% ../../nbs/23_data.prepare.ipynb #f7a44640
+@dataclass
+class Draw:
+    "What is to be drawn of a task."
+    task: Task
+    records: Records
+    rows: np.ndarray  # numbers of the records to divide
+    pool: str | None  # the source that they are of, `all` or `train`
+    parts: dict[str, float]  # split -> share
+    previous: Mapping[str, str]  # sha256 -> split of the last preparation
+    before: np.ndarray | None = None  # of each of `rows`: where another task had the picture in the last preparation, or -1
+
+    def label(self, record: Checked) -> int:
+        "A number, equal for labels that are divided as one."
+        return hash(record.label) if self.task.is_closed else 0
+
+    def old(self, record: Checked) -> str | None:
+        "Where the picture was before, if it stays there."
+        return split if (split := self.previous.get(record.sha256)) in self.parts else None
+
+    def nearest(self, split: str) -> str:
+        "This split, or of those that are drawn the one that harms least in its place."
+        return next(each for each in NEAREST[split] if each in self.parts)
+
+
+NEAREST = {"train": ("train", "validation", "test"), "validation": ("validation", "test", "train"), "test": ("test", "validation", "train")}
+
+
+def suite_units(records: Records, limits: Limits) -> np.ndarray:
+    "Of each record the first one of its unit over all tasks: kept rows with equal pictures, near duplicates or equal sources, directly or through others."
+    folder = records.folder
+    columns = columns_of(records, kept=is_kept, sha256=lambda record: record.sha256, source=lambda record: record.source,
+                         sourced=lambda record: is_kept(record) and record.source is not None)
+    unit, is_first = counting(len(records), folder), zeros(len(records), np.int8, folder)
+    for name, wanted in (("sha256", "kept"), ("source", "sourced")):
+        for rows in buckets(columns[name], columns[wanted]):
+            _, first, code = np.unique(columns[name][rows], return_index=True, return_inverse=True)
+            join(unit, [np.stack([rows, rows[first[code]]], 1)])
+            if name == "sha256":
+                is_first[rows[first]] = 1
+    pictures = numbers_of(is_first, folder)
+    hashes = zeros(len(pictures), "S32", folder)
+    filled((bytes.fromhex(record.phash) for record in Some(records, pictures)), hashes)
+    near = near_components(hashes.view(np.uint8).reshape(-1, 32), limits.near_bits, folder)
+    join(unit, (np.stack([pictures[rows], pictures[near[rows]]], 1) for rows in blocks_of(len(pictures))))
+    return unit
+
+# %% ../../nbs/23_data.prepare.ipynb #e961d04a
+GIVEN = -2
+FACTS = [("sha256", "S64"), ("task", np.int16), ("label", np.int64), ("place", np.int8), ("at", np.int32)]
+
+
+class Shared:
+    "The units that several tasks of a suite have rows in, and which split they get."
+
+    def __init__(self, draws: list[Draw], limits: Limits):
+        self.draws, spill = draws, draws[0].records.spill
+        self.records, self.folder = joined([draw.records for draw in draws], spill), spill.folder
+        self.begin = np.cumsum([0, *(len(draw.records) for draw in draws)])  # of each task's records
+        unit = suite_units(self.records, limits)
+        self.rows = numbers_of(self.in_several(unit), self.folder)
+        unit = taken(unit, self.rows, self.folder)
+        self.order, self.start = argsorted([unit], self.folder), Numbers(folder=self.folder)  # numbers of `rows`, unit by unit
+        for part, ends in runs_of(unit, self.order):
+            self.start.extend((part.start + ends[:-1]).tolist())
+        self.start.extend([len(self.rows)])
+
+    def task_of(self, numbers: np.ndarray) -> np.ndarray:
+        "The number of the task of each record."
+        return np.searchsorted(self.begin, numbers, "right") - 1
+
+    def in_several(self, unit: np.ndarray) -> np.ndarray:
+        "1 for rows whose unit has rows of another task, or a picture that another task had before."
+        marked, found = zeros(len(unit), np.int8, self.folder), zeros(len(unit), np.int8, self.folder)
+        for rows in blocks_of(len(unit)):
+            first = unit[rows]
+            marked[first[self.task_of(first) != self.task_of(np.arange(rows.start, rows.stop))]] = 1
+        for number, draw in enumerate(self.draws):
+            for rows in blocks_of(len(draw.rows) if draw.before is not None else 0):
+                marked[unit[draw.rows[rows][draw.before[rows] >= 0] + self.begin[number]]] = 1
+        for rows in blocks_of(len(unit)):
+            found[rows] = marked[unit[rows]]
+        return found
+
+    def units(self) -> Iterator[np.ndarray]:
+        "The numbers in `rows` of each unit."
+        return (self.order[low:high] for low, high in pairwise(self.start))
+
+# %% ../../nbs/23_data.prepare.ipynb #e7d09c69
+def fact_of(shared: Shared, number: int, record: Checked) -> tuple:
+    "What counts of a shared row: the fields of FACTS."
+    task = int(shared.task_of(number))
+    draw, row = shared.draws[task], number - int(shared.begin[task])
+    at = int(np.searchsorted(draw.rows, row))
+    if at == len(draw.rows) or draw.rows[at] != row:
+        place, at = SPLITS.index(record.split), GIVEN
+    elif split := draw.old(record):
+        place, at = SPLITS.index(split), -1
+    else:
+        place = -1 if draw.before is None else int(draw.before[at])
+    return record.sha256.encode(), task, draw.label(record), place, at
+
+
+def shared_splits(shared: Shared) -> list[np.ndarray]:
+    "Of each task, for each row to draw: the split (number in SPLITS) that all tasks give its unit, or -1 where it has none in common."
+    wanted = [filled_with(-1, len(draw.rows), np.int8, shared.folder) for draw in shared.draws]
+    if not len(shared.rows):
+        return wanted
+    facts = zeros(len(shared.rows), FACTS, shared.folder)
+    filled((fact_of(shared, number, record) for number, record in zip(map(int, shared.rows), Some(shared.records, shared.rows), strict=True)), facts)
+    cells, units = rows_of_labels(shared.draws, facts), len(shared.start) - 1
+    key, waiting = zeros(units, np.uint64, shared.folder), zeros(units, np.int8, shared.folder)
+
+    def put(new: np.ndarray, split: str) -> None:
+        for task, label, at in new[["task", "label", "at"]].tolist():
+            wanted[task][at] = SPLITS.index(nearest := shared.draws[task].nearest(split))
+            cells[task][label][nearest] += 1
+
+    for number, members in enumerate(shared.units()):
+        mine = facts[members]
+        if (mine["place"] >= 0).any():
+            put(mine[mine["at"] >= 0], followed(shared.draws, cells, mine))
+        else:
+            key[number], waiting[number] = int(sha256_of(min(mine["sha256"].tolist()))[:16], 16), 1
+    for number in argsorted([key], shared.folder):
+        if waiting[number]:
+            mine = facts[shared.order[shared.start[number] : shared.start[number + 1]]]
+            put(mine, most_lacking(shared.draws, cells, mine))
+    return wanted
+
+
+def followed(draws: list[Draw], cells: list[dict[int, Counter]], unit: np.ndarray) -> str:
+    "The split that new rows of a unit follow, some of whose rows have one."
+    split = next(split for split in ("train", "test", "validation") if SPLITS.index(split) in unit["place"])
+    if split == "test":
+        for task, label in unit[unit["at"] >= 0][["task", "label"]].tolist():
+            draw, rows = draws[task], cells[task][label]
+            if draw.pool == "train" and rows["validation"] + 1 > draw.parts.get("validation", 0) * rows[None]:
+                return "train"  # as that task's source says
+    return split
+
+
+def rows_of_labels(draws: list[Draw], facts: np.ndarray) -> list[dict[int, Counter]]:
+    "Of each task, label -> drawn rows that are shared (under None), and how many of them are in each split already."
+    cells = [defaultdict(Counter) for _ in draws]
+    for rows in blocks_of(len(facts)):
+        for task, label, place, at in facts[rows][["task", "label", "place", "at"]].tolist():
+            if at != GIVEN:
+                cells[task][label].update([None, SPLITS[place]] if at < 0 else [None])
+    return cells
+
+
+def most_lacking(draws: list[Draw], cells: list[dict[int, Counter]], unit: np.ndarray) -> str:
+    "Of the splits that all tasks of these rows draw (else: that one does) the one that their labels lack most, the last of equals."
+    rows = Counter(zip(unit["task"].tolist(), unit["label"].tolist(), strict=True))
+    drawn = [set(draws[task].parts) for task, _ in rows]
+    lack = lambda split, task, label: draws[task].parts.get(split, 0) - cells[task][label][split] / cells[task][label][None]
+    score = lambda split: (sum(many * lack(split, *cell) for cell, many in rows.items()), SPLITS.index(split))
+    return max(set.intersection(*drawn) or set.union(*drawn), key=score)
+
+# %% ../../nbs/23_data.prepare.ipynb #c3b18fbc
+def seen_elsewhere(shared: Shared) -> dict[str, list[str]]:
+    "Task -> remarks on its test rows whose unit (but not their own picture, which the audit counts) is in train of another task."
+    found, train, test = Counter(), SPLITS.index("train"), SPLITS.index("test")
+    records = Some(joined([draw.records for draw in shared.draws], shared.records.spill), shared.rows)  # as they are now
+    facts = zeros(len(records), [("task", np.int16), ("split", np.int8), ("sha256", np.int64)], shared.folder)
+    filled(((int(shared.task_of(number)), SPLITS.index(record.split) if is_kept(record) else -1, hash(record.sha256))
+            for number, record in zip(map(int, shared.rows), records, strict=True)), facts)
+    for members in shared.units():
+        rows = facts[members].tolist()
+        trained = {(task, sha256) for task, split, sha256 in rows if split == train}
+        for task, split, sha256 in rows if trained else ():
+            if split == test:
+                found.update((task, other) for other in {other for other, _ in trained} - {task} if (other, sha256) not in trained)
+    remarks = defaultdict(list)
+    for (task, other), many in sorted(found.items()):
+        names = [shared.draws[each].task.name for each in (task, other)]
+        remarks[names[0]].append(f"{many:,} test picture{'s have' if many > 1 else ' has'} near duplicates, or rows of the same source, in train of {names[1]}")
+    return remarks
+
+# %% ../../nbs/23_data.prepare.ipynb #98a2378a
 class Elsewhere:
     "In which split (a number in SPLITS) or fold other tasks have a picture; of several tasks the first that is added counts."
 
@@ -433,13 +670,6 @@ class Elsewhere:
         known = taken(pictures, numbers_of(place, folder, value), folder)
         known.sort()
         self.parts.append((known, np.broadcast_to(np.int16(split), len(known))))
-
-    def add_records(self, records: Sequence[Checked]) -> None:
-        "The kept rows of a task that has its splits."
-        place = lambda record: SPLITS.index(record.split) if is_kept(record) and record.split in SPLITS else -2
-        columns, folder = columns_of(records, sha256=lambda record: record.sha256, place=place), getattr(records, "folder", None)
-        for split in range(len(SPLITS)):
-            self.add(columns["sha256"], columns["place"], split, split, folder)
 
     def add_folds(self, records: Sequence[Checked], folds: np.ndarray) -> None:
         "The fold of each row of a task; those of -1 don't count."
@@ -459,18 +689,11 @@ class Elsewhere:
                 found[rows] = np.where(new, places[at], found[rows])
         return found
 
-# %% ../../nbs/23_data.prepare.ipynb #22aa5177
-RANKS = {0: (0, -1, 1, 2), 2: (2, -1, 1, 0)}  # of SPLITS: whose pictures are taken first; -1: nobody's
-
-
-def dealt(sizes: np.ndarray, parts: dict[str, float], placed: Counter, total: int, folder: Path | None = None) -> np.ndarray:
-    "The split (number in SPLITS) of each unit, in this order: the one that is furthest below its share of `total` rows. Adds to `placed`."
-    splits = zeros(len(sizes), np.int16, folder)
-    for unit, size in enumerate(sizes):
-        split = max(parts, key=lambda split: (parts[split] * total - placed[split], SPLITS.index(split)))
-        splits[unit] = SPLITS.index(split)
-        placed[split] += int(size)
-    return splits
+# %% ../../nbs/23_data.prepare.ipynb #b69f6722
+def wanted_place(there: np.ndarray) -> int:
+    "Where most of a unit's pictures lie in other tasks, the last of several (for splits: test); -1 where none does."
+    counts = np.bincount(there[there >= 0])[::-1]
+    return len(counts) - 1 - int(counts.argmax()) if counts.any() else -1
 
 
 def agreeing(
@@ -496,58 +719,6 @@ def agreeing(
         given[unit] = max(left, key=left.get)
         left[int(given[unit])] -= int(sizes[unit])
     return given
-
-# %% ../../nbs/23_data.prepare.ipynb #a6a6b286
-def divide(
-    records: Sequence[Checked],  # with group and label; their split is set
-    parts: dict[str, float],  # split -> share
-    previous: Mapping[str, str],  # sha256 -> split of the last preparation
-    stratified: bool = True,  # by label
-    rows: np.ndarray | None = None,  # numbers of the records to divide; None: all
-    elsewhere: Elsewhere | None = None,  # where other tasks have the pictures
-) -> None:
-    "Give every record a split; units stay together, and stay where they were."
-    folder = getattr(records, "folder", None)
-    rows = counting(len(records), folder) if rows is None else rows
-    some = Some(records, rows)
-    units = divided(some, previous, stratified)
-    given = zeros(len(rows), np.int8, folder)  # number in SPLITS; below 0: left out, a bit for each split it joins
-    there = taken((elsewhere or Elsewhere()).places_of(some), units.rows, folder)
-    for mine in units.of_labels([units.key], folder):
-        placed, new = Counter(), zeros(len(mine), np.int8, folder)
-        filled((not keep_place(units, units.members(unit), parts, placed, given) for unit in mine), new)
-        total = sum(units.size(unit) for unit in mine)
-        mine = taken(mine, numbers_of(new, folder), folder)
-        sizes, wanted = zeros(len(mine), np.int32, folder), zeros(len(mine), np.int16, folder)
-        filled((units.size(unit) for unit in mine), sizes)
-        filled((wanted_place(there[units.members(unit)]) for unit in mine), wanted)
-        splits = agreeing(sizes, dealt(sizes, parts, placed, total, folder), wanted, RANKS, folder)
-        for unit, split in zip(mine, splits, strict=True):
-            given[units.rows[units.members(unit)]] = split
-    for (_, record), place in zip(edited(records, rows), given, strict=False):
-        if place < 0:
-            record.quarantine("joins_splits", "nearly equals pictures of " + " and ".join(sorted(split for bit, split in enumerate(SPLITS) if -place >> bit & 1)))
-        else:
-            record.split = SPLITS[place]
-
-# %% ../../nbs/23_data.prepare.ipynb #7c188ec4
-def wanted_place(there: np.ndarray) -> int:
-    "Where most of a unit's pictures lie in other tasks, the last of several (for splits: test); -1 where none does."
-    counts = np.bincount(there[there >= 0])[::-1]
-    return len(counts) - 1 - int(counts.argmax()) if counts.any() else -1
-
-
-def keep_place(units: Units, members: slice, parts: dict[str, float], placed: Counter, given: np.ndarray) -> bool:
-    "Put a unit where it was before; False if it is new."
-    old = [units.places[place] if place >= 0 and units.places[place] in parts else None for place in units.place[members]]
-    splits = sorted({*old} - {None})
-    for row, split in zip(units.rows[members].tolist() if splits else [], old, strict=False):
-        if len(splits) > 1 and split is None:
-            given[row] = -sum(1 << SPLITS.index(each) for each in splits)
-            continue
-        given[row] = SPLITS.index(split or splits[0])
-        placed[split or splits[0]] += 1
-    return bool(splits)
 
 # %% ../../nbs/23_data.prepare.ipynb #e0649cdd
 def draw_folds(
@@ -595,11 +766,9 @@ def agree(units: Units, new: np.ndarray, given: np.ndarray, there: np.ndarray, f
         for unit, place in zip(mine, agreeing(sizes, places, wanted, {fold: (fold,) for fold in range(folds)}, folder), strict=True):
             given[units.rows[units.members(unit)]] = place
 
-# %% ../../nbs/23_data.prepare.ipynb #eb40c801
-def settle_splits(
-    task: Task, records: Sequence[Checked], limits: Limits, fractions: dict[str, float], previous: Mapping[str, str], elsewhere: Elsewhere | None = None
-) -> list[str]:
-    "Checks across a task's rows, and the split of each; returns remarks for the audit."
+# %% ../../nbs/23_data.prepare.ipynb #e9d4f8b1
+def check_rows(task: Task, records: Records, limits: Limits, fractions: dict[str, float], previous: Mapping[str, str]) -> Draw:
+    "Checks across a task's rows before its splits are drawn; what there is to draw."
     number_duplicate_ids(records)
     note_two_labels(records)
     quarantine_leaks(records)
@@ -609,15 +778,34 @@ def settle_splits(
     if quarantine_joining(records, drawn, parts, previous, limits):
         assign_groups(records, limits)  # groups that these rows had joined
         drawn = rows_of_split(records, pool)
-    divide(records, parts, previous, task.is_closed, drawn, elsewhere)
-    note_duplicates(records)
-    for _, record in edited(records, range(len(records))):
+    return Draw(task, records, drawn, pool, parts, previous)
+
+
+def settle_splits(draw: Draw, wanted: np.ndarray | None = None) -> list[str]:
+    "The split of each row of a task, and checks across them; returns remarks for the audit."
+    divide(draw.records, draw.parts, draw.previous, draw.task.is_closed, draw.rows, wanted)
+    note_duplicates(draw.records)
+    for _, record in edited(draw.records, range(len(draw.records))):
         record.source = record.source or record.group
     remarks = []
-    if parts:
-        shares = ", ".join(f"{split} {100 * share:.0f} %" for split, share in parts.items())
-        remarks.append(f"drawn from `{pool}`: {shares}")
-    return remarks + task_remarks(task, records)
+    if draw.parts:
+        shares = ", ".join(f"{split} {100 * share:.0f} %" for split, share in draw.parts.items())
+        remarks.append(f"drawn from `{draw.pool}`: {shares}")
+    return remarks + task_remarks(draw.task, draw.records)
+
+
+def settle_suite(tasks: list[Task], records: list[Records], limits: Limits, fractions: dict[str, float], previous: dict[str, Mapping[str, str]]) -> list[list[str]]:
+    "Checks across the rows of all tasks, and the split of each row; returns the remarks on each task."
+    draws = [check_rows(task, mine, limits, fractions, previous.get(task.name, {})) for task, mine in zip(tasks, records, strict=True)]
+    if len(draws) == 1 or not any(draw.parts for draw in draws):
+        return [settle_splits(draw) for draw in draws]
+    for draw in draws:
+        others = Elsewhere(places.pictures() for name, places in previous.items() if name != draw.task.name)
+        draw.before = others.places_of(Some(draw.records, draw.rows)) if others.parts and draw.parts else None
+    shared = Shared(draws, limits)
+    remarks = [settle_splits(draw, wanted) for draw, wanted in zip(draws, shared_splits(shared), strict=True)]
+    seen = seen_elsewhere(shared)
+    return [mine + seen[task.name] for task, mine in zip(tasks, remarks, strict=True)]
 
 
 def rows_of_split(records: Sequence[Checked], split: str | None) -> np.ndarray:
@@ -669,13 +857,13 @@ class Progress:
         self.next.rename(self.folder)
         self.clear()
 
-# %% ../../nbs/23_data.prepare.ipynb #ac5e6fb3
+# %% ../../nbs/23_data.prepare.ipynb #d030d37a
 PAGE, PAGES = pa.schema([("rows", pa.int32()), ("size", pa.int32()), ("page", pa.binary())]), 64  # pages in a batch
 
 
-def finish_task(progress: Progress, number: int, audit: Audit) -> None:
-    "Note that the task of this number is written, and remove its chunks. Records are copied page by page."
-    content = {"remarks": audit.remarks, "open_tasks": sorted(audit.open_tasks), "thumbnails": audit.thumbnails}
+def keep_task(progress: Progress, number: int, audit: Audit) -> None:
+    "Store a task's audit before its rows are written. Records are copied page by page."
+    content = {"remarks": audit.remarks, "open_tasks": sorted(audit.open_tasks)}
     path, schema = progress.state / f"{number:04}.arrow", PAGE.with_metadata({"audit": json.dumps(content)})
     unfinished = path.with_suffix(".part")
     with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_file(file, schema) as writer:
@@ -683,64 +871,82 @@ def finish_task(progress: Progress, number: int, audit: Audit) -> None:
         while some := [(end - before, *audit.records.stored(at)) for at, (before, end) in islice(rest, PAGES)]:
             writer.write_batch(pa.record_batch(list(zip(*some, strict=True)), schema=schema))
     os.replace(unfinished, path)
+
+
+def kept_tasks(progress: Progress, suite: Suite) -> list[Audit] | None:
+    "The audits of all tasks, if their splits are settled."
+    audits = []
+    try:
+        (progress.state / "settled").stat()
+        for number in range(len(suite.tasks)):
+            records = Records(spill=progress.spill)
+            with pa.memory_map(str(progress.state / f"{number:04}.arrow")) as file:
+                reader = pa.ipc.open_file(file)
+                content = json.loads(reader.schema.metadata[b"audit"])
+                for at in range(reader.num_record_batches):
+                    for rows, *page in zip(*(column.to_pylist() for column in reader.get_batch(at)), strict=True):
+                        records.add_page(rows, page)
+            audits.append(Audit(suite.name, records, set(content["open_tasks"]), content["remarks"]))
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+    return audits
+
+# %% ../../nbs/23_data.prepare.ipynb #3dafda8c
+def finish_task(progress: Progress, number: int, audit: Audit) -> None:
+    "Note that the task of this number is written, and remove its chunks."
+    write_atomically(progress.state / f"{number:04}.json", json.dumps(audit.thumbnails))
     shutil.rmtree(progress.state / f"{number:04}", ignore_errors=True)
 
 
-def finished_task(progress: Progress, number: int, suite: Suite) -> Audit | None:
-    "The audit of a task that is written already, and whose files are whole."
-    records = Records(spill=progress.spill)
+def is_finished(progress: Progress, number: int, audit: Audit) -> bool:
+    "Whether a task is written and its files are whole; the audit gets its thumbnails then."
     try:
-        with pa.memory_map(str(progress.state / f"{number:04}.arrow")) as file:
-            reader = pa.ipc.open_file(file)
-            content = json.loads(reader.schema.metadata[b"audit"])
-            for at in range(reader.num_record_batches):
-                for rows, *page in zip(*(column.to_pylist() for column in reader.get_batch(at)), strict=True):
-                    records.add_page(rows, page)
-        files = (progress.next / suite.tasks[number].name).glob("*.parquet")
-        written = sum(pq.read_metadata(file).num_rows for file in files)
+        thumbnails = json.loads((progress.state / f"{number:04}.json").read_text())
+        task = next(iter(audit.remarks))
+        written = sum(pq.read_metadata(file).num_rows for file in (progress.next / task).glob("*.parquet"))
     except (OSError, ValueError, pa.ArrowException):
-        return None
-    thumbnails = {int(index): picture for index, picture in content["thumbnails"].items()}
-    audit = Audit(suite.name, records, set(content["open_tasks"]), content["remarks"], thumbnails=thumbnails)
-    return audit if written == sum(not record.reason for record in records) else None
+        return False
+    audit.thumbnails = {int(index): picture for index, picture in thumbnails.items()}
+    return written == sum(not record.reason for record in audit.records)
 
 
-Progress.finish_task, Progress.finished_task = finish_task, finished_task
+Progress.keep_task, Progress.kept_tasks, Progress.finish_task, Progress.is_finished = keep_task, kept_tasks, finish_task, is_finished
 
-# %% ../../nbs/23_data.prepare.ipynb #fcb70a61
-def prepare_task(number: int, suite: Suite, progress: Progress, settings: dict, previous: dict, workers: Workers, elsewhere: Elsewhere | None = None) -> Audit:
-    "Read, audit, split and write one task, unless that is done; InputError where no row is usable."
-    task, limits = suite.tasks[number], Limits(**settings["limits"])
-    if audit := progress.finished_task(number, suite):
-        return audit
-    store = progress.state / f"{number:04}"
-    records, chunks = read_task(task, suite.folder, limits, store, workers, progress.spill)
-    remarks = settle_splits(task, records, limits, settings["fractions"], previous.get(task.name, {}), elsewhere)
-    remarks += [f"{split}: {remark}" for split, source in task.sources.items() for remark in source_remarks(source, suite.folder)]
-    audit = Audit(suite.name, records, remarks={task.name: remarks}, open_tasks=set() if task.is_closed else {task.name})
-    counts = counts_of(records)
-    if counts["quarantined"] == len(records):
-        raise InputError(f"task {task.name}: none of its {len(records)} rows can be used ({counts['reasons']}); "
-                         f"the first: {records[0].where}: {records[0].reason}: {records[0].detail}")
-    pictured = {index for indices in audit.examples().values() for index in indices}
-    shutil.rmtree(progress.next / task.name, ignore_errors=True)
-    paths = (chunk_path(store, split, chunk) for split, count in chunks.items() for chunk in range(count))
-    audit.thumbnails = write_task(progress.next / task.name, records, images_of(paths), pictured)
-    progress.finish_task(number, audit)
-    return audit
+# %% ../../nbs/23_data.prepare.ipynb #e267df11
+def settle_tasks(suite: Suite, progress: Progress, settings: dict, previous: dict, records: list[Records]) -> list[Audit]:
+    "Check and split the rows of all tasks; the audit of each. InputError where no row of a task is usable."
+    remarks = settle_suite(suite.tasks, records, Limits(**settings["limits"]), settings["fractions"], previous)
+    audits = []
+    for task, mine, said in zip(suite.tasks, records, remarks, strict=True):
+        said += [f"{split}: {remark}" for split, source in task.sources.items() for remark in source_remarks(source, suite.folder)]
+        counts = counts_of(mine)
+        if counts["quarantined"] == len(mine):
+            raise InputError(f"task {task.name}: none of its {len(mine)} rows can be used ({counts['reasons']}); "
+                             f"the first: {mine[0].where}: {mine[0].reason}: {mine[0].detail}")
+        audits.append(Audit(suite.name, mine, remarks={task.name: said}, open_tasks=set() if task.is_closed else {task.name}))
+    for number, audit in enumerate(audits):
+        progress.keep_task(number, audit)
+    write_atomically(progress.state / "settled", "")
+    return audits
 
-# %% ../../nbs/23_data.prepare.ipynb #018ecbb2
+
 def prepare_tasks(suite: Suite, progress: Progress, settings: dict, previous: dict, workers: Workers) -> list[Audit]:
-    "The audit of each task, in the suite's order."
-    elsewhere, audits, tasks = Elsewhere(), {}, suite.tasks
-    draws = [bool(parts_to_draw(task, settings["fractions"])[1]) for task in tasks]
-    for number in sorted(range(len(tasks)), key=draws.__getitem__):
-        before = [places.pictures() for name, places in previous.items() if name != tasks[number].name]
-        others = Elsewhere([*elsewhere.parts, *before])
-        audits[number] = prepare_task(number, suite, progress, settings, previous, workers, others)
-        if len(tasks) > 1 and any(draws):
-            elsewhere.add_records(audits[number].records)
-    return [audits[number] for number in range(len(tasks))]
+    "Read all tasks, settle their splits and write them, as far as that is not done; the audit of each, in the suite's order."
+    audits, limits, chunks = progress.kept_tasks(suite), Limits(**settings["limits"]), {}
+    read = lambda number: read_task(suite.tasks[number], suite.folder, limits, progress.state / f"{number:04}", workers, progress.spill)
+    if audits is None:
+        records, chunks = zip(*map(read, range(len(suite.tasks))), strict=True)
+        audits, chunks = settle_tasks(suite, progress, settings, previous, list(records)), dict(enumerate(chunks))
+    for number, (task, audit) in enumerate(zip(suite.tasks, audits, strict=True)):
+        if progress.is_finished(number, audit):
+            continue
+        mine = chunks[number] if number in chunks else read(number)[1]
+        pictured = {index for indices in audit.examples().values() for index in indices}
+        shutil.rmtree(progress.next / task.name, ignore_errors=True)
+        paths = (chunk_path(progress.state / f"{number:04}", split, chunk) for split, count in mine.items() for chunk in range(count))
+        audit.thumbnails = write_task(progress.next / task.name, audit.records, images_of(paths), pictured)
+        progress.finish_task(number, audit)
+    return audits
 
 # %% ../../nbs/23_data.prepare.ipynb #bf1edbdb
 FORMAT = 2  # of prepared data; a change prepares everything anew
