@@ -215,9 +215,33 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '4.2', "tasks over the same pictures draw their splits apart", 'qwen2vl_sft/data/prepare.py',
-        'if all((wanted[units] < 0).all() for units in blocks_of(len(wanted))):', 'if True:',
-        ('tests/test_data_prepare.py::test_tasks_over_the_same_pictures_agree_as_far_as_their_labels_allow',
-         'tests/test_data_prepare.py::test_two_questions_about_the_same_pictures_share_no_test_and_train'),
+        'settle_splits(draw, wanted) for draw, wanted', 'settle_splits(draw) for draw, wanted',
+        ('tests/test_data_prepare.py::test_no_task_trains_on_what_a_later_one_tests', 'tests/test_data_prepare.py::test_two_questions_about_the_same_pictures_share_no_test_and_train'),
+    ),
+    Mutation(
+        '4.2', "near duplicates of different tasks are no unit", 'qwen2vl_sft/data/prepare.py',
+        'np.stack([pictures[rows], pictures[near[rows]]], 1)', 'np.stack([pictures[rows], pictures[rows]], 1)',
+        ('tests/test_data_prepare.py::test_no_task_trains_on_what_a_later_one_tests',),
+    ),
+    Mutation(
+        '4.2', "a source does not count between tasks", 'qwen2vl_sft/data/prepare.py',
+        'in (("sha256", "kept"), ("source", "sourced")):', 'in (("sha256", "kept"),):',
+        ('tests/test_data_prepare.py::test_no_task_trains_on_what_a_later_one_tests',),
+    ),
+    Mutation(
+        '4.2', "new rows test what another task trains on", 'qwen2vl_sft/data/prepare.py',
+        'split = next(split for split in ("train", "test", "validation")', 'split = next(split for split in ("test", "train", "validation")',
+        ('tests/test_data_prepare.py::test_given_and_earlier_splits_are_followed_by_new_rows',),
+    ),
+    Mutation(
+        '4.2', "shared units are dealt without regard to shares", 'qwen2vl_sft/data/prepare.py',
+        ' - cells[task][label][split] / cells[task][label][None]', '',
+        ('tests/test_data_prepare.py::test_tasks_over_the_same_pictures_have_one_split_and_their_shares',),
+    ),
+    Mutation(
+        '4.2', "a given train is emptied into validation", 'qwen2vl_sft/data/prepare.py',
+        'if draw.pool == "train" and rows', 'if draw.pool == "-" and rows',
+        ('tests/test_data_prepare.py::test_no_task_trains_on_what_a_later_one_tests',),
     ),
     Mutation(
         '4.2', "rows with one picture are compared in two buckets", 'qwen2vl_sft/data/audit.py',
