@@ -86,7 +86,7 @@ def _check_label_set(task: Task) -> None:
                 raise ValueError(f"'{wording}' stands for both '{seen[wording.strip()]}' and '{label}'")
             seen[wording.strip()] = label
 
-# %% ../nbs/02_tasks.ipynb #a70fb04d
+# %% ../nbs/02_tasks.ipynb #63321286
 class SuiteLimits(Settings):
     "Where the audit's own limits don't suit the pictures (None: they do)."
 
@@ -101,7 +101,7 @@ class Suite(Settings):
     name: str = Field(pattern=r"^\w[\w.-]*$")
     description: str = ""
     tasks: list[Task] = Field(min_length=1)
-    limits: SuiteLimits = Field(default_factory=SuiteLimits)
+    limits: SuiteLimits = Field(default_factory=SuiteLimits, repr=False)
     folder: Path = Field(default_factory=Path.cwd, exclude=True)
     file: Path | None = Field(None, exclude=True)  # that it was read from
 

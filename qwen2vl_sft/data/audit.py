@@ -301,7 +301,7 @@ def refuse_control_tokens(record: Checked) -> None:
         if found := CONTROL_TOKEN.search(text or ""):
             raise Unusable("special_token", f"the {name} holds {found[0]}")
 
-# %% ../../nbs/22_data.audit.ipynb #e0e3b320
+# %% ../../nbs/22_data.audit.ipynb #33f6cbf3
 HASH_SIDE = 16  # bits a side of the perceptual hash
 
 
@@ -339,7 +339,8 @@ def inspect_row(row: Row, task: Task, split: str, limits: Limits) -> tuple[Check
         refuse_control_tokens(record)
         record.notes += ["blank"] * is_blank(grey)
         record.notes += [code for note in row.notes if (code := note.partition(": ")[0]) in REPAIRS | NOTES]
-        record.detail = "; ".join(note.partition(": ")[2] for note in row.notes) or None
+        was = [f"the label was {row.label!r}"] if record.notes and record.label != row.label else []
+        record.detail = "; ".join([note.partition(": ")[2] for note in row.notes] + was) or None
     except Unusable as problem:
         record.quarantine(problem.code, problem.detail)
     return record, content if record.phash else None
@@ -642,7 +643,7 @@ def looked_up(records: Sequence[Checked], numbers: np.ndarray, content: Callable
     "Row number -> what `content` gives, for some rows."
     return {int(number): content(records[number]) for number in np.unique(numbers)}
 
-# %% ../../nbs/22_data.audit.ipynb #4b1a6ac6
+# %% ../../nbs/22_data.audit.ipynb #86c344f2
 ADDED = re.compile(r"(#[0-9]+)+$")
 
 
@@ -652,6 +653,7 @@ def number_duplicate_ids(records: Sequence[Checked]) -> None:
     for rows in buckets(columns["base"]):  # a new id can meet only ids that begin as it does
         names = new_ids(records, rows, columns["id"][rows])
         for row, record in edited(records, sorted(names)):
+            record.detail = "; ".join(filter(None, (record.detail, f"the id was {record.id!r}")))
             record.id = names[row]
             record.notes.append("duplicate_id")
 
@@ -1276,7 +1278,7 @@ def thumbnail(content: bytes, side: int = 96) -> str:
     picture.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../../nbs/22_data.audit.ipynb #1a3b3b60
+# %% ../../nbs/22_data.audit.ipynb #4d8d5204
 STYLE = """
 :root { --ink:#1c2733; --soft:#5d6b7a; --line:#dfe5ec; --card:#fff; --page:#f5f7fa; --bar:#4c7dd0; --bad:#c2413b; --good:#2f855a }
 @media (prefers-color-scheme: dark) { :root { --ink:#e6ebf1; --soft:#9aa8b7; --line:#33404e; --card:#1b242e; --page:#12181f; --bar:#6c9bea; --bad:#ef7a72; --good:#5cc08d } }
@@ -1285,12 +1287,13 @@ h1 { font-size:1.6rem; margin:0 } h2 { font-size:1.15rem; margin:2rem 0 .6rem } 
 .cards { display:flex; flex-wrap:wrap; gap:.8rem; margin:1.2rem 0 } .card { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:.8rem 1.2rem; min-width:8rem }
 .card b { display:block; font-size:1.7rem; font-variant-numeric:tabular-nums }
 table { border-collapse:collapse; width:100%; background:var(--card); border:1px solid var(--line); border-radius:10px }
-th,td { text-align:left; padding:.35rem .8rem; border-bottom:1px solid var(--line); vertical-align:top } td.n,th.n { text-align:right; font-variant-numeric:tabular-nums }
+th,td { text-align:left; padding:.35rem .8rem; border-bottom:1px solid var(--line); vertical-align:top } td { overflow-wrap:anywhere } td.n,th.n { text-align:right; font-variant-numeric:tabular-nums } td.n,td.b { white-space:nowrap; overflow-wrap:normal }
 details { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:.6rem 1rem; margin:.5rem 0 } summary { cursor:pointer }
 .bar { display:inline-block; height:.7em; background:var(--bar); border-radius:2px; min-width:1px } .bad { color:var(--bad) } .good { color:var(--good) }
 .rows { display:grid; grid-template-columns:repeat(auto-fill,minmax(300px,1fr)); gap:.6rem; margin-top:.6rem }
 .row { display:flex; gap:.7rem; border:1px solid var(--line); border-radius:8px; padding:.5rem; font-size:.85rem; overflow-wrap:anywhere }
 .row img,.none { width:72px; height:72px; object-fit:contain; flex:none; background:#fff; border-radius:4px } .none { background:var(--line) }
+@media (max-width:760px) { table { display:block; overflow-x:auto } td { min-width:5rem } }
 """
 
 # %% ../../nbs/22_data.audit.ipynb #815489e5
@@ -1317,7 +1320,7 @@ def splits_html(report: dict) -> str:
             "(exact McNemar test at 5 %, the models disagreeing on a fifth of the independent sources or more). "
             "A report tests many rows and tasks at once and corrects for it (Holm), so there it takes more.</p>")
 
-# %% ../../nbs/22_data.audit.ipynb #8f0047a5
+# %% ../../nbs/22_data.audit.ipynb #6a227441
 def labels_html(report: dict, most: int = 40) -> str:
     "Bars of label counts per split, a block a task."
     blocks = ""
@@ -1335,7 +1338,7 @@ def labels_html(report: dict, most: int = 40) -> str:
         for label, _ in totals.most_common(most):
             numbers = [split["labels"].get(label, 0) for split in splits.values()]
             bar = '<span class="bar" style="width:{:.0f}px"></span>'
-            cells = "".join(f"<td>{bar.format(140 * n / largest)} {n:,}</td>" for n in numbers)
+            cells = "".join(f'<td class="b">{bar.format(140 * n / largest)} {n:,}</td>' for n in numbers)
             body += f"<tr><td>{escape(label)}</td>{cells}</tr>"
         more = f'<p class="soft">and {len(totals) - most:,} more labels</p>' if len(totals) > most else ""
         table = f"<table><tr><th>label</th>{head}</tr>{body}</table>{more}"
@@ -1361,7 +1364,7 @@ def forecast_html(report: dict) -> str:
     heading = '<h2>Forecast</h2><p class="soft">Lengths from picture sizes; memory is an estimate.</p>' if blocks else ""
     return f'<section id="forecast">{heading}{blocks}</section>'
 
-# %% ../../nbs/22_data.audit.ipynb #c7ea8e9a
+# %% ../../nbs/22_data.audit.ipynb #3f1725d9
 def problem_html(code: str, number: int, audit: Audit, indices: list[int]) -> str:
     "One kind of problem: its meaning and examples with thumbnails."
     rows = ""
@@ -1370,11 +1373,13 @@ def problem_html(code: str, number: int, audit: Audit, indices: list[int]) -> st
         thumb = audit.thumbnails.get(index)
         picture = f'<img alt="" src="{thumb}">' if thumb else '<div class="none"></div>'
         label = f"label: {escape(str(record.label)[:200])}<br>" if record.label else ""
+        file = f": {record.name}" if record.name and record.name not in record.where else ""
         rows += (f'<div class="row">{picture}<div><b>{escape(record.task)} / {escape(record.split)}</b><br>'
-                 f'{escape(record.where)}<br>{label}<span class="soft">{escape((record.detail or "")[:400])}</span></div></div>')
-    tone = "bad" if code in REASONS else ""
+                 f'{escape(record.where + file)}<br>{label}<span class="soft">{escape((record.detail or "")[:400])}</span></div></div>')
+    tone, all_of_them = ("bad", "; quarantine.parquet holds all of them") if code in REASONS else ("", "")
+    first = f'<p class="soft">The first {len(indices)} of {number:,}{all_of_them}.</p>' if len(indices) < number else ""
     return (f'<details><summary><b class="{tone}">{number:,} × {code}</b> <span class="soft">{escape(meaning(code))}</span>'
-            f'</summary><div class="rows">{rows}</div></details>')
+            f'</summary>{first}<div class="rows">{rows}</div></details>')
 
 
 def page(audit: Audit, report: dict | None = None) -> str:
