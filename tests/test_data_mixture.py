@@ -113,6 +113,7 @@ def test_tasks_of_equal_size_are_not_shuffled_alike():
     (MixtureConfig(name="equl"), "Did you mean 'equal'"),
     (MixtureConfig(name="weights", weights={"a": 1, "bb": 1}), "'bb'.*Its tasks: a, b"),
     (MixtureConfig(name="weights", weights={"a": 1}), "lacks b"),
+    (MixtureConfig(name="equal", weights={"a": 1, "b": 3}), "mixture.weights is for mixture.name=weights"),
     (MixtureConfig(name="weights", weights={"a": 1, "b": -1}), "must be 0 or more"),
     (MixtureConfig(name="weights", weights={"a": 1, "b": float("nan")}), "must be 0 or more"),
     (MixtureConfig(name="weights", weights={"a": 0, "b": 0}), "no task has a weight"),

@@ -421,10 +421,14 @@ def test_folds_that_cannot_be(given, small, tmp_path):
         prepare(given, tmp_path / "out", folds=2)
     with pytest.raises(InputError, match="without folds"):
         prepare(given, tmp_path / "out").fold("t", 0)
-    with pytest.raises(InputError, match="gives all its splits"):
-        prepare(given, tmp_path / "out", folds=3).fold("t", 0)
+    with pytest.raises(InputError, match="nothing to divide into folds"):
+        prepare(given, tmp_path / "out", folds=3)
     with pytest.raises(InputError, match="there are 0 to 2"):
         prepare(small, tmp_path / "small", folds=3).fold("t", 3)
+    with pytest.raises(InputError, match="leaves no rows for test; prepare with fewer folds"):
+        prepare(small, tmp_path / "small", folds=30).fold("t", 29)
+    with pytest.raises(InputError, match="workers must be 0"):
+        prepare(small, tmp_path / "small", workers=-1)
 
 
 def test_a_row_that_joins_two_folds_is_in_none():

@@ -259,7 +259,7 @@ def check_label(label: str | None, wordings: dict[str, str]) -> tuple[str, list[
         repairs.append("label_alias")
     return known, repairs
 
-# %% ../../nbs/22_data.audit.ipynb #c130406e
+# %% ../../nbs/22_data.audit.ipynb #eafa1115
 @dataclass
 class Checked:
     "What the audit found out about one row; `verdict` is accepted, repaired or quarantined."
@@ -290,6 +290,10 @@ class Checked:
 
     def quarantine(self, code: str, detail: str) -> None:
         self.reason, self.detail = code, detail
+
+    def explain(self, text: str) -> None:
+        "Say something of a row that is kept, after what was said before."
+        self.detail = f"{self.detail}; {text}" if self.detail else text
 
 # %% ../../nbs/22_data.audit.ipynb #112e1852
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
@@ -643,7 +647,7 @@ def looked_up(records: Sequence[Checked], numbers: np.ndarray, content: Callable
     "Row number -> what `content` gives, for some rows."
     return {int(number): content(records[number]) for number in np.unique(numbers)}
 
-# %% ../../nbs/22_data.audit.ipynb #86c344f2
+# %% ../../nbs/22_data.audit.ipynb #c9581c07
 ADDED = re.compile(r"(#[0-9]+)+$")
 
 
@@ -653,7 +657,7 @@ def number_duplicate_ids(records: Sequence[Checked]) -> None:
     for rows in buckets(columns["base"]):  # a new id can meet only ids that begin as it does
         names = new_ids(records, rows, columns["id"][rows])
         for row, record in edited(records, sorted(names)):
-            record.detail = "; ".join(filter(None, (record.detail, f"the id was {record.id!r}")))
+            record.explain(f"the id was {record.id!r}")
             record.id = names[row]
             record.notes.append("duplicate_id")
 
@@ -700,7 +704,7 @@ def quarantine_leaks(records: Sequence[Checked]) -> None:
             id, where, split = told[others[row]]
             record.quarantine(f"also_in_{split}", f"the same picture is {id} ({where}) of {split}")
 
-# %% ../../nbs/22_data.audit.ipynb #f5abbdb5
+# %% ../../nbs/22_data.audit.ipynb #e1696a3d
 def note_two_labels(records: Sequence[Checked]) -> None:
     "Note kept rows that show the same picture under the same question with different labels."
     columns = columns_of(records, kept=is_kept, asked=lambda record: (record.sha256, record.question), label=lambda record: record.label)
@@ -718,7 +722,7 @@ def note_two_labels(records: Sequence[Checked]) -> None:
         for row, record in edited(records, others):
             label_there, where, split = told[others[row]]
             record.notes.append("two_labels")
-            record.detail = f"{record.label!r} here, {label_there!r} in {where} of {split}"
+            record.explain(f"{record.label!r} here, {label_there!r} in {where} of {split}")
 
 # %% ../../nbs/22_data.audit.ipynb #120f3830
 def hash_bytes(hashes: Iterable[str], count: int) -> np.ndarray:
@@ -909,7 +913,7 @@ def assign_groups(records: Sequence[Checked], limits: Limits) -> None:
     for (_, record), name in zip(edited(records, kept["row"]), group, strict=False):
         record.group = name.decode()
 
-# %% ../../nbs/22_data.audit.ipynb #19a6043a
+# %% ../../nbs/22_data.audit.ipynb #02654e7f
 NAMES = ("all", "test", "train", "validation")  # of splits, as they are told
 
 
@@ -935,7 +939,7 @@ def note_copies(records: Sequence[Checked], rows: np.ndarray, columns: np.ndarra
         if near["pictures"][at] > 1:
             id, where = told[int(rows[near["other"][at]])]
             record.notes.append("near_copy")
-            record.detail = record.detail or f"group {record.group} of {near['pictures'][at]} pictures, such as {id} ({where})"
+            record.explain(f"group {record.group} of {near['pictures'][at]} pictures, such as {id} ({where})")
     note_across(records, rows, splits_of_key(columns, "group"), "near_duplicate", "group")
 
 
@@ -945,7 +949,7 @@ def note_across(records: Sequence[Checked], rows: np.ndarray, held: np.ndarray, 
     for (_, record), at in zip(edited(records, rows[concerned]), concerned, strict=False):
         names = ", ".join(split for bit, split in enumerate(NAMES) if held[at] >> bit & 1)
         record.notes.append(note)
-        record.detail = record.detail or f"{kind} {getattr(record, kind)} lies in {names}"
+        record.explain(f"{kind} {getattr(record, kind)} lies in {names}")
 
 # %% ../../nbs/22_data.audit.ipynb #f4a10d18
 def near_copies(columns: np.ndarray) -> np.ndarray:
@@ -1278,7 +1282,7 @@ def thumbnail(content: bytes, side: int = 96) -> str:
     picture.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../../nbs/22_data.audit.ipynb #4d8d5204
+# %% ../../nbs/22_data.audit.ipynb #606b6450
 STYLE = """
 :root { --ink:#1c2733; --soft:#5d6b7a; --line:#dfe5ec; --card:#fff; --page:#f5f7fa; --bar:#4c7dd0; --bad:#c2413b; --good:#2f855a }
 @media (prefers-color-scheme: dark) { :root { --ink:#e6ebf1; --soft:#9aa8b7; --line:#33404e; --card:#1b242e; --page:#12181f; --bar:#6c9bea; --bad:#ef7a72; --good:#5cc08d } }
@@ -1293,7 +1297,7 @@ details { background:var(--card); border:1px solid var(--line); border-radius:10
 .rows { display:grid; grid-template-columns:repeat(auto-fill,minmax(300px,1fr)); gap:.6rem; margin-top:.6rem }
 .row { display:flex; gap:.7rem; border:1px solid var(--line); border-radius:8px; padding:.5rem; font-size:.85rem; overflow-wrap:anywhere }
 .row img,.none { width:72px; height:72px; object-fit:contain; flex:none; background:#fff; border-radius:4px } .none { background:var(--line) }
-@media (max-width:760px) { table { display:block; overflow-x:auto } td { min-width:5rem } }
+@media (max-width:760px) { table { display:block; overflow-x:auto } td:first-child { min-width:11rem } }
 """
 
 # %% ../../nbs/22_data.audit.ipynb #815489e5
@@ -1364,7 +1368,7 @@ def forecast_html(report: dict) -> str:
     heading = '<h2>Forecast</h2><p class="soft">Lengths from picture sizes; memory is an estimate.</p>' if blocks else ""
     return f'<section id="forecast">{heading}{blocks}</section>'
 
-# %% ../../nbs/22_data.audit.ipynb #3f1725d9
+# %% ../../nbs/22_data.audit.ipynb #e47f0d25
 def problem_html(code: str, number: int, audit: Audit, indices: list[int]) -> str:
     "One kind of problem: its meaning and examples with thumbnails."
     rows = ""
@@ -1373,7 +1377,7 @@ def problem_html(code: str, number: int, audit: Audit, indices: list[int]) -> st
         thumb = audit.thumbnails.get(index)
         picture = f'<img alt="" src="{thumb}">' if thumb else '<div class="none"></div>'
         label = f"label: {escape(str(record.label)[:200])}<br>" if record.label else ""
-        file = f": {record.name}" if record.name and record.name not in record.where else ""
+        file = f": {record.name[:80]}" if record.name and record.name not in record.where else ""
         rows += (f'<div class="row">{picture}<div><b>{escape(record.task)} / {escape(record.split)}</b><br>'
                  f'{escape(record.where + file)}<br>{label}<span class="soft">{escape((record.detail or "")[:400])}</span></div></div>')
     tone, all_of_them = ("bad", "; quarantine.parquet holds all of them") if code in REASONS else ("", "")

@@ -1191,7 +1191,7 @@ def join_audits(suite: Suite, audits: list[Audit], spill: Spill) -> Audit:
         whole.remarks[task] += remarks
     return whole
 
-# %% ../../nbs/23_data.prepare.ipynb #32422e1c
+# %% ../../nbs/23_data.prepare.ipynb #9406aec3
 def prepare(
     suite: Suite,
     out: Path | None = None,  # the folder that gets a subfolder for the suite; default: prepared/ of the project
@@ -1206,8 +1206,12 @@ def prepare(
     "Audit a suite's rows and write them as Parquet; does nothing where that is done. InputError for unusable input."
     out, limits, fractions = Path(out or project_root() / "prepared"), limits or limits_of(suite), fractions or FRACTIONS
     check_fractions(fractions)
+    if workers is not None and workers < 0:
+        raise InputError(f"workers must be 0 (none) or more, not {workers}")
     if folds and folds < 3:
         raise InputError(f"folds must be 3 or more (one for test, one for validation, the rest for train), not {folds}")
+    if folds and not any(parts_to_draw(task, fractions)[1] for task in suite.tasks):
+        raise InputError(f"all tasks of {suite.name} give their splits, so there is nothing to divide into folds; leave folds out, or give a source `all` or `train` alone")
     busy = lambda: RunFailure(f"{out / suite.name}: another process is preparing this suite; waiting for it")
     with sole_use(out / f".{suite.name}.lock", busy, wait=True):
         progress = Progress(out / suite.name)
@@ -1401,7 +1405,7 @@ def set_forecast(prepared: Prepared, found: dict[str, dict]) -> None:
 
 Prepared.counts, Prepared.quarantine = counts, quarantine
 
-# %% ../../nbs/23_data.prepare.ipynb #8f8924c9
+# %% ../../nbs/23_data.prepare.ipynb #3e9cc362
 def fold(prepared: Prepared, task: str, number: int) -> dict[str, Rows]:
     "Train, validation and test rows where fold `number` is held out (for test if that was drawn, else for validation)."
     folds = prepared.audit["settings"].get("folds", 0)
@@ -1423,6 +1427,8 @@ def fold(prepared: Prepared, task: str, number: int) -> dict[str, Rows]:
     everything = Rows([file for rows in given.values() for file in rows.files])
     found = {split: everything.select(np.flatnonzero(places == place)) for split, place in held.items()}
     train = everything.select(np.flatnonzero((places >= 0) & ~np.isin(places, list(held.values()))))
+    if empty := [split for split, rows in (found | {"train": train}).items() if not len(rows)]:
+        raise InputError(f"task {task}: fold {number} of {folds} leaves no rows for {empty[0]}; prepare with fewer folds")
     return given | found | {"train": train}
 
 

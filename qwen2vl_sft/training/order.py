@@ -238,7 +238,7 @@ def filled_cache(
     say(f"vision cache: {len(wanted) - fresh - beyond} of {len(wanted)} pictures found, {fresh} computed, {cache.bytes / 1e6:.0f} MB{full}")
     return cache
 
-# %% ../../nbs/52_training.order.ipynb #87100073
+# %% ../../nbs/52_training.order.ipynb #cd1e3594
 def report_cache(
     run: RunDir,
     data: TrainingOrder,
@@ -254,5 +254,5 @@ def report_cache(
     saved = tokens * cache.seconds_a_token - cache.fill_seconds
     values = {"hits": len(hits), "misses": len(used) - len(hits), "bytes": cache.bytes, "fill_seconds": cache.fill_seconds, "seconds_saved": saved}
     run.log(last, **{f"vision_cache/{name}": value for name, value in values.items()})
-    say(f"vision cache: used for {len(hits)} of {len(used)} samples, {cache.bytes / 1e6:.0f} MB, {cache.fill_seconds:.0f} s to fill, {saved:.0f} s of the tower's time saved")
+    say(f"vision cache: used for {len(hits)} of {len(used)} samples, {cache.bytes / 1e6:.0f} MB, {cache.fill_seconds:.0f} s to fill, {round(saved)} s of the tower's time saved")
     return values

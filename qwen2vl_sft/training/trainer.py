@@ -11,7 +11,7 @@ __all__ = ['Setting', 'in_several_processes', 'walk_less', 'LabelTrainer', 'join
 # %% ../../nbs/56_training.trainer.ipynb #e7574dd5
 from ..core import InputError, Interrupted, RunFailure, fingerprint, first_line, pick_device, process_count, process_rank, project_root, say, seed_everything, write_atomically  # first: it quietens what follows
 
-# %% ../../nbs/56_training.trainer.ipynb #18766845
+# %% ../../nbs/56_training.trainer.ipynb #fbfae37a
 import json
 import os
 import time
@@ -28,7 +28,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from ..config import RunConfig
 from ..data.forecast import PUBLISHED, check_hub, encoder_files, plan_of_recipe
-from ..data.mixture import expected_shares
+from ..data.mixture import check_mixture, expected_shares
 from ..data.prepare import Prepared, prepare
 from ..encoding.images import load_image_processor
 from ..encoding.prompt import Encoder, load_encoder
@@ -440,7 +440,7 @@ def memory_named(
             raise
         raise RunFailure(f"out of memory ({first_line(error)}); {remedy}") from error
 
-# %% ../../nbs/56_training.trainer.ipynb #edd700fd
+# %% ../../nbs/56_training.trainer.ipynb #db8b49fd
 def train(
     config: RunConfig,
 ) -> RunDir:
@@ -451,6 +451,7 @@ def train(
     if config.method.name != "full":
         adapter_settings(config.method)
     check_optimizer(config)
+    check_mixture(config.mixture)
     run = RunDir(config.experiment_folder / config.run)
     prepared = first_then_others(lambda: prepared_suite(config.suite_path, config.fold))
     expected_shares(prepared.counts()["train"].to_dict(), config.mixture)  # InputError for a mixture that the suite's tasks don't fit

@@ -47,16 +47,16 @@ def print_json(record: Any) -> None:
     if process_rank() == 0:
         print(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False))
 
-# %% ../../nbs/74_workflow.records.ipynb #2069bef3
+# %% ../../nbs/74_workflow.records.ipynb #3d33a1be
 def prepared_record(
     prepared: "Prepared",
-) -> dict[str, Any]:  # suite, folder, audit, rows_read, repaired, quarantined, reasons, tasks
+) -> dict[str, Any]:  # suite, folder, audit, rows_read, accepted, repaired, quarantined, reasons, tasks
     "What preparing gave: rows and independent sources by task and split, and the reasons of what was left out."
     audit, what = prepared.audit, ("rows", "sources", "groups")
     splits = {task: audit["tasks"][task]["splits"] for task in prepared.tasks}
     return {
         "suite": prepared.suite.name, "folder": str(prepared.folder), "audit": str(prepared.folder / "audit.html"),
-        **{name: audit[name] for name in ("rows_read", "repaired", "quarantined")},
+        **{name: audit[name] for name in ("rows_read", "accepted", "repaired", "quarantined")},
         "reasons": {str(reason): int(count) for reason, count in prepared.quarantine()["reason"].value_counts().items()},
         "tasks": {task: {split: {name: each[name] for name in what} for split, each in of_task.items()} for task, of_task in splits.items()},
     }  # fmt: skip
