@@ -73,7 +73,7 @@ def _here(path: str) -> str:
     "An absolute path for a file that exists in the working directory."
     return str(Path(path).resolve()) if Path(path).is_file() else path
 
-# %% ../nbs/90_cli.ipynb #b73a5bb0
+# %% ../nbs/90_cli.ipynb #f30561b4
 @_command()
 def prepare(
     suite: Annotated[str | None, typer.Argument(help="The suite's YAML file.", show_default=False, autocompletion=completion.files("suites"))] = None,
@@ -94,6 +94,8 @@ def prepare(
     """
     if (suite is None) == (data is None):
         raise InputError("name either a suite file or, with --from, a file or folder of data")
+    if suite and (Path(suite).is_dir() or Path(suite).suffix.lower() in (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".parquet")):
+        raise InputError(f"{suite} is no suite file; if it holds data: qwen2vl-sft prepare --from {suite}")
     config = training_config(_here(recipe), None) if recipe else None
     with said_aside(as_json):
         prepared, forecast = _prepared(suite, data, out, notebook, config, strict=strict, workers=workers, folds=folds)

@@ -73,7 +73,7 @@ def did_you_mean(
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
 
-# %% ../nbs/00_core.ipynb #9368aa7d
+# %% ../nbs/00_core.ipynb #30a96b0b
 def near_file(
     name: Path | str,  # of a file or folder that isn't there, as the user wrote it
     folders: Iterable[Path] = (Path(),),  # where a relative name may start
@@ -86,6 +86,8 @@ def near_file(
         return ""
     if not beside and given.parent not in (given, Path()):
         return near_file(given.parent, folders)
+    kind = ".yaml" if given.suffix in (".yaml", ".yml") else given.suffix
+    beside = {each for each in beside if not kind or Path(each).stem == given.stem or Path(each).suffix.replace(".yml", ".yaml") in (kind, "")}
     stems = difflib.get_close_matches(given.stem, sorted({Path(each).stem for each in beside}), n=1, cutoff=0.6)
     alike = sorted(each for each in beside if Path(each).stem in stems)
     near = difflib.get_close_matches(given.name, alike, n=1, cutoff=0)

@@ -34,6 +34,16 @@ class Mutation:
 
 MUTATIONS: list[Mutation] = [
     Mutation(
+        '4.guess', "folders that look alike are one class", 'qwen2vl_sft/data/guess.py',
+        'if len(explicit) > 1:', 'if False:',
+        ('tests/test_data_guess.py::test_classes_are_as_the_folders_say',),
+    ),
+    Mutation(
+        '4.guess', "an object becomes a label of Python source text", 'qwen2vl_sft/data/sources.py',
+        'if isinstance(value, list | tuple | dict):\n        return None, f"label_no_text', 'if False:\n        return None, f"label_no_text',
+        ('tests/test_data_sources.py::test_labels_that_are_lists_or_objects',),
+    ),
+    Mutation(
         '4.guess', "a column of splits is ignored", 'qwen2vl_sft/data/guess.py',
         'if texts := split_texts(counts):', 'if texts := {}:',
         ('tests/test_data_guess.py::test_a_column_of_splits_divides_the_table',),

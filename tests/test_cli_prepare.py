@@ -91,6 +91,8 @@ def test_a_tiny_table_says_what_is_missing(project, capsys):
     ([], "name either a suite file or, with --from"),
     (["suite.yaml", "--from", "data"], "name either a suite file or, with --from"),
     (["--from", "nothing"], "doesn't exist"),
+    (["data/pets.csv"], "if it holds data: qwen2vl-sft prepare --from data/pets.csv"),
+    (["data"], "prepare --from data"),
     (["--from", "data/pets.csv", "--recipe", "nothing.yaml"], "no such file"),
 ])
 def test_bad_input_is_one_line(pets, project, capsys, monkeypatch, arguments, message):

@@ -159,6 +159,121 @@ def test_a_folder_beside_the_splits_is_no_class(tmp_path):
     assert "whether train is a split or a class isn't clear" in error_of(tmp_path / "s")
 
 
+def csv_of(path, rows, header="image,label"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(header + "\n" + "".join(f"{','.join(row)}\n" for row in rows))
+
+
+def test_a_stray_table_blocks_nothing(folder):
+    csv_of(folder / "pets.csv", labels())
+    (folder / "notes.csv").write_text("a,b\n1,2\n")
+    (folder / "classes.json").write_text('{\n"0": "cat", "1": "dog"}')
+    csv_of(folder / "sample_submission.csv", labels())
+    found = guess(folder)
+    assert [task["name"] for task in found.suite["tasks"]] == ["pets"]
+    assert [each.partition(":")[0] for each in found.left] == ["classes.json holds one JSON object; a list of objects is needed, or one object a line",
+                                                               "notes.csv", "sample_submission.csv"]
+    (folder / "pets.csv").write_bytes("image,label\nimg/0.png,naïve\n".encode("latin-1"))
+    assert "encoding is neither" in error_of(folder)  # this one may be what was meant
+    for label in ("cat", "dog"):
+        (folder / "c" / label).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(folder / "c" / label / "1.png")
+    (folder / "c" / "classes.json").write_text('{"0": "cat", "1": "dog"}')
+    assert guess(folder / "c").suite["tasks"][0]["labels"] == ["cat", "dog"]
+    csv_of(folder / "c" / "x.csv", [("cat/1.png", "a", "b")], "image,size,colour")
+    assert "which column holds the label" in error_of(folder / "c")
+
+
+def test_an_unlabelled_test_table_leaves_the_others(folder):
+    csv_of(folder / "s" / "train.csv", labels()), csv_of(folder / "s" / "val.csv", labels()), csv_of(folder / "s" / "test.csv", [(a,) for a, _ in labels()], "image")
+    found = guess(folder / "s")
+    assert list(found.suite["tasks"][0]["sources"]) == ["train", "validation"] and found.left[0].startswith("test.csv: which column holds the label")
+
+
+def test_a_dataset_or_control_without_usable_rows_is_left_out(folder):
+    write_json(folder / "pets.json", [chat(image, "Which pet?", label) | {"images": [image]} for image, label in labels()])
+    write_json(folder / "identity.json", [{"instruction": "Who are you?", "input": "", "output": "A bot"}] * 3)
+    pets = {"file_name": "pets.json", "formatting": "sharegpt"}
+    write_json(folder / "dataset_info.json", {"pets": pets, "identity": {"file_name": "identity.json"}, "dpo": pets | {"ranking": True}})
+    found = guess(folder)
+    assert [task["name"] for task in found.suite["tasks"]] == ["pets"]
+    assert "preference pairs" in found.left[0] and "identity: none of its 3 rows can be used: no_image 3; identity.json, row 1: the row names no image" in found.left[1]
+    write_json(folder / "dataset_info.json", {"dpo": pets | {"ranking": True}})
+    assert "preference pairs" in error_of(folder)
+
+
+def test_classes_are_as_the_folders_say(tmp_path):
+    for split, names in (("train", ["0", "O", "1", "l", "I", "cat"]), ("test", ["0", "O", "1", "l", "I", "Cat"])):
+        for name in names:
+            (tmp_path / "s" / split / name).mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / "s" / split / name / "1.png")
+    found = guess(tmp_path / "s")
+    assert sorted(found.suite["tasks"][0]["labels"]) == ["0", "1", "I", "O", "cat", "l"] and "not declared, as they look like a declared label: 'Cat'" in found.text()
+    for number in range(120):
+        (tmp_path / "m" / f"breed {number}").mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "m" / f"breed {number}" / "1.png")
+    assert len(guess(tmp_path / "m").suite["tasks"][0]["labels"]) == 120
+
+
+def test_why_answers_are_open_is_said(folder):
+    for names, why in ((["ok"], "there is one answer only"), ([f"t{i}" for i in range(12)], "many answers occur once")):
+        csv_of(folder / "x.csv", labels(names=names))
+        assert f"open text, since {why}" in guess(folder / "x.csv").text()
+    csv_of(folder / "x.csv", [(f"img/{i % 12}.png", f"t{i}") for i in range(120)])
+    assert "there are 120 different answers; state `labels`" in guess(folder / "x.csv").text()
+
+
+def test_a_second_table_of_a_folder_gets_its_own_suite_file(folder):
+    csv_of(folder / "cats.csv", labels()), csv_of(folder / "cars.csv", labels(names=("car", "bus")))
+    assert [write_guess(guess(folder / name)).name for name in ("cats.csv", "cars.csv", "cats.csv", "cars.csv")] == [
+        "suite.yaml", "cars.suite.yaml", "suite.yaml", "cars.suite.yaml"]
+
+
+def test_texts_that_are_none(folder):
+    file = folder / "x.jsonl"
+    file.write_text('{"image": "img/0.png", "la\\ud83dbel": "cat"}\n')
+    assert r"the name of the column 'la\ud83dbel' is not text" in error_of(file)
+    table = pa.table({"image": ["img/0.png"] * 4, "label": pa.array([b"\xb9\xb7", b"\xc3\xa8"] * 2).view(pa.string())})
+    pq.write_table(table, folder / "x.parquet")
+    assert "a text in it is not UTF-8" in error_of(folder / "x.parquet")
+    with pytest.raises(InputError, match="is not UTF-8"):
+        list(read_rows({"format": "parquet", "path": "x.parquet"}, folder))
+    write_json(folder / "studio.json", [])
+    (folder / "studio.json").write_text(json.dumps([{"data": {"image": "img/0.png"}, "annotations": [{"result": [{"type": "choices", "from_name": "an\ud83d"}]}]}]))
+    assert "is not text (half a character)" in error_of(folder / "studio.json")
+
+
+def test_control_characters_do_not_reach_the_terminal(folder):
+    csv_of(folder / "x.csv", labels(names=("\x1b[31mred", "\u202eevil", "")))
+    text = guess(folder / "x.csv").text()
+    assert "\x1b" not in text and "\u202e" not in text and "(empty) 4" in text
+
+
+def test_samples_show_several_labels(folder):
+    for label in ("cat", "dog"):
+        (folder / "c" / label).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (4, 4)).save(folder / "c" / label / f"{number}.png")
+        (folder / "c" / label / "!Thumbs.db").write_bytes(b"x")
+    (_, reading), = guess(folder / "c").origins
+    assert [row.label for row in reading.samples] == ["cat", "dog", "cat"] and all(row.path.endswith(".png") for row in reading.samples)
+
+
+def test_delimiters_quotes_and_blank_lines(folder):
+    (folder / "a.csv").write_text("\n\nImage path (relative, posix);label\n" + "".join(f"{a};{b}\n\n" for a, b in labels()))
+    suite, rows = suite_of(folder / "a.csv", folder / "a.yaml")
+    assert len(rows) == 12 and suite.tasks[0].labels == ["cat", "dog"]
+    (folder / "b.tsv").write_text("image\tlabel\n" + "".join(f"{a}\t{b}\n" for a, b in labels(names=('"big" one', '5"'))))
+    suite, rows = suite_of(folder / "b.tsv", folder / "b.yaml")
+    assert suite.tasks[0].labels == ['"big" one', '5"'] and suite.tasks[0].sources["all"]["quotes"] is False
+    (folder / "c.tsv").write_text("image\tlabel\n" + "".join(f'{a}\t"the ""{b}"""\n' for a, b in labels()))
+    suite, rows = suite_of(folder / "c.tsv", folder / "c.yaml")
+    assert suite.tasks[0].labels == ['the "cat"', 'the "dog"']
+    (folder / "d.csv").write_text('\n\nimage,label\na.png,"cat\n')
+    with pytest.raises(InputError, match="line 4"):
+        list(read_rows({"format": "csv", "path": "d.csv"}, folder))
+
+
 def test_two_files_for_one_split_are_an_error(folder):
     for name in ("pets_val.csv", "pets_validation.csv"):
         (folder / name).write_text("image,label\nimg/0.png,cat\nimg/1.png,dog\n")

@@ -110,6 +110,21 @@ def test_where_takes_rows_by_a_column(table):
             texts(where)
 
 
+def test_labels_that_are_lists_or_objects(table):
+    cells = [["cat"], [], ["cat", "dog"], {"name": "cat"}, [["cat"]], None]
+    (table / "l.jsonl").write_text("".join(json.dumps({"image": "a.png", "label": cell}) + "\n" for cell in cells))
+    rows = list(read_rows({"format": "jsonl", "path": "l.jsonl"}, table))
+    assert [(row.label, (row.reason or "").partition(":")[0]) for row in rows] == [
+        ("cat", ""), (None, ""), (None, "several_answers"), (None, "label_no_text"), (None, "label_no_text"), (None, "")]
+
+
+def test_boxes_of_label_studio_are_named(table):
+    boxes = [{"result": [{"type": "rectanglelabels", "from_name": "x", "value": {}}]}]
+    (table / "b.json").write_text(json.dumps([{"data": {"image": "a.png"}, "annotations": boxes}, {"data": {"image": "a.png"}, "annotations": []}]))
+    boxed, none = read_rows({"format": "labelstudio", "path": "b.json"}, table)
+    assert boxed.reason.startswith("empty_label: it is annotated with rectanglelabels") and none.reason == "empty_label: nobody has annotated it"
+
+
 def test_a_column_of_that_name_can_be_left_aside(table):
     (table / "s.csv").write_text("image,label,source\na.png,cat,web\n")
     assert [row.source for row in read_rows({"format": "csv", "path": "s.csv"}, table)] == ["web"]

@@ -50,7 +50,7 @@ from .sources import Row
 from ..encoding.images import FORMATS, open_image
 from ..tasks import SPLITS, Suite, Task
 
-# %% ../../nbs/22_data.audit.ipynb #8b886a42
+# %% ../../nbs/22_data.audit.ipynb #8c22da6f
 REASONS = {
     "no_image": "the row names no image",
     "several_images": "the row has several images; a sample has one",
@@ -66,6 +66,7 @@ REASONS = {
     "several_answers": "annotators disagree, or one gave several answers; a sample has one",
     "no_question": "the conversation asks nothing",
     "other_media": "the row has video or audio; a sample is one image",
+    "label_no_text": "the label is an object or a list of lists; name a column that holds text",
     "bad_characters": "a text or file name holds half characters (lone surrogates); write it again as UTF-8",
     "empty_file": "the image has no bytes; copy it again",
     "too_many_bytes": "the image file is larger than the limit; make it smaller or raise limits.file_bytes in the suite",
@@ -218,14 +219,15 @@ def confusable_characters() -> dict[int, str]:
             parent[second] = first  # a sequence such as `rn` stands for the single `m`
     return {ord(text): top(text) for text in list(parent) if len(text) == 1 and top(text) != text}
 
-# %% ../../nbs/22_data.audit.ipynb #35b5eac7
+# %% ../../nbs/22_data.audit.ipynb #e70acf11
 @lru_cache(maxsize=10_000)
 def look_alike_key(text: str, keep_case: bool = False) -> str:
     "Texts that look alike share it: spaces, invisible characters, Unicode's confusables and (unless kept) case removed."
     plain = "".join(visible(unicodedata.normalize("NFKC", text)).split())
     plain = unicodedata.normalize("NFD", plain if keep_case else plain.casefold())
     once = plain.translate(confusable_characters())
-    return unicodedata.normalize("NFC", once.translate(confusable_characters()))
+    twice = unicodedata.normalize("NFC", once.translate(confusable_characters()))
+    return twice if keep_case else twice.replace("o", "0")  # the table has O for 0 only, and the case is folded
 
 
 def look_alike(first: str, second: str) -> bool:

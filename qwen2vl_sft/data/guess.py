@@ -5,34 +5,38 @@
 # %% auto #0
 __all__ = ['SPLIT_WORDS', 'COLUMN_WORDS', 'SPLIT_COLUMNS', 'LOOKED_AT', 'SUFFIXES', 'PART', 'FLAT', 'CHATS', 'MOST_LABELS',
            'MOST_TASKS', 'OFTEN', 'FEW', 'PAIRS', 'reads_as', 'detect_encoding', 'split_of', 'split_texts',
-           'names_an_image', 'share_of_images', 'by_name', 'guess_columns', 'divides', 'repeats', 'guess_file',
-           'stated', 'guess_parquet', 'guess_delimited', 'guess_json', 'first_character', 'guess_chat', 'dicts_in',
-           'studio_controls', 'guess_studio', 'studio_sources', 'guess_short_studio', 'Origin', 'origins_of',
-           'find_origins', 'understood', 'saved_dataset', 'llama_factory', 'parts_together', 'tables', 'holds_images',
-           'folders_with_images', 'class_folders', 'with_root', 'columns_there', 'columns_used', 'cells_counted',
-           'by_split_column', 'likely_splits', 'Reading', 'read_origin', 'counted', 'opposite', 'label_set', 'slug',
-           'task_of', 'questions_asked', 'tasks_of', 'Guess', 'guess', 'free_name', 'origin_lines', 'task_lines',
-           'suite_text', 'one_line_each', 'write_guess', 'make_folder', 'guess_suite', 'forecast_prepared']
+           'names_an_image', 'share_of_images', 'NoLabel', 'is_text', 'by_name', 'guess_columns', 'divides', 'repeats',
+           'guess_file', 'stated', 'rows_of_one_width', 'bare_quotes', 'guess_parquet', 'guess_delimited', 'guess_json',
+           'first_character', 'guess_chat', 'dicts_in', 'studio_controls', 'guess_studio', 'studio_sources',
+           'guess_short_studio', 'Origin', 'origins_of', 'find_origins', 'understood', 'saved_dataset', 'llama_factory',
+           'parts_together', 'tables', 'holds_images', 'folders_with_images', 'class_folders', 'with_root',
+           'columns_there', 'columns_used', 'cells_counted', 'by_split_column', 'likely_splits', 'names_picture',
+           'Reading', 'read_origin', 'NoRows', 'new_folders', 'counted', 'opposite', 'label_set', 'in_order',
+           'why_open', 'slug', 'task_of', 'questions_asked', 'tasks_of', 'Guess', 'guess', 'free_name', 'origin_lines',
+           'task_lines', 'suite_text', 'one_line_each', 'guessed_from', 'write_guess', 'make_folder', 'guess_suite',
+           'forecast_prepared']
 
-# %% ../../nbs/28_data.guess.ipynb #9c2fd38b
+# %% ../../nbs/28_data.guess.ipynb #9528cc3b
 import codecs
+import csv
 import glob
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import yaml
 
 from ..config import RunConfig
-from ..core import InputError, near_file, write_atomically
+from ..core import InputError, near_file, printable, write_atomically
 from .audit import look_alike
 from .forecast import Sample, forecast, forecast_lines, plan_of_recipe
 from .prepare import Prepared, set_forecast
-from .sources import (IMAGE_SUFFIXES, OPENAI_TAGS, SHAREGPT_TAGS, STUDIO_FIELDS, Row, chat_files, chat_records, csv_table, dataset_entry, huggingface_dataset,
+from .sources import (IMAGE_SUFFIXES, OPENAI_TAGS, SHAREGPT_TAGS, STUDIO_FIELDS, NoTable, Row, broken_parquet, chat_files, chat_records, classes_and_loose, csv_table, dataset_entry, huggingface_dataset,
                                       is_short, json_lines, json_records, llava_source, parquet_columns, parsed, read_rows, reader_of, source_files, stated_columns,
                                       text_lines, text_or_none, undecoded)
 from ..tasks import SPLITS, load_suite
@@ -113,7 +117,16 @@ def share_of_images(records: list[dict], column: str) -> float:
     cells = [record[column] for record in records if record.get(column)]
     return sum(map(names_an_image, cells)) / len(cells) if cells else 0.0
 
-# %% ../../nbs/28_data.guess.ipynb #5a482fad
+# %% ../../nbs/28_data.guess.ipynb #248d1f56
+class NoLabel(InputError):
+    "A table whose pictures are found and whose labels aren't."
+
+
+def is_text(name: object) -> bool:
+    "Whether a name has no half characters (lone surrogates)."
+    return str(name).encode("utf-8", "replace").decode() == str(name)
+
+
 def by_name(columns: list[str], kind: str) -> str | None:
     "The column whose name says that it holds this kind of thing."
     folded = {column.strip().casefold(): column for column in reversed(columns)}
@@ -128,7 +141,9 @@ def guess_columns(records: list[dict], columns: list[str], file: Path) -> dict[s
     pictures = [column for column in columns if share_of_images(records, column) > 0.5]
     image = pictures[0] if len(pictures) == 1 else by_name(pictures or columns, "image")
     if image is None:
-        raise InputError(f"{file}: which column holds the image isn't clear; {hint}")
+        raise NoTable(f"{file}: which column holds the image isn't clear; {hint}")
+    if halves := [column for column in columns if not is_text(column)]:
+        raise InputError(f"{file}: the name of the column {halves[0]!a} is not text (half a character); rename it")
     found = {"image": image}
     columns = [column for column in columns if column == "label" or not divides(column, [text_or_none(record.get(column)) for record in records])]
     for kind in ("question", "id", "source", "label"):
@@ -139,7 +154,7 @@ def guess_columns(records: list[dict], columns: list[str], file: Path) -> dict[s
         rest = [column for column in columns if column not in found.values()]
         repeated = [column for column in rest if repeats([text_or_none(record.get(column)) for record in records])]
         if len(rest) != 1 and len(repeated) != 1:
-            raise InputError(f"{file}: which column holds the label isn't clear; {hint}")
+            raise NoLabel(f"{file}: which column holds the label isn't clear; {hint}")
         found["label"] = (rest if len(rest) == 1 else repeated)[0]
     return found
 
@@ -158,7 +173,7 @@ def repeats(values: list[str | None]) -> bool:
     filled = [value for value in values if value]
     return 2 <= len(set(filled)) <= len(filled) / 2
 
-# %% ../../nbs/28_data.guess.ipynb #87eb6970
+# %% ../../nbs/28_data.guess.ipynb #aeaa59d3
 LOOKED_AT = 200  # records that a guess of columns rests on
 SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 
@@ -166,7 +181,7 @@ SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".nd
 def guess_file(file: Path, home: Path) -> list[dict]:
     "Sources for a file, paths relative to `home`: one, or one for each control of a Label Studio export."
     if file.stat().st_size == 0:
-        raise InputError(f"{file} is empty")
+        raise NoTable(f"{file} is empty")
     form = SUFFIXES.get(file.suffix.lower())
     if form is None:
         known = ", ".join(SUFFIXES)
@@ -184,7 +199,23 @@ def stated(columns: dict[str, str]) -> dict[str, str]:
     "Columns as a source has to state them: those that aren't called by their own name."
     return {kind: column for kind, column in columns.items() if kind != column}
 
-# %% ../../nbs/28_data.guess.ipynb #0b3602d2
+# %% ../../nbs/28_data.guess.ipynb #7bcc7dc1
+def rows_of_one_width(lines: list[str], delimiter: str) -> tuple[int, int]:
+    "How many rows have as many cells as the header, if that has several; how many cells that is."
+    csv.field_size_limit(2**31 - 1)
+    try:
+        widths = list(map(len, csv.reader(lines, delimiter=delimiter)))
+    except csv.Error:
+        return 0, 0
+    return (widths.count(widths[0]), widths[0]) if widths and widths[0] > 1 else (0, 0)
+
+
+def bare_quotes(file: Path, source: dict) -> bool:
+    "Whether a cell between tabs begins with a quote that doesn't enclose it, as in tables that are written without quoting."
+    cells = (cell for line in text_lines(file, source) for cell in line.rstrip("\r\n").split("\t"))
+    return any(cell[:1] == '"' and (len(cell) == 1 or cell[-1] != '"' or cell[1:-1].replace('""', "").count('"')) for cell in cells)
+
+# %% ../../nbs/28_data.guess.ipynb #c2b03d4c
 def guess_parquet(file: Path, source: dict) -> dict:
     "A source for a Parquet file."
     import pyarrow as pa
@@ -194,15 +225,16 @@ def guess_parquet(file: Path, source: dict) -> dict:
         table = pq.ParquetFile(file)
         batch = next(table.iter_batches(batch_size=LOOKED_AT), None)
         records = batch.to_pylist() if batch is not None else []
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file}: not readable as Parquet ({error})") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise broken_parquet(file, error) from None
     return source | stated(guess_columns(records, table.schema_arrow.names, file))
 
 
 def guess_delimited(file: Path, source: dict) -> dict:
     "A source for a CSV or TSV file."
-    header = next(iter(text_lines(file, source)), "")
-    delimiter = max(",;\t|", key=header.count)
+    delimiter = max(",;\t|", key=partial(rows_of_one_width, list(islice(filter(str.strip, text_lines(file, source)), 50))))
+    if delimiter == "\t" and bare_quotes(file, source):
+        source = source | {"quotes": False}
     columns, found = csv_table(file, source, delimiter)
     records = list(islice(found, LOOKED_AT))
     if source["format"] == "tsv" and delimiter != "\t":
@@ -211,12 +243,12 @@ def guess_delimited(file: Path, source: dict) -> dict:
         source = source | {"delimiter": delimiter}
     return source | stated(guess_columns(records, columns, file))
 
-# %% ../../nbs/28_data.guess.ipynb #260cb60f
+# %% ../../nbs/28_data.guess.ipynb #52db4e16
 def guess_json(file: Path, source: dict) -> list[dict]:
     "Sources for JSON: conversations, Alpaca, Label Studio, or flat objects."
     records = [record for _, record in islice(json_records(file, source), LOOKED_AT) if isinstance(record, dict)]
     if not records:
-        raise InputError(f"{file} holds no JSON objects")
+        raise NoTable(f"{file} holds no JSON objects")
     keys = Counter(key for record in records for key in record)
     messages = next((key for key in ("conversations", "messages") if key in keys), None)
     if messages:
@@ -266,11 +298,13 @@ def studio_controls(records: list[dict]) -> list[str]:
     results = [result for annotation in annotations for result in dicts_in(annotation.get("result"))]
     return sorted({str(result.get("from_name")) for result in results if result.get("type") in ("choices", "textarea")})
 
-# %% ../../nbs/28_data.guess.ipynb #23ce53cb
+# %% ../../nbs/28_data.guess.ipynb #e7fe0784
 def guess_studio(records: list[dict], file: Path) -> list[dict]:
     "A source for each choices or textarea control of a Label Studio export."
     data = [record["data"] for record in records if isinstance(record.get("data"), dict)]
     columns = list(dict.fromkeys(key for each in data for key in each))
+    if halves := [name for name in (*columns, *studio_controls(records)) if not is_text(name)]:
+        raise InputError(f"{file}: the name {halves[0]!a} is not text (half a character); rename it")
     image = next((column for column in columns if share_of_images(data, column) > 0.5), by_name(columns, "image"))
     if image is None:
         raise InputError(f"{file}: no entry of `data` holds an image; it has: {', '.join(columns)[:300]}")
@@ -291,7 +325,7 @@ def guess_short_studio(records: list[dict], file: Path) -> list[dict]:
         raise InputError(f"{file}: no column holds an image; it has: {', '.join(columns)[:300]}")
     return studio_sources(image, [column for column in columns if column != image])
 
-# %% ../../nbs/28_data.guess.ipynb #1f966be9
+# %% ../../nbs/28_data.guess.ipynb #21e4d5af
 @dataclass
 class Origin:
     "One set of data: split (or `all`) -> source."
@@ -328,6 +362,8 @@ def find_origins(path: Path, home: Path, left: list[str]) -> list[Origin]:
     folder = path if path.is_dir() else path.parent
     if found := understood(folder, home, left, folder.resolve().name):
         return found
+    if left:
+        raise InputError(f"{path}: {left[0]}")
     raise InputError(f"{path}: nothing in it is understood; looked for dataset_info.json, a dataset of save_to_disk, files "
                      f"({', '.join(SUFFIXES)}) and subfolders of images")
 
@@ -341,7 +377,7 @@ def understood(folder: Path, home: Path, left: list[str], name: str) -> list[Ori
     holding = [each for each in inside if any(file.suffix.lower() in (*SUFFIXES, *IMAGE_SUFFIXES) for file in islice(each.rglob("*"), 1000))]
     return understood(holding[0], home, left, name) if len(holding) == 1 else []
 
-# %% ../../nbs/28_data.guess.ipynb #91720481
+# %% ../../nbs/28_data.guess.ipynb #d50ed8b8
 def saved_dataset(folder: Path, home: Path, left: list[str]) -> list[tuple[str, dict]]:
     "Splits of a Hugging Face dataset that save_to_disk wrote."
     if not any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
@@ -373,13 +409,19 @@ def llama_factory(folder: Path, home: Path, left: list[str]) -> list[tuple[str, 
     for name, entry in content.items():
         source = {"format": "llamafactory", "path": os.path.relpath(folder, home), "dataset": name}
         if isinstance(entry, dict) and isinstance(entry.get("file_name"), str) and os.path.exists(folder / entry["file_name"]):
-            dataset_entry(source, home)
+            try:
+                dataset_entry(source, home)
+            except InputError as error:
+                left.append(str(error).removeprefix(f"{info}: "))
+                continue
             named.append((name, source))
+    if not named and left:
+        raise InputError(f"{info}: {left[0]}")
     if not named:
         raise InputError(f"{info} describes no dataset whose file is beside it; download the data first")
     return named
 
-# %% ../../nbs/28_data.guess.ipynb #93a456fe
+# %% ../../nbs/28_data.guess.ipynb #355157df
 PART = re.compile(r"-(\d{5})-of-(\d{5})(?=[-.]|$)")
 
 
@@ -396,15 +438,25 @@ def parts_together(files: list[Path]) -> dict[str, list[Path]]:
 def tables(folder: Path, home: Path, left: list[str]) -> list[tuple[str, dict]]:
     "The data files that lie directly in a folder."
     files = sorted(file for file in folder.iterdir() if os.path.isfile(file) and file.suffix.lower() in SUFFIXES and file.name[0] != ".")
-    named = []
+    named, unlabelled = [], []
     for pattern, parts in parts_together(files).items():
-        sources = guess_file(parts[0], home)
+        if parts[0].stem.casefold().startswith("sample_submission"):
+            left.append(f"{parts[0].name}: a form to hand in, whose labels are examples")
+            continue
+        try:
+            sources = guess_file(parts[0], home)
+        except (NoTable, NoLabel) as error:
+            unlabelled += [error] if isinstance(error, NoLabel) else []
+            left.append(str(error).replace(str(parts[0]), parts[0].name))
+            continue
         stem = PART.split(parts[0].stem)[0]
         if pattern != parts[0].name:
             number, wanted = len(parts), int(PART.search(parts[0].name)[2])
             left += [f"{stem}: only {number} of {wanted} parts are here"] if number < wanted else []
             sources = [source | {"path": os.path.join(glob.escape(os.path.dirname(source["path"])), pattern)} for source in sources]
         named += [(f"{stem}_{source['label']}" if len(sources) > 1 else stem, source) for source in sources]
+    if unlabelled and not named:
+        raise unlabelled[0]
     return named
 
 # %% ../../nbs/28_data.guess.ipynb #b1a245a9
@@ -515,19 +567,28 @@ def likely_splits(column: str, values: list[str | None]) -> bool:
     filled = {value.casefold() for value in values if value}
     return column.strip().casefold() in SPLIT_COLUMNS or (bool(filled) and filled <= SPLIT_WORDS.keys())
 
-# %% ../../nbs/28_data.guess.ipynb #20d5b8d6
+# %% ../../nbs/28_data.guess.ipynb #3af93d3b
+def names_picture(row: Row) -> bool:
+    "Whether a row holds its picture or names a file by its suffix as one."
+    return row.path is None or row.path.lower().endswith(IMAGE_SUFFIXES)
+
+
 @dataclass
 class Reading:
     "What the rows of an origin say."
     rows: dict[str, int] = field(default_factory=dict)  # split -> rows
     answers: dict[str | None, Counter] = field(default_factory=dict)  # question -> label -> usable rows
     unusable: Counter = field(default_factory=Counter)  # code of the reason -> rows
+    examples: dict[str, str] = field(default_factory=dict)  # code of the reason -> the first such row
     unusable_questions: set = field(default_factory=set)
     notes: Counter = field(default_factory=Counter)  # code of what the reader changed -> rows
     origins: Counter = field(default_factory=Counter)  # what the column of independent sources says -> rows
     columns: dict[str, str] = field(default_factory=dict)  # image, label, ... -> the column taken for it
     unused: list[str] = field(default_factory=list)  # columns that nothing is taken from
-    samples: list[Row] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)  # names of the folders of classes
+    samples: list[Row] = field(default_factory=list)  # the first row of a question
+    others: list[Row] = field(default_factory=list)  # the first row of another label
+    sampled: set[tuple[str | None, str]] = field(default_factory=set)  # questions and labels of both
 
     def add(self, row: Row) -> None:
         "Count one row: its question, its answer, or why it can't be used."
@@ -536,14 +597,26 @@ class Reading:
         if row.source:
             self.origins[row.source] += 1
         if row.reason:
-            self.unusable[row.reason.partition(":")[0]] += 1
+            code, _, explanation = row.reason.partition(": ")
+            self.unusable[code] += 1
+            self.examples.setdefault(code, f"{row.where}: {explanation or code}")
             self.unusable_questions.add(question)
             return
-        if question not in self.answers and len(self.samples) < 3:
-            self.samples.append(row)
-        self.answers.setdefault(question, Counter())[(row.label or "").strip()] += 1
+        label = (row.label or "").strip()
+        if names_picture(row):
+            self.show(row, question, label)
+        self.answers.setdefault(question, Counter())[label] += 1
 
-# %% ../../nbs/28_data.guess.ipynb #e3831ae6
+
+    def show(self, row: Row, question: str | None, label: str) -> None:
+        "Keep the row as a sample if it is the first of its question, or of its label."
+        new = question not in {asked for asked, _ in self.sampled}
+        kept, most = (self.samples, 3) if new else (self.others, 2)
+        if len(kept) < most and (question, label) not in self.sampled:
+            kept.append(row)
+            self.sampled.add((question, label))
+
+# %% ../../nbs/28_data.guess.ipynb #15c573ee
 def read_origin(origin: Origin, home: Path) -> Reading:
     "Count the rows of an origin; InputError where none can be used."
     reading, first = Reading(), []
@@ -552,24 +625,41 @@ def read_origin(origin: Origin, home: Path) -> Reading:
         there = columns_there(source, home)
         reading.columns = columns_used(source, home, there)
         reading.unused = [str(each) for each in there if each not in (*reading.columns.values(), *(source.get("where") or {})) and str(each).strip()]
+    for split in filter(origin.sources.get, (*SPLITS, "all")):
+        source = origin.sources[split]
+        reading.folders += new_folders(source, home, reading.folders) if source["format"] == "folder" else []
     for split, source in origin.sources.items():
         reading.rows[split] = 0
         for row in read_rows(source, home):
             reading.rows[split] += 1
-            first += [row] if len(first) < 3 and not row.reason else []
+            first += [row] if len(first) < 9 and not row.reason else []
             reading.add(row)
-    reading.samples += [row for row in first if row not in reading.samples][: 3 - len(reading.samples)]
+    for row in (*reading.others, *filter(names_picture, first), *first):
+        reading.samples += [row] if len(reading.samples) < 3 and row not in reading.samples else []
+    if not sum(reading.rows.values()):
+        raise NoRows(f"{origin.name}: it has no rows")
     if not reading.answers:
-        raise InputError(f"{origin.name}: none of its {sum(reading.rows.values())} rows can be used: {counted(reading.unusable)}")
+        first = reading.examples[reading.unusable.most_common(1)[0][0]]
+        raise NoRows(f"{origin.name}: none of its {sum(reading.rows.values())} rows can be used: {counted(reading.unusable)}; {first}")
     return reading
+
+
+class NoRows(InputError):
+    "An origin without a row that can be used."
+
+
+def new_folders(source: dict, home: Path, known: list[str]) -> list[str]:
+    "Names of a split's folders of classes that are new and no misspelling of another split's."
+    names = [name for top in source_files(source, home, folders=True) for name in classes_and_loose(top)[0]]
+    return [name for name in dict.fromkeys(names) if not any(look_alike(name, each) for each in known)]
 
 
 def counted(counts: Counter, most: int = 12) -> str:
     "The most frequent entries as `cat 50, dog 30`."
-    shown = ", ".join(f"{str(key)[:60]} {number:,}" for key, number in counts.most_common(most))
+    shown = ", ".join(f"{str(key)[:60] or '(empty)'} {number:,}" for key, number in counts.most_common(most))
     return shown + (f" and {len(counts) - most:,} more" if len(counts) > most else "")
 
-# %% ../../nbs/28_data.guess.ipynb #f6e33f2f
+# %% ../../nbs/28_data.guess.ipynb #bc26f76b
 MOST_LABELS, MOST_TASKS, OFTEN, FEW = 100, 30, 10, 5
 
 
@@ -587,9 +677,11 @@ def opposite(labels: list[str]) -> list[str] | None:
     return [folded.get(word, cased(word)) for word in pair]
 
 
-def label_set(answers: Counter) -> list[str] | None:
-    "The labels of a closed task, or None where the answers are open."
+def label_set(answers: Counter, explicit: frozenset[str] = frozenset()) -> list[str] | None:
+    "The labels of a closed task, or None where the answers are open; `explicit` ones, names of folders, are labels as they are."
     filled = Counter({answer: number for answer, number in answers.items() if answer})
+    if len(explicit) > 1:
+        return in_order([answer for answer, _ in filled.most_common() if answer in explicit])
     if len(filled) > 3 * MOST_LABELS:
         return None
     labels: list[str] = []
@@ -604,17 +696,32 @@ def label_set(answers: Counter) -> list[str] | None:
         return None
     if any(len(label) > 80 or "\n" in label for label in labels):
         return None
+    return in_order(labels)
+
+
+def in_order(labels: list[str]) -> list[str]:
+    "Numbers by size, other labels as they are."
     return sorted(labels, key=lambda label: (len(label), label)) if all(label.isdecimal() for label in labels) else labels
 
-# %% ../../nbs/28_data.guess.ipynb #fac28b3f
+
+def why_open(answers: Counter) -> str:
+    "Why answers aren't the labels of a closed task."
+    filled = [answer for answer in answers if answer]
+    if len(filled) == 1:
+        return "there is one answer only, and nothing to tell it from"
+    if len(filled) > MOST_LABELS:
+        return f"there are {len(filled):,} different answers; state `labels` if they are a closed set"
+    return "many answers occur once" if sum(answers[answer] == 1 for answer in filled) > len(filled) / 2 else "answers are long or few"
+
+# %% ../../nbs/28_data.guess.ipynb #cc529770
 def slug(text: str) -> str:
     "A name for a task or suite."
     return re.sub(r"[^\w.-]+", "_", text).strip("_.-")[:40].rstrip("_.-").lower() or "task"
 
 
-def task_of(name: str, question: str | None, answers: Counter, sources: dict[str, dict]) -> dict:
+def task_of(name: str, question: str | None, answers: Counter, sources: dict[str, dict], explicit: frozenset[str] = frozenset()) -> dict:
     "The content of a task in a suite file."
-    labels = label_set(answers)
+    labels = label_set(answers, explicit)
     if question is None and labels and len(labels) <= 12:
         question = f"Which label fits the image: {', '.join(labels)}?"
     question = question or ("Which label fits the image?" if labels else "What does the image show?")
@@ -628,12 +735,13 @@ def questions_asked(reading: Reading) -> tuple[list[str | None], bool]:
     chosen = often[:MOST_TASKS]
     return chosen, len(chosen) < len(totals)
 
-# %% ../../nbs/28_data.guess.ipynb #10926d8a
+# %% ../../nbs/28_data.guess.ipynb #1c6b878d
 def tasks_of(origin: Origin, reading: Reading) -> list[tuple[dict, Counter]]:
     "Tasks of an origin with the counts of their answers; every row of its sources belongs to exactly one."
     chosen, others = questions_asked(reading)
     if chosen == [None] and not others and reading.unusable_questions <= {None}:
-        return [(task_of(slug(origin.name), None, reading.answers[None], origin.sources), reading.answers[None])]
+        task = task_of(slug(origin.name), None, reading.answers[None], origin.sources, frozenset(reading.folders))
+        return [(task, reading.answers[None])]
     stray = sorted(reading.unusable_questions - set(chosen) - {None})
     tasks = []
     for question in chosen:
@@ -651,7 +759,7 @@ def tasks_of(origin: Origin, reading: Reading) -> list[tuple[dict, Counter]]:
         tasks.append((other, rest))
     return tasks
 
-# %% ../../nbs/28_data.guess.ipynb #cbfd9a87
+# %% ../../nbs/28_data.guess.ipynb #cc99110e
 @dataclass
 class Guess:
     "What a path holds: the content of a suite file, and what was understood."
@@ -666,7 +774,8 @@ class Guess:
         "What was understood, as lines of text."
         lines = [line for origin, reading in self.origins for line in origin_lines(origin, reading)]
         lines += [f"left out: {each}" for each in self.left]
-        return "\n".join(lines + [line for task in self.suite["tasks"] for line in task_lines(task, self.answers[task["name"]])])
+        lines += [line for task in self.suite["tasks"] for line in task_lines(task, self.answers[task["name"]])]
+        return "\n".join(map(printable, lines))
 
     def _repr_markdown_(self) -> str:
         return f"```\n{self.text()}\n```"
@@ -676,16 +785,23 @@ def guess(path: Path | str, home: Path | str | None = None) -> Guess:
     "Understand a file or folder; InputError where it can't be, or where two readings are possible."
     path = Path(path)
     home = Path(home) if home else path if path.is_dir() else path.parent
-    origins, tasks, answers, left = [], [], {}, []
+    origins, tasks, answers, left, without = [], [], {}, [], []
     for origin in find_origins(path, home, left):
         origin.sources = {split: with_root(source, home) for split, source in origin.sources.items()}
         origin.sources = by_split_column(origin, home)
-        reading = read_origin(origin, home)
+        try:
+            reading = read_origin(origin, home)
+        except NoRows as error:
+            without.append(error)
+            continue
         origins.append((origin, reading))
         for task, counts in tasks_of(origin, reading):
             task["name"] = free_name(task["name"], answers)
             tasks.append(task)
             answers[task["name"]] = counts
+    if not origins:
+        raise without[0]
+    left += map(str, without)
     name = path.resolve().name if path.is_dir() or path.name != "dataset_info.json" else path.resolve().parent.name
     return Guess(path, home, {"name": slug(Path(name).stem), "tasks": tasks}, origins, answers, left)
 
@@ -694,16 +810,17 @@ def free_name(name: str, taken: dict) -> str:
     "The name, numbered where another task has it."
     return next(each for each in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if each not in taken)
 
-# %% ../../nbs/28_data.guess.ipynb #e8a22915
+# %% ../../nbs/28_data.guess.ipynb #eeb53b31
 def origin_lines(origin: Origin, reading: Reading) -> list[str]:
     "An origin's format, columns, rows, samples, and what of it can't be used."
     source = next(iter(origin.sources.values()))
     shown = {key: value for key, value in source.items() if key not in ("format", "path", "split", "where")}
     if source["format"] in FLAT:
         shown |= reading.columns
-    settings = ", ".join(f"{key}: {value}" for key, value in shown.items())
+    settings = ", ".join(f"{key}: {value if str(value).isprintable() else ascii(value)}" for key, value in shown.items())
     rows = ", ".join(f"{number:,} rows" + ("" if split == "all" else f" of {split}") for split, number in reading.rows.items())
-    lines = [f"{origin.name}: read as {source['format']} from {source['path']}" + (f" ({settings})" if settings else "") + f": {rows}"]
+    places = ", ".join(dict.fromkeys(each["path"] for each in origin.sources.values()))
+    lines = [f"{origin.name}: read as {source['format']} from {places}" + (f" ({settings})" if settings else "") + f": {rows}"]
     lines += [f"  divided by what column {column!r} says" for column in source.get("where") or {}]
     if reading.unused:
         lines.append(f"  columns that are not used: {', '.join(reading.unused[:20])}" + " and more" * (len(reading.unused) > 20))
@@ -724,12 +841,13 @@ def task_lines(task: dict, answers: Counter) -> list[str]:
     "A task's question, kind and answers."
     labels = task.get("labels")
     kind = f"closed, {len(labels)} labels" if labels else "open text"
-    lines = [f"task {task['name']} ({kind}, {sum(answers.values()):,} rows): {task['question'][:100]!r}", f"  {counted(answers)}"]
+    why = [] if labels or "without" in next(iter(task["sources"].values())) else [f"  open text, since {why_open(answers)}"]
+    lines = [f"task {task['name']} ({kind}, {sum(answers.values()):,} rows): {task['question'][:100]!r}", *why, f"  {counted(answers)}"]
     if labels and (left := [answer for answer in answers if answer and answer not in labels]):
         lines.append(f"  not declared, as they look like a declared label: {', '.join(map(repr, left[:10]))}")
     return lines
 
-# %% ../../nbs/28_data.guess.ipynb #8c607b87
+# %% ../../nbs/28_data.guess.ipynb #5bc7c50e
 def suite_text(found: Guess) -> str:
     "The suite file: valid YAML, with what was understood as comments."
     parts = [f"# Guessed from {found.path.name}. Check questions and labels, then: qwen2vl-sft prepare THIS_FILE\n"]
@@ -747,10 +865,21 @@ def one_line_each(lines: list[str]) -> list[str]:
     return ["".join(c if c.isprintable() else " " for c in line) for line in lines]
 
 
+def guessed_from(suite: Path) -> str | None:
+    "The file that a suite file was guessed from, as its first line says; None where there is no such line."
+    try:
+        with open(suite, encoding="utf-8", errors="replace") as stream:
+            return said[1] if (said := re.match(r"# Guessed from (.*)\. Check questions", stream.readline())) else None
+    except OSError:
+        return None
+
+
 def write_guess(found: Guess, out: Path | str | None = None) -> Path:
     "Write the suite file (default: suite.yaml in the data's folder). One that was edited is never overwritten."
     target = Path(out) if out else found.home / "suite.yaml"
     text = suite_text(found)
+    if not out and found.path.is_file() and guessed_from(target) not in (None, found.path.name):
+        target = target.with_name(f"{found.path.stem}.suite.yaml")
     if target.exists():
         if target.read_text(encoding="utf-8", errors="replace") == text:
             return target

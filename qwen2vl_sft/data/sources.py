@@ -7,19 +7,20 @@ __all__ = ['READERS', 'LAZY_READERS', 'COLUMNS', 'FILE_OPTIONS', 'IMAGE_SUFFIXES
            'OPENAI_TAGS', 'CHAT_OPTIONS', 'CHAT_SUFFIXES', 'CHAT_COLUMNS', 'STUDIO_FIELDS', 'Row', 'path_inside',
            'bytes_of_data_uri', 'locate_image', 'locate_text', 'Reader', 'reader', 'formats', 'reader_of', 'whole_text',
            'questions_of', 'rows_that_ask', 'accepted_cells', 'cells_of', 'rows_where', 'read_rows', 'source_files',
-           'column_names', 'stated_columns', 'text_or_none', 'row_of_record', 'fits', 'check_encoding', 'text_lines',
-           'text_blocks', 'text_pieces', 'bad_line', 'table_contents', 'image_stamp', 'csv_table', 'read_delimited',
-           'read_csv', 'read_tsv', 'parsed', 'json_lines', 'JsonText', 'json_records', 'is_one_value', 'not_a_record',
-           'rows_of_json', 'read_jsonl', 'read_json', 'folder_contents', 'loose_files', 'read_folder',
-           'classes_and_loose', 'files_below', 'class_names', 'read_parquet', 'parquet_columns', 'parquet_records',
-           'Talk', 'without_placeholder', 'content_of_turn', 'turns_of', 'talk_of_messages', 'row_of_talk',
-           'mapping_of', 'dataset_entry', 'info_path', 'ChatFiles', 'chat_files', 'talk_of_alpaca', 'row_of_chat',
-           'chat_records', 'csv_records', 'list_or_text', 'taken', 'rows_of_chat', 'chat_contents', 'read_llamafactory',
-           'read_llava', 'llava_source', 'studio_path', 'studio_answers', 'studio_label', 'is_short', 'short_label',
-           'read_labelstudio', 'huggingface_dataset', 'undecoded', 'sound_batches', 'huggingface_contents',
-           'read_huggingface', 'code_hash', 'source_contents', 'source_remarks']
+           'column_names', 'stated_columns', 'text_or_none', 'label_of', 'row_of_record', 'fits', 'check_encoding',
+           'text_lines', 'text_blocks', 'text_pieces', 'bad_line', 'table_contents', 'image_stamp', 'csv_table',
+           'read_delimited', 'read_csv', 'read_tsv', 'parsed', 'json_lines', 'NoTable', 'JsonText', 'json_records',
+           'is_one_value', 'not_a_record', 'rows_of_json', 'read_jsonl', 'read_json', 'folder_contents', 'loose_files',
+           'read_folder', 'classes_and_loose', 'files_below', 'class_names', 'read_parquet', 'broken_parquet',
+           'parquet_columns', 'parquet_records', 'Talk', 'without_placeholder', 'content_of_turn', 'turns_of',
+           'talk_of_messages', 'row_of_talk', 'mapping_of', 'dataset_entry', 'info_path', 'ChatFiles', 'chat_files',
+           'talk_of_alpaca', 'row_of_chat', 'chat_records', 'csv_records', 'list_or_text', 'taken', 'rows_of_chat',
+           'chat_contents', 'read_llamafactory', 'read_llava', 'llava_source', 'studio_path', 'studio_answers',
+           'studio_label', 'studio_kinds', 'is_short', 'short_label', 'read_labelstudio', 'huggingface_dataset',
+           'undecoded', 'sound_batches', 'huggingface_contents', 'read_huggingface', 'code_hash', 'source_contents',
+           'source_remarks']
 
-# %% ../../nbs/20_data.sources.ipynb #a6a72577
+# %% ../../nbs/20_data.sources.ipynb #710796d7
 import base64
 import binascii
 import codecs
@@ -35,6 +36,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TextIO
 
@@ -134,7 +136,7 @@ def reader(name: str, options: tuple[str, ...] | None = None, contents: Callable
 
     return register
 
-# %% ../../nbs/20_data.sources.ipynb #f4e5b326
+# %% ../../nbs/20_data.sources.ipynb #16b66c38
 def formats() -> list[str]:
     "Names of all readers, the lazy ones too."
     return sorted({*READERS, *LAZY_READERS})
@@ -149,6 +151,8 @@ def reader_of(source: dict) -> Reader:
         known = formats()
         raise InputError(f"unknown source format {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
     found = READERS[name]
+    if (shown := json.dumps(source, ensure_ascii=False, default=str)).encode("utf-8", "replace").decode() != shown:
+        raise InputError(f"a source of format {name} has a setting that is not text (half a character): {ascii(source)[:300]}")
     for key in source:
         if found.options is not None and key not in ("format", *found.options):
             raise InputError(f"a source of format {name} has no setting {key!r}.{did_you_mean(key, found.options)} "
@@ -263,7 +267,7 @@ def stated_columns(source: dict) -> dict[str, str]:
     optional = [field for field in COLUMNS if field not in ("image", "label")]
     return {field: str(source.get(field, field)) for field in COLUMNS if not (field in optional and field in source and source[field] is None)}
 
-# %% ../../nbs/20_data.sources.ipynb #27c51c9f
+# %% ../../nbs/20_data.sources.ipynb #b90a569c
 def text_or_none(value) -> str | None:
     "A cell as text: None for nothing and NaN, `3` for 3.0 read from a column of floats, else str(value)."
     if value is None or value != value:
@@ -273,17 +277,31 @@ def text_or_none(value) -> str | None:
     return value if isinstance(value, str) else str(value)
 
 
+def label_of(value: object) -> tuple[str | None, str | None]:
+    "The label that a cell holds, alone in a list too, and the reason why there is none."
+    if isinstance(value, list | tuple):
+        if len(value) > 1:
+            return None, f"several_answers: {', '.join(map(str, value))[:200]}"
+        value = value[0] if value else None
+    if isinstance(value, list | tuple | dict):
+        return None, f"label_no_text: {str(value)[:200]}"
+    return text_or_none(value), None
+
+
 def row_of_record(record: dict, names: dict[str, str], file: Path, number: int, source: dict, folder: Path) -> Row:
     "The Row of one record of a table; `number` counts from 1."
     root = Path(folder) / str(source["root"]) if source.get("root") else file.parent
-    texts = {field: text_or_none(record.get(names[field])) for field in names if field != "image"}
+    label, no_label = label_of(record.get(names["label"]))
+    texts = {field: label if field == "label" else text_or_none(record.get(names[field])) for field in names if field != "image"}
     for field in ("id", "question", "source"):  # an empty cell states nothing
         if not (texts.get(field) or "").strip():
             texts.pop(field, None)
     if "question" in texts and IMAGE_PLACEHOLDER in texts["question"]:
         texts["question"] = without_placeholder(texts["question"])[0]
     key = texts.pop("id", None) or f"{os.path.relpath(file, folder)}:{number}"
-    return Row(key, where=f"{file.name}, row {number}", cells=cells_of(record, source), **texts, **locate_image(record.get(names["image"]), root))
+    place = locate_image(record.get(names["image"]), root)
+    reason = place.pop("reason", None) or no_label
+    return Row(key, where=f"{file.name}, row {number}", cells=cells_of(record, source), reason=reason, **texts, **place)
 
 # %% ../../nbs/20_data.sources.ipynb #3bfabd2b
 def fits(head: bytes, encoding: str) -> bool:
@@ -358,26 +376,30 @@ def image_stamp(row: Row) -> list:
         return [row.id, "missing"]
     return [row.id, row.label, [status.st_size, status.st_mtime_ns] if status else None]
 
-# %% ../../nbs/20_data.sources.ipynb #310de46b
+# %% ../../nbs/20_data.sources.ipynb #8a5bd406
 def csv_table(file: Path, source: dict, delimiter: str = ",") -> tuple[list[str], Iterator[dict]]:
     "Columns and records of a CSV file; InputError for a delimiter that can't be and, with the line, for a row with a stray quote."
+    if not isinstance(quotes := source.get("quotes", True), bool):
+        raise InputError(f"quotes of a source has to be true or false, not {str(quotes)[:40]}")
     csv.field_size_limit(2**31 - 1)  # data URIs are longer than the module's default of 128 kB
     if len(delimiter) != 1 or delimiter in '"\r\n\0':
         raise InputError(f"{file}: the delimiter has to be one character, not {delimiter!r}; "
                          'for example ";", or "\\t" in double quotes (or format: tsv) for a tab')
-    table = csv.DictReader(text_lines(file, source), delimiter=delimiter, strict=True)
+    blank = sum(1 for _ in takewhile(str.isspace, text_lines(file, source)))  # lines above the header
+    table = csv.DictReader(islice(text_lines(file, source), blank, None), delimiter=delimiter, strict=True, quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE)
 
     def records(header: bool = False) -> Iterator[dict]:
         "The rows as the module reads them (the header alone: its cells), with its error as one that names the line."
-        read = table.line_num  # lines before the row
+        read = blank + table.line_num  # lines before the row
         try:
             for record in [table.fieldnames] if header else table:
-                read = table.line_num
+                read = blank + table.line_num
                 yield record
         except csv.Error as error:
             begins = (number for number, line in enumerate(text_lines(file, source), start=1) if number > read and line.strip())
             raise InputError(f"{file}, line {next(begins, read + 1)}: not readable as CSV ({error}) in the row that begins here; "
-                             'a quote opens a cell that has to be closed, and a quote within one is written twice ("")') from None
+                             'a quote opens a cell that has to be closed, and a quote within one is written twice (""); '
+                             "where quotes are text like any other, state `quotes: false` in the source") from None
 
     (columns,) = records(header=True)
     return list(columns or []), records()
@@ -394,14 +416,14 @@ def read_delimited(source: dict, folder: Path, delimiter: str) -> Iterator[Row]:
                 row.reason = f"extra_cells: {len(record[None])} more cells than columns; quote texts with commas"
             yield row
 
-# %% ../../nbs/20_data.sources.ipynb #a6aec937
-@reader("csv", options=(*FILE_OPTIONS, "encoding", "delimiter"), contents=table_contents)
+# %% ../../nbs/20_data.sources.ipynb #9a4612a0
+@reader("csv", options=(*FILE_OPTIONS, "encoding", "delimiter", "quotes"), contents=table_contents)
 def read_csv(source: dict, folder: Path) -> Iterator[Row]:
-    "`{format: csv, path: train.csv}`, also with `delimiter` and `encoding`."
+    "`{format: csv, path: train.csv}`, also with `delimiter` and `encoding`; `quotes: false` where a quote is text like any other."
     return read_delimited(source, folder, ",")
 
 
-@reader("tsv", options=(*FILE_OPTIONS, "encoding"), contents=table_contents)
+@reader("tsv", options=(*FILE_OPTIONS, "encoding", "quotes"), contents=table_contents)
 def read_tsv(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: tsv, path: train.tsv}`: cells separated by tabs."
     return read_delimited(source, folder, "\t")
@@ -423,6 +445,10 @@ def json_lines(file: Path, source: dict) -> Iterator[tuple[int, object]]:
                 yield number, parsed(line)
             except InputError as error:
                 yield number, error
+
+# %% ../../nbs/20_data.sources.ipynb #51d1ad8b
+class NoTable(InputError):
+    "A file that is sound and no table of labelled images, such as a list of the classes."
 
 # %% ../../nbs/20_data.sources.ipynb #8a6d6dab
 class JsonText:
@@ -500,7 +526,7 @@ class JsonText:
         if self.next():
             raise self.error("Extra data", self.at)
 
-# %% ../../nbs/20_data.sources.ipynb #32cc1fac
+# %% ../../nbs/20_data.sources.ipynb #b012ab58
 def json_records(file: Path, source: dict) -> Iterator[tuple[int, object]]:
     "Number and value of each record of a file that holds a JSON list or JSON lines."
     text = JsonText(text_blocks(file, source))
@@ -514,7 +540,7 @@ def json_records(file: Path, source: dict) -> Iterator[tuple[int, object]]:
             raise InputError(f"{file}: not readable as JSON ({error})") from None
         return
     if re.match(r"{[ \t]*[\r\n]", text.text[text.at :]) and is_one_value(text):
-        raise InputError(f"{file} holds one JSON object; a list of objects is needed, or one object a line")
+        raise NoTable(f"{file} holds one JSON object; a list of objects is needed, or one object a line")
     yield from json_lines(file, source)
 
 
@@ -556,7 +582,7 @@ def read_json(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: json, path: train.json}`: rows of files with a list of JSON objects."
     return rows_of_json(source, folder, json_records)
 
-# %% ../../nbs/20_data.sources.ipynb #46944461
+# %% ../../nbs/20_data.sources.ipynb #a0142a5e
 def folder_contents(source: dict, folder: Path) -> Iterator[list]:
     "Names, sizes and times of all files of a folder source."
     return map(image_stamp, read_folder(source, folder))
@@ -565,7 +591,7 @@ def folder_contents(source: dict, folder: Path) -> Iterator[list]:
 def loose_files(source: dict, folder: Path) -> list[str]:
     "A sentence on the files beside the subfolders of a folder per class that are no pictures, and so no rows."
     names = [name for top in source_files(source, folder, folders=True) for name in classes_and_loose(top)[1]
-             if not name.lower().endswith(IMAGE_SUFFIXES)]
+             if not name.lower().endswith((*IMAGE_SUFFIXES, ".yaml", ".yml"))]
     shown = f"{', '.join(names[:5])}{' and more' * (len(names) > 5)}"
     return [f"beside the folders of the classes lie {shown}, no pictures and not read"] if names else []
 
@@ -628,7 +654,7 @@ def class_names(schema, column: str) -> list[str] | None:
     except (ValueError, KeyError, TypeError):
         return None
 
-# %% ../../nbs/20_data.sources.ipynb #256ad597
+# %% ../../nbs/20_data.sources.ipynb #4a350d6d
 @reader("parquet", options=FILE_OPTIONS, contents=table_contents)
 def read_parquet(source: dict, folder: Path) -> Iterator[Row]:
     "`{format: parquet, path: train-*.parquet}`; only the named columns are read, in batches."
@@ -647,8 +673,15 @@ def read_parquet(source: dict, folder: Path) -> Iterator[Row]:
                 if labels and isinstance(index, int) and 0 <= index < len(labels):
                     record[names["label"]] = labels[index]
                 yield row_of_record(record, names, file, number, source, folder)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{file}: not readable as Parquet ({error})") from None
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise broken_parquet(file, error) from None
+
+
+def broken_parquet(file: Path, error: Exception) -> InputError:
+    "The error of a Parquet file as one line; Arrow writes texts without looking whether they are UTF-8."
+    if isinstance(error, UnicodeDecodeError):
+        return InputError(f"{file}: a text in it is not UTF-8 ({error.object[:40]!r}); read it with the encoding it has and write it again")
+    return InputError(f"{file}: not readable as Parquet ({error})")
 
 
 def parquet_columns(file: Path) -> list[str]:
@@ -658,8 +691,8 @@ def parquet_columns(file: Path) -> list[str]:
 
     try:
         return pq.ParquetFile(file).schema_arrow.names
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file}: not readable as Parquet ({error})") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise broken_parquet(file, error) from None
 
 
 def parquet_records(file: Path) -> Iterator[dict]:
@@ -670,8 +703,8 @@ def parquet_records(file: Path) -> Iterator[dict]:
     try:
         for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
             yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file}: not readable as Parquet ({error})") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise broken_parquet(file, error) from None
 
 # %% ../../nbs/20_data.sources.ipynb #9d359899
 IMAGE_PLACEHOLDER = "<image>"
@@ -963,7 +996,7 @@ def studio_answers(record: dict, control: str | None) -> list[tuple[str, ...]]:
         found.append(tuple(answers))
     return found
 
-# %% ../../nbs/20_data.sources.ipynb #30f4e34e
+# %% ../../nbs/20_data.sources.ipynb #e0a7a23e
 def studio_label(record: dict, control: str | None) -> dict:
     "`{label}` or `{reason}` for the annotations of one record."
     try:
@@ -971,13 +1004,21 @@ def studio_label(record: dict, control: str | None) -> dict:
     except (AttributeError, KeyError, TypeError) as error:
         return {"reason": f"not_a_conversation: an annotation has an unknown shape ({error!r})"}
     if not answers:
-        return {"reason": "empty_label: nobody has annotated it"}
+        kinds = studio_kinds(record)
+        other = f"it is annotated with {', '.join(kinds)}, which give no label; choices and textarea do" if kinds else ""
+        return {"reason": f"empty_label: {other or 'nobody has annotated it'}"}
     if len(answers) > 1:
         return {"reason": f"several_answers: annotators disagree: {' / '.join(sorted(map(', '.join, answers)))[:200]}"}
     (answer,) = answers
     if len(answer) > 1:
         return {"reason": f"several_answers: {', '.join(answer)[:200]}; name one control with label: NAME in the source"}
     return {"label": answer[0]}
+
+
+def studio_kinds(record: dict) -> list[str]:
+    "The kinds of results that a record's annotations hold beside choices and texts, such as rectanglelabels."
+    results = [result for each in record.get("annotations") or record.get("completions") or [] for result in each.get("result") or []]
+    return sorted({str(result.get("type")) for result in results} - {"choices", "textarea", "None"})
 
 
 STUDIO_FIELDS = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement")  # of JSON-MIN
