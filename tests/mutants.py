@@ -220,7 +220,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '4.1', "a quote that is never closed swallows the rest of a table", 'qwen2vl_sft/data/sources.py',
-        'delimiter=delimiter, strict=True)', 'delimiter=delimiter)',
+        'delimiter=delimiter, strict=True, quoting', 'delimiter=delimiter, quoting',
         ('tests/test_data_sources.py::test_a_stray_quote_swallows_no_row',),
     ),
     Mutation(
