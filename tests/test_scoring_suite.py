@@ -527,8 +527,9 @@ def test_outputs_from_the_cache_and_fresh_ones_meet_on_the_models_device(prepare
         samples[1].features, samples[1].pixels = outputs[1], None  # from the cache: on the CPU
         monkeypatch.setattr(suite, "unwrapped", lambda model: SimpleNamespace(device=torch.device("cuda:0")))
         monkeypatch.setattr(suite, "now_on", lambda device: 0.0)  # waits for a real device
+        monkeypatch.setattr(suite, "frames_of", lambda model: 1)
         monkeypatch.setattr(suite, "tower_features", lambda model, patches, grid: [torch.empty(np.prod(one) // 4, width, device="cuda:0") for one in grid])
-        monkeypatch.setattr(type(encoder.images), "patches", lambda self, pixels, device: (None, [sample.encoded.grid for sample in samples if sample.features is None]))
+        monkeypatch.setattr(type(encoder.images), "patches", lambda self, pixels, device, frames: (None, [sample.encoded.grid for sample in samples if sample.features is None]))
         suite.add_features(suite.Scorer(encoder, SETTINGS), None, colour, [0, 1, 2], samples)
         together = image_inputs(samples, encoder.images)["image_features"]
     assert together.device.type == "cuda" and len(together) == sum(map(len, outputs)) and all(sample.pixels is None for sample in samples)
