@@ -104,6 +104,16 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_scoring_api_faults.py::test_a_word_that_stands_for_a_key_changes_no_answer[green]',),
     ),
     Mutation(
+        'api.cost', "a proxy's page is paid for", 'qwen2vl_sft/scoring/remote.py',
+        "if body.lstrip()[:1] == \"{\":", 'if True:',
+        ('tests/test_scoring_api_faults.py::test_what_is_no_answer_says_why_and_costs_what_it_may_have_cost[page-HTTP 200, but no chat completion: Log in to the proxy-0.0]',),
+    ),
+    Mutation(
+        'api.cost', "a negative usage lifts the budget", 'qwen2vl_sft/scoring/remote.py',
+        'all(0 <= tokens < 10**9 for tokens in found)', 'all(tokens < 10**9 for tokens in found)',
+        ('tests/test_scoring_api_faults.py::test_a_usage_that_cannot_be_is_estimated[negative]',),
+    ),
+    Mutation(
         'api.faults', "a run without any answer has worked", 'qwen2vl_sft/scoring/remote.py',
         'if len(failed) and len(failed) == len(rows):', 'if False:',
         ('tests/test_scoring_api_faults.py::test_a_run_without_an_answer_says_why_and_fails',),
@@ -1140,7 +1150,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         '8.api', 'a response without usage is free', 'qwen2vl_sft/scoring/remote.py',
-        'return response | {"estimated": [question.tokens, config.max_tokens]}',
+        'return response | {"estimated": [question.tokens, config.longest]}',
         'return response',
         ('tests/test_scoring_remote.py::test_settings_that_the_model_refuses_are_left_out',),
     ),

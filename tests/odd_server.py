@@ -54,6 +54,18 @@ MODES |= {
     "200 escaped": lambda body, key: (200, as_php(completion(f"your key is {key}", model=key, system_fingerprint=key)), {"x-request-id": key}),
     "200 in numbers": lambda body, key: (200, as_numbers(completion(f"your key is {key}", model=key), key)),
     "200 nested": lambda body, key: (200, as_php(completion(as_php({"key": key}).decode()))),
+    "page": lambda body, key: (200, b"<!doctype html><html><title>Log in to the proxy</title></html>"),
+    "error in 200": lambda body, key: (200, {"error": {"message": "Provider returned error: model overloaded", "code": 502}}),
+    "choice of error": lambda body, key: (200, completion("", finish="error")),
+    "no choices": lambda body, key: (200, {"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 0}}),
+    "cut": lambda body, key: (200, b'{"choices": [{"message": {"content": "re'),
+    "half-way": lambda body, key: (None, b'{"choices": [{"message"'),
+    "deep": lambda body, key: (200, b"[" * 200_000),
+    "deep 500": lambda body, key: (500, b'{"error": ' + b"[" * 200_000),
+    "moderation": lambda body, key: (403, error("Your input was flagged", code=403, metadata={"reasons": ["violence"], "flagged_input": "..."})),
+    "tomorrow": lambda body, key: (429, error("Daily limit reached", code="rate_limit_exceeded"), {"retry-after": "86400"}),
+    "no such year": lambda body, key: (429, error("later"), {"retry-after": "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"}),
+    **{f"{name} usage": lambda body, key, tokens=tokens: (200, json.dumps(completion("yes")).replace('"prompt_tokens": 100', f'"prompt_tokens": {tokens}').encode()) for name, tokens in (("infinite", "Infinity"), ("huge", "1" + 30 * "0"), ("negative", "-1000000"))},
     "green": lambda body, key: (200, completion("green")),
 }
 

@@ -1,19 +1,23 @@
 """API models, one kind of misbehaviour at a time: what it costs, what the rows and the user are told, and that it ends."""
 
+import json
 import re
 import socket
+import sqlite3
 import time
 from functools import partial
 
 import pandas as pd
 import pytest
 from odd_server import started
-from test_scoring_remote import CANARY, asked, config_for, numbered, start_toy
+from test_scoring_remote import CANARY, WEAPON, asked, config_for, numbered, response_of, start_toy, write_prices
 
 from qwen2vl_sft import cli
+from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.rundir import RunDir
-from qwen2vl_sft.scoring.remote import ask_all, open_session, prediction_row, run_to_end
-from qwen2vl_sft.scoring.responses import ResponseStore
+from qwen2vl_sft.scoring import responses
+from qwen2vl_sft.scoring.remote import ApiConfig, Session, ask_all, open_session, prediction_row, price_of, run_to_end
+from qwen2vl_sft.scoring.responses import Key, ResponseStore
 from qwen2vl_sft.tasks import Task
 
 
@@ -164,3 +168,123 @@ def test_a_key_in_the_place_of_its_variables_name_is_not_shown(project, name, ca
     assert cli.main([*start_toy(project, "http://127.0.0.1:9"), f"key_variable={name}", "--dry-run"]) == 2
     shown = capfd.readouterr()
     assert name not in "".join(shown) and "key_variable: the name of an environment variable is wanted" in shown.err
+
+
+# --- what a service says and what it costs ------------------------------------------------------------------
+
+FREE, EXPECTED = 0.0, 1.38  # as write_prices: at most 0.1 in and 1.28 out a request
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason", "cost"),
+    [
+        ("page", "HTTP 200, but no chat completion: Log in to the proxy", FREE),
+        ("error in 200", "HTTP 200 with an error 502: Provider returned error: model overloaded", FREE),
+        ("choice of error", "HTTP 200 with an error : finish_reason=error", 0.12),
+        ("no choices", "the response is no complete chat completion", 0.01),
+        ("cut", "the response is no complete chat completion", EXPECTED),
+        ("half-way", "connection lost", EXPECTED),
+        ("deep", "HTTP 200, but no chat completion: [[[[", FREE),
+        ("deep 500", "HTTP 500 : {", FREE),
+        ("no such year", "HTTP 429 invalid_request_error: later", FREE),
+    ],
+)
+def test_what_is_no_answer_says_why_and_costs_what_it_may_have_cost(project, key, mode, reason, cost):
+    write_prices(project)
+    with started(mode) as server:
+        config = config_for(server.address, attempts=2, limited_attempts=2, concurrency=1, first_wait=0.0)
+        session, reasons = asked(config, project / "store.sqlite", numbered([1]))
+    told = next(iter(reasons.values()))
+    assert told.startswith(reason) and len(server.received) == 2 and session.spent == pytest.approx(2 * cost) and not session.stopped
+    assert session.store.usage(session.run)["cost"] == pytest.approx(2 * cost)
+
+
+@pytest.mark.parametrize("usage", ["infinite", "huge", "negative"])
+def test_a_usage_that_cannot_be_is_estimated(project, key, usage):
+    write_prices(project)
+    with started(f"{usage} usage") as server:
+        session, reasons = asked(config_for(server.address), project / "store.sqlite", numbered([1]))
+    row = prediction_row(WEAPON, "1", "yes", session.store.get(numbered([1])[0].key), "", session.price)
+    assert reasons == {} and row["tokens_estimated"] and session.spent == pytest.approx(EXPECTED) == row["cost"]
+
+
+def test_a_moderation_by_a_gateway_is_a_refusal(project, key):
+    with started("moderation") as server:
+        session, reasons = asked(config_for(server.address), project / "store.sqlite", numbered(range(3)))
+        row = prediction_row(WEAPON, "1", "yes", session.store.get(numbered([1])[0].key), "", None)
+        assert reasons == {} and not session.stopped and (row["outcome"], row["reason"]) == ("refused", "HTTP 403 moderation: Your input was flagged")
+
+
+def test_a_wait_until_tomorrow_ends_the_command(project, key, capfd):
+    with started("tomorrow") as server:
+        session, reasons = asked(config_for(server.address, concurrency=2, max_minutes=5), project / "store.sqlite", numbered(range(4)))
+        assert len(server.received) <= 2 and len(reasons) == 4
+    assert session.stopped == "HTTP 429 rate_limit_exceeded: Daily limit reached: the service asks to wait 24 hours, more than longest_retry_after=600 s"
+
+
+def test_long_waits_are_said_once(capsys):
+    session = Session(ApiConfig(model="m"), None, "toy/m", None, "k")
+    for seconds in (90.0, 91.0, 92.0):
+        session.announce(seconds, "HTTP 429 : slow down")
+    assert capsys.readouterr().out.count("toy/m: HTTP 429 : slow down: waiting for 90 s") == 1
+
+
+def test_the_forecast_counts_what_extra_asks_for(project, key, capfd):
+    write_prices(project)
+    command = [*start_toy(project, "http://127.0.0.1:9", budget=1000), "--dry-run", "--json"]
+    tokens = []
+    for changes in ([], ['extra={"max_completion_tokens": 5000}'], ['extra={"n": 4}']):
+        assert cli.main([*command, *changes]) == 0
+        tokens.append(json.loads(capfd.readouterr().out)[-1]["tokens_out"])
+    assert tokens == [12 * 128, 12 * 5000, 12 * 128 * 4]
+    (project / "prices.yaml").write_text("faulty: {input: 0.001, output: 0.001}\n")
+    assert cli.main(command[:-1]) == 0 and "cost: USD 0.01 at most, repeated requests aside" in capfd.readouterr().out  # rounded up
+
+
+@pytest.mark.parametrize(
+    ("price", "message"),
+    [
+        ("{input: 1, output: 1, image: {low: 85}}", "image: either low, base and tile are wanted, or patch with most and factor"),
+        ("{input: 1, output: 1, image: {base: 85, tile: 170}}", "image: either low, base and tile"),
+        ("{input: 1, output: 1, image: {patch: 0}}", "image: patch: a finite number of at least 1 is wanted, not 0"),
+        ("{input: 1, output: 1, image: {low: 85, base: .inf, tile: 1}}", "image: base: a finite number of at least 0"),
+        ("{input: 1, output: 1, image: {low: 85, base: -5, tile: 1}}", "image: base: a finite number of at least 0"),
+        ("{input: .inf, output: 1}", "input: a finite number is wanted"),
+    ],
+)
+def test_a_price_that_cannot_be_names_its_field(project, price, message):
+    (project / "prices.yaml").write_text(f"m: {price}\n")
+    with pytest.raises(InputError, match=f"prices.yaml: m: {re.escape(message)}"):
+        price_of("m")
+
+
+@pytest.mark.parametrize("port", ["abc", "99999"])
+def test_an_address_with_no_port_is_refused(project, capfd, port):
+    assert cli.main([*start_toy(project, "http://127.0.0.1:9"), f"base_url=http://127.0.0.1:{port}/v1"]) == 2
+    assert "base_url: " in (shown := capfd.readouterr().err) and "is no address such as https://api.openai.com/v1" in shown
+
+
+@pytest.mark.parametrize(("text", "outcome"), [('{"label": null}', "unparseable"), ('{"answer": "yes"}', "unparseable"), ('```json\n{"label": "yes"}\n```', "unparseable"), ('{"label": "yes"}', "correct"), ('{"label": "maybe"}', "off_list"), ("Yes.", "correct")])
+def test_a_structured_answer_without_a_label_is_unparseable(text, outcome):
+    assert prediction_row(WEAPON, "1", "yes", response_of(text) | {"structured": True}, "", None)["outcome"] == outcome
+
+
+def test_a_store_of_another_kind_is_left_alone_and_a_damaged_or_held_one_is_named(project, monkeypatch):
+    other = sqlite3.connect(project / "pictures.sqlite")
+    other.execute("CREATE TABLE pictures (content BLOB)")
+    other.commit()
+    before = (project / "pictures.sqlite").read_bytes()
+    with pytest.raises(InputError, match=r"pictures.sqlite: holds other tables \(pictures\), so it is no store of responses; name another file"):
+        ResponseStore(project / "pictures.sqlite")
+    assert (project / "pictures.sqlite").read_bytes() == before
+    monkeypatch.setattr(responses, "WAIT_SECONDS", 0.1)
+    store = ResponseStore(project / "s.sqlite")
+    holder = sqlite3.connect(project / "s.sqlite", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    with pytest.raises(RunFailure, match="another program has held this store for 0.1 s; nothing more is asked"):
+        store.begin(Key("a", "b"), "r", 1.0, 0.0)
+    holder.execute("ROLLBACK")
+    store.database.execute("PRAGMA writable_schema=ON")
+    store.database.execute("DROP TABLE responses")
+    with pytest.raises(RunFailure, match=r"s.sqlite: can't be read \(no such table: responses\); nothing more is asked"):
+        store.get(Key("a", "b"))
