@@ -274,6 +274,43 @@ def test_delimiters_quotes_and_blank_lines(folder):
         list(read_rows({"format": "csv", "path": "d.csv"}, folder))
 
 
+def test_layouts_with_folders_around_and_beside(folder):
+    img = folder / "img"
+    for n, place in enumerate(("a/pets/pets", "b/images/train", "b/images/val")):
+        for label in ("cat", "dog"):
+            (folder / place / label).mkdir(parents=True)
+            Image.new("RGB", (4, 4 + n)).save(folder / place / label / "1.png")
+    assert split_sizes(suite_of(folder / "a")[0]) == [{"all": 2}] and guess(folder / "a").suite["name"] == "a"
+    assert split_sizes(suite_of(folder / "b")[0]) == [{"train": 2, "validation": 2}]
+    for split, lines in (("train", labels()[:8]), ("test", labels()[8:])):  # imagefolder
+        (folder / "c" / split).mkdir(parents=True)
+        for image, _ in lines:
+            (folder / "c" / split / image[4:]).write_bytes((folder / image).read_bytes())
+        (folder / "c" / split / "metadata.jsonl").write_text("".join(json.dumps({"file_name": image[4:], "text": label}) + "\n" for image, label in lines))
+    suite, rows = suite_of(folder / "c")
+    assert split_sizes(suite) == [{"train": 8, "test": 4}] or split_sizes(suite) == [{"test": 4, "train": 8}]
+    assert all(os.path.exists(row.path) for row in rows)
+    csv_of(folder / "d" / "annotations" / "labels.csv", [(image[4:], label) for image, label in labels()])
+    (folder / "d" / "images" / "all").mkdir(parents=True)
+    for file in img.iterdir():
+        (folder / "d" / "images" / "all" / file.name).write_bytes(file.read_bytes())
+    suite, rows = suite_of(folder / "d")
+    assert all(os.path.exists(row.path) for row in rows) and suite.tasks[0].sources["all"]["root"] == "images/all"
+
+
+def test_what_lies_there_is_said(tmp_path):
+    for name, said in (("heic/cat/1.HEIC", "HEIC, which is not read"), ("one/cat/1.png", "all pictures lie in one folder, cat"), ("e/train/1.png", "no folders of classes")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"x")
+        assert said in error_of(tmp_path / name.partition("/")[0])
+
+
+def test_pictures_that_are_not_there_are_said(folder):
+    csv_of(folder / "x.csv", [(image.upper().replace("IMG", "img"), label) for image, label in labels()])
+    text = guess(folder / "x.csv").text()
+    assert "12 of the first 12 pictures are not there" in text and "0.png: another case)" in text
+
+
 def test_two_files_for_one_split_are_an_error(folder):
     for name in ("pets_val.csv", "pets_validation.csv"):
         (folder / name).write_text("image,label\nimg/0.png,cat\nimg/1.png,dog\n")

@@ -26,6 +26,8 @@ from qwen2vl_sft.data.sources import (
     reader_of,
     source_contents,
     source_remarks,
+    what_it_is,
+    why_missing,
 )
 
 HOSTILE = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -108,6 +110,55 @@ def test_where_takes_rows_by_a_column(table):
     for where, message in (({"spilt": "train"}, "Did you mean 'split'"), ("train", "has to name a column"), ({"split": [1]}, "put quotes around 1"), ({}, "has to name")):
         with pytest.raises(InputError, match=message):
             texts(where)
+
+
+def test_paths_as_people_write_them(table):
+    Image.new("RGB", (60, 60), "red").save(table / "a.png")
+    content = (table / "a.png").read_bytes()
+    inside = str((table / "a.png").resolve())
+    long = base64.b64encode(content).decode()
+    found = [locate_image(cell, table) for cell in (f"file://{inside}", "file:///etc/passwd", long, long[:-3] + "!!!", "/a.png", str(table.parent / "x.png"))]
+    assert found[0] == {"path": inside} and found[2] == {"image": content}
+    assert [each.get("reason", "").partition(":")[0] for each in found] == ["", "outside_root", "", "bad_data_uri", "outside_root", "outside_root"]
+    assert found[4]["reason"].endswith("without its first / it is there")
+    (table.parent / "x.png").write_bytes(content)
+    assert f"such as root: {table.parent.resolve()}" in locate_image(str(table.parent / "x.png"), table)["reason"]
+
+
+@pytest.mark.parametrize(("written", "there", "reason"), [
+    ("A.PNG", "a.png", "another case"), ("Img/a.png", "img/a.png", "another case"), ("caf\u00e9.png", "cafe\u0301.png", "composed otherwise"),
+    ("img%2Fa.png", "img/a.png", "write characters for %"), ("C:/img/a.png", "img/a.png", "another computer"), ("b.png", "a.png", ""),
+])
+def test_why_a_file_is_missing(tmp_path, written, there, reason):
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).write_bytes(b"x")
+    assert (reason in (said := why_missing(str(tmp_path / written)))) and bool(said) == bool(reason)
+    assert why_missing("relative/and/absent.png") == ""
+
+
+def test_the_root_of_a_folder_allows_links(tmp_path):
+    (tmp_path / "store" / "cat").mkdir(parents=True)
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "store" / "cat" / name)
+    (tmp_path / "set" / "cat").mkdir(parents=True)
+    (tmp_path / "set" / "cat" / "1.png").symlink_to(tmp_path / "store" / "cat" / "1.png")
+    (tmp_path / "set" / "tom").symlink_to(tmp_path / "store" / "cat")
+    first, second = rows_of(tmp_path, format="folder", path="set")
+    assert "it is a link to" in first.reason and "root to a folder that holds both" in first.reason and second.reason.startswith("linked_folder")
+    rows = rows_of(tmp_path, format="folder", path="set", root=".")
+    assert [(row.id, row.label, row.reason) for row in rows] == [("cat/1.png", "cat", None), ("tom/1.png", "tom", None), ("tom/2.png", "tom", None)]
+    (tmp_path / "set" / "cat" / "1.png").unlink()
+    (tmp_path / "set" / "cat" / "1.png").symlink_to("/etc/passwd")
+    assert rows_of(tmp_path, format="folder", path="set", root=".")[0].reason.startswith("outside_root")
+
+
+@pytest.mark.parametrize(("content", "code", "said"), [
+    (b"\0\0\0\x18ftypheic\0\0\0\0mif1", "not_an_image", "HEIC"), (b"\0\0\0\x0cjP  \r\n\x87\n", "not_an_image", "JPEG 2000"), (b"%PDF-1.7", "not_an_image", "a PDF"),
+    (b"\xef\xbb\xbf<?xml version='1.0'?>\n<svg xmlns=''>", "not_an_image", "SVG"), (b"version https://git-lfs.github.com/spec/v1\noid", "not_an_image", "git lfs pull"),
+    (b"<!DOCTYPE html><html>", "not_an_image", "web page"), (b"\0\0\0\x1cftypavif\0\0", "truncated", "AVIF"), (b"hello world", "not_an_image", "starts with b'hello"),
+])
+def test_what_bytes_are_that_no_decoder_knows(content, code, said):
+    assert what_it_is(content)[0] == code and said in what_it_is(content)[1]
 
 
 def test_labels_that_are_lists_or_objects(table):

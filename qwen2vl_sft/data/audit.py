@@ -20,7 +20,7 @@ __all__ = ['REASONS', 'REPAIRS', 'NOTES', 'CONTROL_TOKEN', 'HASH_SIDE', 'BUCKET'
            'difference_text', 'summary', 'thumbnail', 'cards_html', 'splits_html', 'labels_html', 'forecast_html',
            'problem_html', 'page', 'audit_fragment']
 
-# %% ../../nbs/22_data.audit.ipynb #61e0bdb4
+# %% ../../nbs/22_data.audit.ipynb #ea698b6e
 import base64
 import heapq
 import io
@@ -46,7 +46,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..core import did_you_mean, display_width, padded, printable, sha256_of
 from .forecast import Sample, forecast, forecast_lines, forecast_table, gigabytes_text, histogram_svg, small_plan
-from .sources import Row
+from .sources import Row, what_it_is, why_missing
 from ..encoding.images import FORMATS, open_image
 from ..tasks import SPLITS, Suite, Task
 
@@ -124,7 +124,7 @@ class Unusable(Exception):
         super().__init__(code, detail)
         self.code, self.detail = code, detail
 
-# %% ../../nbs/22_data.audit.ipynb #176be5d7
+# %% ../../nbs/22_data.audit.ipynb #ed0389ae
 def read_bytes(row: Row, limits: Limits) -> bytes:
     "The row's image file; Unusable where there is none, or it is empty or too large."
     if row.reason:
@@ -135,7 +135,7 @@ def read_bytes(row: Row, limits: Limits) -> bytes:
         path = Path(row.path or "")
         try:
             if not path.is_file():
-                raise Unusable("missing_file" if row.path else "no_image", f"{row.path or 'no path and no bytes'}")
+                raise Unusable("missing_file" if row.path else "no_image", f"{row.path}{why_missing(row.path)}" if row.path else "no path and no bytes")
             if (size := path.stat().st_size) > limits.file_bytes:
                 raise Unusable("too_many_bytes", f"{path} has {size:,} bytes, the limit is {limits.file_bytes:,}")
             content = path.read_bytes()
@@ -147,7 +147,7 @@ def read_bytes(row: Row, limits: Limits) -> bytes:
         raise Unusable("too_many_bytes", f"{len(content):,} bytes, the limit is {limits.file_bytes:,}")
     return content
 
-# %% ../../nbs/22_data.audit.ipynb #d266e2d7
+# %% ../../nbs/22_data.audit.ipynb #f7e911a2
 def check_header(content: bytes, limits: Limits) -> tuple[str, int, int]:
     "Format, width and height (as stored) from the header alone; Unusable where they rule the image out."
     try:
@@ -157,7 +157,7 @@ def check_header(content: bytes, limits: Limits) -> tuple[str, int, int]:
     except Image.DecompressionBombError as error:
         raise Unusable("too_many_pixels", str(error)) from None
     except UnidentifiedImageError:
-        raise Unusable("not_an_image", f"the file starts with {content[:12]!r}") from None
+        raise Unusable(*what_it_is(content)) from None
     except Exception as error:  # Pillow's parsers raise almost anything on hostile bytes
         raise broken(content, error) from None
     width, height = image.size
