@@ -289,6 +289,11 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_data_audit.py::test_an_order_over_many_buckets_is_that_of_numpy', 'tests/test_data_prepare.py::test_small_buckets_give_the_same_files'),
     ),
     Mutation(
+        '4.5', "the names of a large folder are in order in parts only", 'qwen2vl_sft/data/sources.py',
+        'yield from heapq.merge(*parts)', 'yield from (name for part in parts for name in part)',
+        ('tests/test_data_sources.py::test_a_large_folder_is_read_in_order_part_by_part',),
+    ),
+    Mutation(
         '4.5', "pages of records stay in memory", 'qwen2vl_sft/data/audit.py',
         'self.end, self.file = folder, 0, tempfile.TemporaryFile(dir=folder)', 'self.end, self.file = folder, 0, __import__("io").BytesIO()',
         ('tests/test_data_prepare.py::test_memory_does_not_grow_with_the_rows',),

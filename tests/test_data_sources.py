@@ -293,6 +293,19 @@ def test_folders(tmp_path):
     assert "no subfolders" in error_of(tmp_path, format="folder", path="elsewhere")
 
 
+@pytest.mark.parametrize("entries", [1, 3, 11])
+def test_a_large_folder_is_read_in_order_part_by_part(tmp_path, monkeypatch, entries):
+    "In the order of Python's sorted paths; names of any bytes and a folder among the files."
+    from qwen2vl_sft.data import sources
+
+    (tmp_path / "f" / "cat" / "m").mkdir(parents=True)
+    names = ["b.png", "a\nb.png", "Z.png", "ä.png", "m/1.png", "m/0.png", "l.png", "n.png", ".hidden.png", '"q".png', os.fsdecode(b"\xff.png"), "c.png"]
+    for name in names:
+        (tmp_path / "f" / "cat" / name).write_bytes(b"x")
+    monkeypatch.setattr(sources, "ENTRIES", entries)
+    assert [row.id for row in rows_of(tmp_path, format="folder", path="f")] == [f"cat/{name}".encode(errors="backslashreplace").decode() for name in sorted(names) if name[0] != "."]
+
+
 def test_files_beside_the_folders_of_classes_are_rows_without_a_label_or_named(tmp_path):
     for name in ("cat/1.png", "lost.PNG", "README.md", ".DS_Store"):
         (tmp_path / "f" / name).parent.mkdir(parents=True, exist_ok=True)
