@@ -1574,6 +1574,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                             'qwen2vl_sft/data/sources.py'),
                                           'qwen2vl_sft.data.sources.image_stamp': ( 'data.sources.html#image_stamp',
                                                                                     'qwen2vl_sft/data/sources.py'),
+                                          'qwen2vl_sft.data.sources.in_order': ( 'data.sources.html#in_order',
+                                                                                 'qwen2vl_sft/data/sources.py'),
                                           'qwen2vl_sft.data.sources.info_path': ( 'data.sources.html#info_path',
                                                                                   'qwen2vl_sft/data/sources.py'),
                                           'qwen2vl_sft.data.sources.is_base64': ( 'data.sources.html#is_base64',
