@@ -32,6 +32,7 @@ class Mutation:
     tests: tuple[str, ...]  # node ids; each must fail
 
 
+GAPS = 'tests/test_comparison_gaps.py::test_'
 MUTATIONS: list[Mutation] = [
     Mutation(
         '4.guess', "folders that look alike are one class", 'qwen2vl_sft/data/guess.py',
@@ -62,6 +63,73 @@ MUTATIONS: list[Mutation] = [
         '4.guess', "a folder beside train and test makes classes of them", 'qwen2vl_sft/data/guess.py',
         'for each in named}) > 1 or named == inside)', 'for each in named}) > 1 and named == inside)',
         ('tests/test_data_guess.py::test_a_folder_beside_the_splits_is_no_class',),
+    ),
+    Mutation(
+        'gaps', "a question that was never asked is evidence for the other row", 'qwen2vl_sft/comparison/board.py',
+        'right = samples["outcome"].eq("correct").astype(float).where(samples["outcome"].isin(RESPONDED))',
+        'right = samples["outcome"].eq("correct").astype(float)',
+        (f'{GAPS}what_was_never_asked_or_failed_is_evidence_for_no_row', f'{GAPS}a_row_without_any_response_is_compared_with_nothing'),
+    ),
+    Mutation(
+        'gaps', "the interval of a lead counts what was never asked as wrong", 'qwen2vl_sft/comparison/board.py',
+        'samples["row"].isin(rows) & samples["outcome"].isin(RESPONDED)]', 'samples["row"].isin(rows)]',
+        (f'{GAPS}what_was_never_asked_or_failed_is_evidence_for_no_row',),
+    ),
+    Mutation(
+        'gaps', "a row with failed samples passes for a complete one", 'qwen2vl_sft/comparison/samples.py',
+        'partial=cells["n"] - cells["error"] < full', 'partial=cells["n"] < full',
+        (f'{GAPS}the_denominator_stays_and_the_row_is_marked', f'{GAPS}plots_leave_out_what_is_not_fully_scored_and_say_so'),
+    ),
+    Mutation(
+        'gaps', "a refusal is left out of tests as if nothing had come back", 'qwen2vl_sft/comparison/samples.py',
+        'if outcome != "error")', 'if outcome not in ("error", "refused", "off_list"))',
+        (f'{GAPS}a_refusal_is_a_response_and_stays_in_the_tests',),
+    ),
+    Mutation(
+        'gaps', "strict figures leave out what failed", 'qwen2vl_sft/comparison/board.py',
+        'lines = samples[["row", "task", "outcome", "cluster"]].assign(right=samples["outcome"].eq("correct"))',
+        'lines = samples.loc[samples["outcome"] != "error", ["row", "task", "outcome", "cluster"]].assign(right=samples["outcome"].eq("correct"))',
+        (f'{GAPS}the_denominator_stays_and_the_row_is_marked',),
+    ),
+    Mutation(
+        'gaps', "a run that goes on is better than when it was stopped", 'qwen2vl_sft/comparison/scoreboard.py',
+        'board.samples[board.samples["outcome"].isin(RESPONDED)] for board', 'board.samples for board',
+        (f'{GAPS}a_run_that_goes_on_after_its_budget_is_not_better_than_before',),
+    ),
+    Mutation(
+        'gaps', "one row that failed empties the common support", 'qwen2vl_sft/comparison/board.py',
+        'counted = samples[~samples["row"].isin(sparse_rows(samples))]', 'counted = samples',
+        (f'{GAPS}a_bad_row_does_not_empty_the_common_support',),
+    ),
+    Mutation(
+        'gaps', "an unknown price is a price of nothing", 'qwen2vl_sft/comparison/samples.py',
+        'return (np.nan, "") if cost == 0 and not free else', 'return',
+        (f'{GAPS}an_unknown_price_is_no_price_and_an_estimate_is_marked',),
+    ),
+    Mutation(
+        'gaps', "costs in two currencies share an axis", 'qwen2vl_sft/comparison/plots.py',
+        'priced.any() and len(currencies) < 2 and', 'priced.any() and',
+        (f'{GAPS}a_price_of_zero_is_known_and_currencies_are_not_mixed',),
+    ),
+    Mutation(
+        'gaps', "widened intervals leave what is possible", 'qwen2vl_sft/comparison/statistics.py',
+        'np.clip(np.quantile(means, [tail, 1 - tail]), *bounds)', 'np.quantile(means, [tail, 1 - tail])',
+        (f'{GAPS}no_interval_leaves_0_to_100',),
+    ),
+    Mutation(
+        'gaps', "one API model votes once a row", 'qwen2vl_sft/comparison/mistakes.py',
+        'distinct_models(board, voters(board))', 'voters(board)',
+        (f'{GAPS}one_api_model_in_several_rows_has_one_vote_and_free_answers_are_no_confidence',),
+    ),
+    Mutation(
+        'gaps', "free answers alone contradict a label with confidence", 'qwen2vl_sft/comparison/mistakes.py',
+        '(stated & set(models) or not sure)', 'True',
+        (f'{GAPS}one_api_model_in_several_rows_has_one_vote_and_free_answers_are_no_confidence',),
+    ),
+    Mutation(
+        'gaps', "a smaller model of the same family passes for the one asked for", 'qwen2vl_sft/comparison/findings.py',
+        '(\\d[\\d.-]*|latest)', '(.*)',
+        (f'{GAPS}another_model_that_answered_is_named',),
     ),
     Mutation(
         'api', "turns that came in a pause are all taken at its end", 'qwen2vl_sft/scoring/remote.py',
@@ -841,7 +909,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         'comparison', 'common support is what any row answered', 'qwen2vl_sft/comparison/board.py',
-        'return pd.Series(counts == rows, index=samples.index)',
+        'return pd.Series(counts == counted["row"].nunique(), index=samples.index)',
         'return pd.Series(counts >= 1, index=samples.index)',
         ('tests/test_comparison_scoreboard.py::test_common_support_leaves_out_for_everybody_what_one_did_not_answer',),
     ),
@@ -901,8 +969,8 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         'comparison', 'a mean that is missing turns the winner', 'qwen2vl_sft/comparison/findings.py',
-        ' if pd.notna(ours[rule]) and pd.notna(theirs[rule])]',
-        ']',
+        'if pd.notna(ours[rule]) and pd.notna(theirs[rule]) and not (gap',
+        'if not (gap',
         ('tests/test_comparison_scoreboard.py::test_a_mean_that_is_missing_turns_no_winner',),
     ),
     Mutation(
@@ -913,7 +981,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         'comparison', 'failed requests cost nothing and take no time', 'qwen2vl_sft/comparison/samples.py',
-        'asked = predictions[taken > 0] if',
+        'asked = predictions[predictions["outcome"] != "error"] if',
         'asked = predictions if',
         ('tests/test_comparison_scoreboard.py::test_requests_without_a_response_count_neither_as_quick_nor_as_free',),
     ),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TASK_FIELDS', 'EVERY', 'closed_task', 'confidence_of', 'confidence_table', 'row_confidences', 'fewest_decided',
            'enough_rows', 'automatic_line', 'detection_line', 'thresholds', 'Price', 'parse_price', 'Terms',
-           'prices_of', 'speed_table', 'cost_table', 'deployment']
+           'prices_of', 'speed_table', 'cost_table', 'currencies_of', 'deployment']
 
 # %% ../../nbs/66_comparison.deployment.ipynb #ad0cc447
 import math
@@ -194,7 +194,7 @@ class Terms:
     recall: float = 0.95  # wanted of detection tasks
     prices: Mapping[str, Price] = field(default_factory=dict)
 
-# %% ../../nbs/66_comparison.deployment.ipynb #d0c12405
+# %% ../../nbs/66_comparison.deployment.ipynb #4a8dc2c8
 def prices_of(
     board: Board,
     prices: Mapping[str, Price],
@@ -211,7 +211,7 @@ def prices_of(
 def speed_table(
     board: Board,
     prices: Mapping[str, Price] | None = None,
-) -> pd.DataFrame:  # row, task, n, images_per_second, cost_per_1000 (nan: unknown)
+) -> pd.DataFrame:  # row, task, n, images_per_second, cost_per_1000 (nan: unknown), currency ('' where none is stated), estimated (share of the costs)
     "How fast each row labels each task, and what 1,000 of its images cost: the API's price, the machine's time, or both."
     priced, lines = prices_of(board, prices or {}), []
     for one in board.cells[board.cells["n"] > 0].to_dict("records"):
@@ -219,22 +219,32 @@ def speed_table(
         speed = price.images_per_second if price and price.images_per_second else speed
         machine = 1000 / speed * price.an_hour / 3600 if price else 0.0 if one["kind"] == "api" else np.nan
         asked = one["cost_per_1000"] if pd.notna(one["cost_per_1000"]) else np.nan if one["kind"] == "api" else 0.0
-        lines.append({"row": one["row"], "task": one["task"], "n": one["n"], "images_per_second": speed, "cost_per_1000": asked + machine})
-    return pd.DataFrame(lines, columns=["row", "task", "n", "images_per_second", "cost_per_1000"])
+        lines.append({"row": one["row"], "task": one["task"], "n": one["n"], "images_per_second": speed, "cost_per_1000": asked + machine, "currency": one["currency"], "estimated": one["estimated"]})
+    return pd.DataFrame(lines, columns=["row", "task", "n", "images_per_second", "cost_per_1000", "currency", "estimated"])
 
 
 def cost_table(
     board: Board,
     prices: Mapping[str, Price] | None = None,
-) -> pd.DataFrame:  # row, model, step, kind, rule, accuracy (strict mean), low, high, images_per_second, cost_per_1000 (nan: unknown)
+) -> pd.DataFrame:  # row, model, step, kind, rule, complete, accuracy (strict mean), low, high, images_per_second, cost_per_1000 (nan: unknown, or in several currencies), currency, estimated
     "What each row gives, how fast, and what 1,000 images cost, over all tasks' samples."
     lines = []
     for row, own in speed_table(board, prices).groupby("row", sort=False):
         mean, weights = board.means.loc[row], own["n"].to_numpy(dtype=float)
         seconds, cost = (float(np.average(values, weights=weights)) if values.notna().all() else np.nan for values in (1 / own["images_per_second"], own["cost_per_1000"]))
-        lines.append({"row": row, **mean[["model", "step", "kind", "rule"]], "accuracy": mean["strict"], "low": mean["low"], "high": mean["high"],
-                      "images_per_second": 1 / seconds if seconds else np.nan, "cost_per_1000": cost})
-    return pd.DataFrame(lines, columns=["row", "model", "step", "kind", "rule", "accuracy", "low", "high", "images_per_second", "cost_per_1000"])
+        currencies = sorted(set(own["currency"]) - {""})
+        cost = cost if len(currencies) < 2 else np.nan
+        lines.append({"row": row, **mean[["model", "step", "kind", "rule", "complete"]], "accuracy": mean["strict"], "low": mean["low"], "high": mean["high"],
+                      "images_per_second": 1 / seconds if seconds else np.nan, "cost_per_1000": cost, "currency": "".join(currencies[:1]),
+                      "estimated": float(np.average(own["estimated"], weights=weights))})
+    columns = ["row", "model", "step", "kind", "rule", "complete", "accuracy", "low", "high", "images_per_second", "cost_per_1000", "currency", "estimated"]
+    return pd.DataFrame(lines, columns=columns)
+
+
+def currencies_of(costs: pd.DataFrame) -> list[str]:  # from `cost_table` or `speed_table`
+    "The currencies that known costs are stated in; a machine's price states none."
+    known = costs[costs["cost_per_1000"].gt(0)] if "currency" in costs else costs.iloc[:0]
+    return sorted(set(known["currency"]) - {""}) if len(known) else []
 
 # %% ../../nbs/66_comparison.deployment.ipynb #2dd2034a
 def deployment(

@@ -6,10 +6,13 @@
 __all__ = ['FINDINGS', 'Finding', 'number', 'in_words', 'rule_text', 'question_findings', 'best_findings',
            'recommendation_findings', 'ship_findings', 'runner_up_findings', 'seed_findings', 'setting_findings',
            'step_findings', 'last_step_findings', 'other_step_findings', 'choice_findings', 'api_findings',
-           'closed_findings', 'reach_text', 'paired_findings', 'collapse_findings', 'outcome_findings', 'leak_findings',
-           'leak_lines', 'regression_findings', 'other_regressions', 'bookkeeping_findings', 'findings']
+           'api_row_findings', 'answered_text', 'points_ahead', 'closed_findings', 'reach_text', 'paired_findings',
+           'left_out_text', 'collapse_findings', 'outcome_findings', 'gap_findings', 'is_that_model', 'model_findings',
+           'leak_findings', 'leak_lines', 'regression_findings', 'other_regressions', 'bookkeeping_findings',
+           'findings']
 
-# %% ../../nbs/63_comparison.findings.ipynb #e819365c
+# %% ../../nbs/63_comparison.findings.ipynb #a403e93c
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -17,8 +20,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import pandas as pd
 
-from .board import Board, accuracy_table, against, best_row, choice_table, confounded, lead, not_beaten, row_of_kind, standing_interval, standings, test_name
-from .samples import BADGES, COUNTED
+from .board import Board, accuracy_table, against, best_row, choice_table, confounded, gap_of, lead, not_beaten, row_of_kind, standing_interval, standings, test_name
+from .samples import BADGES, COUNTED, asked_models, brief
+from ..scoring.metrics import ANSWERED
 
 # %% ../../nbs/63_comparison.findings.ipynb #47b0f55e
 @dataclass(frozen=True)
@@ -49,19 +53,19 @@ def rule_text(board: Board) -> str:
     others = [f"{rule} on {in_words(list(part.index))}" for rule, part in rules[rules != common].groupby(rules)]
     return f"rule: {common}, {', '.join(others)}"
 
-# %% ../../nbs/63_comparison.findings.ipynb #e9474964
+# %% ../../nbs/63_comparison.findings.ipynb #8d4ca3c9
 def question_findings(board: Board) -> list[Finding]:
     "Figures that answer another question than the suite asks now, task by task, and what scores them again."
     old = board.cells[board.cells["other_question"]]
     where = [f"{task} ({in_words(part['row'].tolist(), 6)})" for task, part in old.groupby("task", sort=False)]
     if not where:
         return []
-    again = [f"`qwen2vl-sft {command} {board.title}`" for command, mine in {"score": old["kind"] != "api", "score-api": old["kind"] == "api"}.items() if mine.any()]
+    again = [f"`qwen2vl-sft {command} {board.title}{' RECIPE' * (command == 'score-api')}`" for command, mine in {"score": old["kind"] != "api", "score-api": old["kind"] == "api"}.items() if mine.any()]
     text = (f"Scored with another question or other labels than the suite has now: {in_words(where, 8)}. These figures are marked {BADGES['another question'][0]} "
             f"and stand in no mean, test or choice; {' and '.join(again)} {'scores' if len(again) == 1 else 'score'} them again.")
     return [Finding("another question", text)]
 
-# %% ../../nbs/63_comparison.findings.ipynb #b7df0bc7
+# %% ../../nbs/63_comparison.findings.ipynb #7fa06a45
 def best_findings(board: Board) -> list[Finding]:
     "Who leads, by how much over the untuned model and over the next recipe, and how sure."
     best, base, tasks = best_row(board), row_of_kind(board, "base"), len(board.tasks)
@@ -107,7 +111,7 @@ def ship_findings(board: Board) -> list[Finding]:
             f"{one.rows[0]}, the first that is fully scored, stands for the recipe below. Picking the best seed on these test sets would be optimistic.")
     return [Finding("ship", text)]
 
-# %% ../../nbs/63_comparison.findings.ipynb #c910d5a7
+# %% ../../nbs/63_comparison.findings.ipynb #d6c583b0
 def runner_up_findings(board: Board) -> list[Finding]:
     "How sure the lead over the next recipe is; recipes with several seeds by the mean over them."
     best, *rest = standings(board)
@@ -194,26 +198,45 @@ def choice_findings(board: Board, one: dict) -> list[Finding]:
     luck = f", by about {number(one['optimism'])} points (estimated from random halves)" if pd.notna(one["optimism"]) else ""
     return [Finding("chosen on test", f"The step of {one['picked']} was chosen on these test sets among {steps}, so its mean is optimistic{luck}; choose the step on validation data.")]
 
-# %% ../../nbs/63_comparison.findings.ipynb #2bcc03b2
+# %% ../../nbs/63_comparison.findings.ipynb #67028573
 def api_findings(board: Board) -> list[Finding]:
     "How the best tuned row stands against each API model, by each of the three means, and by the closed rule beside."
-    best, found = best_row(board), []
-    for other in board.means.index[board.means["kind"] == "api"] if best else []:
-        ours, theirs = board.means.loc[best], board.means.loc[other]
-        rules = {"strict": "strict", "common": "common support", "answered_only": "answered only"}
-        parts = [f"{number(ours[rule])} to {number(theirs[rule])} ({name})" for rule, name in rules.items()]
-        text = f"{best} against {other}: {', '.join(parts)}; {other} answered {number(theirs['coverage'])} % of what it was asked."
-        found.append(Finding("api", text))
-        ahead = [round(ours[rule] - theirs[rule], 1) for rule in rules if pd.notna(ours[rule]) and pd.notna(theirs[rule])]
-        signs = {np.sign(value) for value in ahead} - {0.0}
-        if len(signs) > 1:
-            found.append(Finding("rule turns winner", f"Which of {best} and {other} is ahead depends on the mean's rule."))
-        table, coverage = accuracy_table(board), accuracy_table(board, "coverage")
-        shared = [task for task in board.tasks if (coverage[task] > 0).all()]
-        wins = int((table.loc[best, shared] > table.loc[other, shared]).sum())
-        found.append(Finding("wins", f"{best} is ahead of {other} on {wins} of the {len(shared)} tasks that every row answered."))
-        found += paired_findings(board, best, other)
+    best = best_row(board)
+    others = board.means.index[board.means["kind"] == "api"] if best else []
+    found = [finding for other in others for finding in api_row_findings(board, best, other)]
     return [*found, *(closed_findings(board, best) if found else [])]
+
+
+def api_row_findings(board: Board, row: str, other: str) -> list[Finding]:
+    "How a row stands against one API model."
+    ours, theirs, gap = board.means.loc[row], board.means.loc[other], gap_of(board, other)
+    rules = {"strict": "strict", "common": "common support", "answered_only": "answered only"}
+    parts = [f"{number(ours[rule])} to {number(theirs[rule])} ({name}{gap.strict_text if rule == 'strict' else ''})" for rule, name in rules.items() if rule == "strict" or pd.notna(theirs[rule])]
+    found = [Finding("api", f"{row} against {other}: {', '.join(parts)}; {answered_text(board, other)}.")]
+    ahead = [round(ours[rule] - theirs[rule], 1) for rule in rules if pd.notna(ours[rule]) and pd.notna(theirs[rule]) and not (gap.missing and rule == "strict")]
+    if len({np.sign(value) for value in ahead} - {0.0}) > 1:
+        found.append(Finding("rule turns winner", f"Which of {row} and {other} is ahead depends on the mean's rule."))
+    if points := points_ahead(board, row, other):
+        wins = sum(value > 0 for value in points.values())
+        found.append(Finding("wins", f"{row} is ahead of {other} on {wins} of the {len(points)} tasks that both answered{', on the samples that both responded to' if gap.missing else ''}."))
+    return [*found, *paired_findings(board, row, other)]
+
+
+def answered_text(board: Board, row: str) -> str:
+    "How much of what it was asked a row answered; where some has no response, of what it responded to."
+    gap, counts = gap_of(board, row), board.current.loc[board.current["row"] == row, list(ANSWERED)].to_numpy().sum()
+    if not gap.missing:
+        return f"{row} answered {number(board.means.loc[row, 'coverage'])} % of what it was asked"
+    come = gap.n - gap.missing
+    return f"{row} responded to {come:,} samples and answered {number(100 * counts / come)} % of them" if come else f"{row} responded to no sample"
+
+
+def points_ahead(board: Board, row: str, other: str) -> dict[str, float]:  # task -> points, of the tasks that both answered
+    "How far a row is ahead of another, task by task, on the samples that both responded to; published figures as they are."
+    accuracy, coverage, table = accuracy_table(board), accuracy_table(board, "coverage"), against(board, row, other)
+    paired = dict(zip(table["task"], table["difference"], strict=True)) if len(table) else {}
+    shared = [task for task in board.tasks if coverage.loc[row, task] > 0 and coverage.loc[other, task] > 0]
+    return {task: paired.get(task, accuracy.loc[row, task] - accuracy.loc[other, task]) for task in shared}
 
 
 def closed_findings(board: Board, row: str) -> list[Finding]:
@@ -224,7 +247,7 @@ def closed_findings(board: Board, row: str) -> list[Finding]:
     text = f"The headline compares free answers on both sides. By the closed rule, {row} has {number(own['beside'].mean())} instead of {number(own['accuracy'].mean())} on the {len(own)} tasks that have a label set."
     return [Finding("closed beside", text)]
 
-# %% ../../nbs/63_comparison.findings.ipynb #e746a49a
+# %% ../../nbs/63_comparison.findings.ipynb #7c44337c
 def reach_text(one) -> str:  # one: a line of `against`
     "What the task could have shown: at best, and in four test sets of five."
     often = f"; one of {number(one.detectable)} would be found four times in five" if one.detectable < 100 else "; none would be found four times in five"
@@ -236,17 +259,31 @@ def paired_findings(board: Board, row: str, other: str) -> list[Finding]:
     "On which tasks the lead of one row over another is more than chance; and whether like is compared with like."
     table = against(board, row, other)
     if table.empty:
-        return []
+        scored = set(board.samples["row"]) if len(board.samples) else set()
+        return [Finding("paired", f"No paired test of {row} against {other}: there is no sample that both responded to.")] if {row, other} <= scored else []
     named = lambda verdict: in_words([f"{one.task} ({number(one.difference, True)}{reach_text(one) if verdict == 'no evidence' else ''})" for one in table[table["verdict"] == verdict].itertuples()])
     count = lambda verdict: int((table["verdict"] == verdict).sum())
     parts = [f"{verdict} on {count(verdict)}{': ' + named(verdict) if count(verdict) else ''}" for verdict in ("better", "worse", "no evidence")]
-    text = f"Paired tests of {row} against {other} on {len(table)} tasks: {'; '.join(parts)} ({test_name(table)}, Holm over all {table['tests'].iloc[0]} cells tested against {other}, 5 %)."
+    text = f"Paired tests of {row} against {other} on {len(table)} tasks: {'; '.join(parts)} ({test_name(table)}, Holm over all {table['tests'].iloc[0]} cells tested against {other}, 5 %).{left_out_text(board, row, other)}"
     found = [Finding("paired", text)]
     if mixed := table.loc[~table["same_rule"], "task"].tolist():
         found.append(Finding("different rules", f"On {in_words(mixed)} {row} and {other} were scored by different rules; score {row} by the free rule too, to compare like with like."))
     return found
 
-# %% ../../nbs/63_comparison.findings.ipynb #63b439bc
+# %% ../../nbs/63_comparison.findings.ipynb #30d1c8bf
+def left_out_text(board: Board, row: str, other: str) -> str:  # a sentence; empty where nothing is left out
+    "How many samples a paired comparison rests on, and how many have no response."
+    table, asked = against(board, row, other), board.samples[board.samples["row"].isin([row, other])]
+    both = asked.groupby("task", sort=False)["row"].nunique()
+    sizes = board.samples.groupby("task")["id"].nunique().loc[both.index[both == 2]]
+    tested = int(table["n"].sum()) if len(table) else 0
+    if not len(sizes) or sizes.sum() == tested:
+        return ""
+    none = [task for task in sizes.index if not len(table) or task not in set(table["task"])]
+    nowhere = f", {in_words(none)} among them as a whole" if none else ""
+    return f" This is over the {tested:,} of {sizes.sum():,} samples that both responded to; the other {sizes.sum() - tested:,} were not asked, or failed for technical reasons{nowhere}."
+
+# %% ../../nbs/63_comparison.findings.ipynb #2521b4df
 def collapse_findings(board: Board) -> list[Finding]:
     "Rows that gave one label whatever the image, and where; from accuracies alone it is only a suspicion."
     found, collapsed = [], board.current[board.current["collapsed"] != ""]
@@ -260,16 +297,53 @@ def collapse_findings(board: Board) -> list[Finding]:
 
 
 def outcome_findings(board: Board) -> list[Finding]:
-    "Rows that refused, left the label list, wrote what can't be read, or failed, with the counts."
+    "Rows that refused, left the label list, or wrote what can't be read, with the counts."
     verbs = {"refused": "gave no answer on", "off-list": "answered off the list on", "cannot infer": "could not infer an answer on",
-             "unparseable": "was unreadable on", "error": "failed on"}
+             "unparseable": "was unreadable on"}
     found = []
-    for badge, column in COUNTED.items():
+    for badge, column in ((badge, COUNTED[badge]) for badge in verbs):
         flagged = board.cells[[badge in badges for badges in board.cells["badges"]]]
         for row, part in flagged.groupby("row", sort=False):
             why = part["note"].where(part["note"] != "", part[column].astype(str) + " of " + part["n"].astype(str))
             counts = [f"{task} ({reason})" for task, reason in zip(part["task"], why, strict=True)]
             found.append(Finding(badge, f"{row} {verbs[badge]} {in_words(counts)}."))
+    return found
+
+# %% ../../nbs/63_comparison.findings.ipynb #124cd71d
+def gap_findings(board: Board) -> list[Finding]:
+    "Rows that are not fully scored, with the reasons and how often."
+    found, kinds = [], board.means["kind"]
+    for row in board.rows:
+        if not (gap := gap_of(board, row)).missing:
+            continue
+        why = in_words([f"{count:,} × {reason}" for reason, count in gap.why.items()] + ([f"{gap.unscored:,} × not scored"] if gap.unscored else []), 3)
+        command = f"`qwen2vl-sft score-api {board.title} RECIPE run={row}` asks again" if kinds[row] == "api" else f"`qwen2vl-sft score {board.title}` scores them"
+        chance = " What was asked before it stopped came first in the data and is no random sample." if any(reason.startswith("not asked") for reason in gap.why) else ""
+        counts = "They are in none of its figures" if not gap.why else f"Strict figures count {'those with a reason' if gap.unscored else 'them'} as wrong"
+        found.append(Finding("incomplete", f"{row} is not fully scored: {gap.text} have no response ({why}). {counts}, tests leave {'all of ' * bool(gap.why and gap.unscored)}them out; {command}.{chance}"))
+    return found
+
+# %% ../../nbs/63_comparison.findings.ipynb #53ff69e5
+def is_that_model(
+    said: str,  # as a response states it
+    asked: str,
+) -> bool:
+    "Whether a stated name is that of the model asked for, perhaps with its date or number; folders before it don't count."
+    said, asked = (name.rpartition("/")[2].casefold() for name in (said, asked))
+    return said == asked or (bool(re.fullmatch(r"[-@:_](\d[\d.-]*|latest)", said.removeprefix(asked.removesuffix("-latest")))) and said.startswith(asked.removesuffix("-latest")))
+
+
+def model_findings(board: Board) -> list[Finding]:
+    "API rows in which other models answered than the one asked for, or several versions of it."
+    found = []
+    known = board.samples[board.samples["kind"] == "api"] if len(board.samples) and "model_answered" in board.samples else board.samples.iloc[:0]
+    for row, own in known.groupby("row", sort=False) if len(known) else ():
+        asked, said = asked_models(own), own["model_answered"].dropna().value_counts()
+        if not asked or said.empty or (len(said) == 1 and is_that_model(str(said.index[0]), asked[0])):
+            continue
+        names = [f"{count:,} of {said.sum():,} from {brief(str(name))}" for name, count in said.items()]
+        what = "other models than the one asked for answered" if not all(is_that_model(str(name), asked[0]) for name in said.index) else "several versions of the model answered"
+        found.append(Finding("another model", f"In {row} (asked for: {brief(asked[0])}), {what}: {in_words(names)}."))
     return found
 
 # %% ../../nbs/63_comparison.findings.ipynb #ffeda40c
@@ -321,13 +395,13 @@ def other_regressions(board: Board) -> list[Finding]:
     rows = [f"{row} on {in_words(part['task'].tolist(), 3)}" for row, part in lost.groupby("row", sort=False)]
     return [Finding("regressed elsewhere", f"Other rows below the untuned model: {in_words(rows)}.")] if rows else []
 
-# %% ../../nbs/63_comparison.findings.ipynb #768f46c2
+# %% ../../nbs/63_comparison.findings.ipynb #cbcb4569
 def bookkeeping_findings(board: Board) -> list[Finding]:
     "Rows that are not fully scored, and published means that their own figures don't give."
     found = []
     other = set(board.cells.loc[board.cells["other_question"], "row"])  # said already
-    for row, mean in board.means[~board.means["complete"] & ~board.means.index.isin(other)].iterrows():
-        found.append(Finding("incomplete", f"{row} is not fully scored: {int(mean['tasks'])} of {len(board.tasks)} tasks, or fewer samples than other rows."))
+    for row, mean in board.means[(board.means["tasks"] < len(board.tasks)) & ~board.means.index.isin(other)].iterrows():
+        found.append(Finding("incomplete", f"{row} is not fully scored: {int(mean['tasks'])} of {len(board.tasks)} tasks."))
     for row, printed in board.reported.items():
         rules = {name: board.means.loc[row, column] for name, column in {"common support": "common", "strict": "strict", "answered only": "answered_only"}.items()}
         if not any(abs(value - printed) <= 0.1 for value in rules.values()):
@@ -335,10 +409,10 @@ def bookkeeping_findings(board: Board) -> list[Finding]:
             found.append(Finding("reported mean", f"{row} is printed with a mean of {number(printed)}, which no rule gives ({values})."))
     return found
 
-# %% ../../nbs/63_comparison.findings.ipynb #882d4954
+# %% ../../nbs/63_comparison.findings.ipynb #4ebbb31b
 FINDINGS = (
-    question_findings, best_findings, api_findings, seed_findings, step_findings, regression_findings, collapse_findings, leak_findings,
-    outcome_findings, other_regressions, setting_findings, bookkeeping_findings,
+    question_findings, best_findings, api_findings, seed_findings, step_findings, regression_findings, gap_findings, model_findings,
+    collapse_findings, leak_findings, outcome_findings, other_regressions, setting_findings, bookkeeping_findings,
 )
 
 

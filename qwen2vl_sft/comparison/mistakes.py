@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NO_ANSWER', 'OTHER', 'TRAJECTORIES', 'answers_of', 'confusion', 'trajectory_kinds', 'trajectories',
-           'trajectory_table', 'voters', 'confident_thresholds', 'votes_of', 'label_noise', 'noise_lines',
-           'disagreements', 'training_sizes', 'mixture_table']
+           'trajectory_table', 'voters', 'distinct_models', 'confident_thresholds', 'votes_of', 'label_noise',
+           'noise_lines', 'disagreements', 'training_sizes', 'mixture_table']
 
-# %% ../../nbs/65_comparison.mistakes.ipynb #367729a3
+# %% ../../nbs/65_comparison.mistakes.ipynb #9a156e3b
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .board import Board, accuracy_table, best_row, right_matrix, row_of_kind, with_probabilities
-from .samples import probability_table
+from .samples import RESPONDED, asked_models, probability_table
 from ..config import MixtureConfig
 from ..core import InputError
 from ..data.mixture import expected_shares
@@ -89,7 +89,7 @@ def trajectory_table(
             lines.append({"model": model, "task": task, **{kind: int(counts.get(kind, 0)) for kind in TRAJECTORIES}})
     return pd.DataFrame(lines, columns=["model", "task", *TRAJECTORIES]).set_index(["model", "task"])
 
-# %% ../../nbs/65_comparison.mistakes.ipynb #2ceb3967
+# %% ../../nbs/65_comparison.mistakes.ipynb #da9b443b
 def voters(board: Board) -> list[str]:
     "One row a model: of a run the step chosen on validation, else its last."
     rows = []
@@ -98,6 +98,25 @@ def voters(board: Board) -> list[str]:
         rows.append(chosen if chosen in part.index else part.sort_values("step", na_position="first").index[-1])
     scored = set(board.samples["row"].unique()) if len(board.samples) else set()
     return [row for row in rows if row in scored]
+
+
+def distinct_models(
+    board: Board,
+    rows: Sequence[str],  # from `voters`
+) -> list[str]:
+    "The rows without those that the same API model answered as another one, by what its responses state: the row with most responses stands for them."
+    if not rows:
+        return []
+    samples = board.samples[board.samples["row"].isin(list(rows)) & board.samples["outcome"].isin(RESPONDED)]
+    parts, kept = dict(list(samples.groupby("row", sort=False))), {}
+    for row in sorted(rows, key=lambda row: -len(parts.get(row, ()))):
+        own = parts.get(row)
+        if own is None:
+            continue
+        said = own["model_answered"].dropna().mode().tolist() if "model_answered" in own else []
+        names = [*said[:1], *asked_models(own)] if board.means.loc[row, "kind"] == "api" else []
+        kept.setdefault(("api", str(names[0]).rpartition("/")[2]) if names else ("row", row), row)
+    return [row for row in rows if row in kept.values()]
 
 
 def confident_thresholds(
@@ -109,55 +128,64 @@ def confident_thresholds(
     own = np.bincount(truth, weights=scores[np.arange(len(truth)), truth], minlength=scores.shape[1])
     return np.where(counts > 0, own / np.maximum(1, counts), 2.0)
 
-# %% ../../nbs/65_comparison.mistakes.ipynb #04582f7b
+# %% ../../nbs/65_comparison.mistakes.ipynb #e937b4cf
 def votes_of(
     predictions: pd.DataFrame,  # of one row on one task
     labels: Sequence[str] | None,  # None: open text
-) -> pd.DataFrame:  # index id; vote (an answer other than the truth, or nothing), doubt (1 - the truth's probability)
+) -> pd.DataFrame:  # index id; vote (an answer other than the truth, or nothing), doubt (1 - the truth's probability; nan without an answer), stated (are there probabilities)
     "Where a model contradicts the truth with confidence."
     texts = zip(answers_of(predictions), predictions["target"], predictions["outcome"], strict=True)
     same = [outcome == "correct" or normalised_text(a) == normalised_text(t) for a, t, outcome in texts]  # correct in other words agrees
     vote = answers_of(predictions).mask(np.array(same) | ~predictions["outcome"].isin(ANSWERED).to_numpy())
-    doubt = (~np.array(same)).astype(float)
+    doubt = np.where(predictions["outcome"].isin(ANSWERED), ~np.array(same), np.nan).astype(float)
     known = labels and "probabilities" in predictions and predictions["probabilities"].notna().all() and set(predictions["target"]) <= set(labels)
     if known:
         scores, place = probability_table(predictions, labels), {label: i for i, label in enumerate(labels)}
         truth, answer = predictions["target"].map(place).to_numpy(), scores.argmax(axis=1)
         sure = scores[np.arange(len(scores)), answer] >= confident_thresholds(scores, truth)[answer]
         vote, doubt = vote.where(sure & (answer != truth)), 1 - scores[np.arange(len(scores)), truth]
-    return pd.DataFrame({"vote": vote.to_numpy(), "doubt": doubt}, index=predictions["id"].to_numpy())
+    return pd.DataFrame({"vote": vote.to_numpy(), "doubt": doubt, "stated": bool(known)}, index=predictions["id"].to_numpy())
 
-# %% ../../nbs/65_comparison.mistakes.ipynb #4ffd1500
+# %% ../../nbs/65_comparison.mistakes.ipynb #a0ff1c92
 def label_noise(
     board: Board,
     least: int = 2,  # models that must agree on the same other answer
-) -> pd.DataFrame:  # task, id, target, suggested, agree (models), asked (models), doubt (mean), models; the clearest first
+) -> pd.DataFrame:  # task, id, target, suggested, agree (models), confident (of them, with a probability; 0 for open text), asked (models), doubt (mean), models; the clearest first
     "The queue of labels to look at again."
-    lines, rows = [], voters(board)
+    lines, rows = [], distinct_models(board, voters(board))
     collapsed = {(one.row, one.task) for one in board.cells[board.cells["collapsed"] != ""].itertuples()}
     for task in board.tasks if rows else ():
         part = with_probabilities(board, task)
-        part = part[part["row"].isin(rows)]
+        part = part[part["row"].isin(rows) & part["outcome"].isin(RESPONDED)]
+        if part.empty:
+            continue
         labels = board.described.get(task, {}).get("labels") or (sorted(part["target"].unique()) if (part["rule"] == "closed").any() else None)
         targets = part.drop_duplicates("id").set_index("id")["target"]
         able = part["outcome"].eq("correct").groupby(part["row"]).mean() > targets.value_counts(normalize=True).iloc[0]
         votes = {row: votes_of(own, labels) for row, own in part.groupby("row", sort=False) if (row, task) not in collapsed and able[row]}
         if len(votes) >= least:
-            lines += noise_lines(task, targets, votes, max(least, -(-len(votes) // 2)))
-    columns = ["task", "id", "target", "suggested", "agree", "asked", "doubt", "models"]
+            lines += noise_lines(task, targets, votes, max(least, -(-len(votes) // 2)), sure=labels is not None)
+    columns = ["task", "id", "target", "suggested", "agree", "confident", "asked", "doubt", "models"]
     return pd.DataFrame(lines, columns=columns).sort_values(["agree", "doubt"], ascending=False, kind="stable", ignore_index=True)
 
 
-def noise_lines(task: str, targets: pd.Series, votes: Mapping[str, pd.DataFrame], least: int) -> list[dict]:
+def noise_lines(
+    task: str,
+    targets: pd.Series,  # id -> truth
+    votes: Mapping[str, pd.DataFrame],  # row -> what `votes_of` gives
+    least: int,  # models that must agree
+    sure: bool,  # one of them must have stated a probability
+) -> list[dict]:
     "The samples of a task on which enough models vote for the same other answer."
+    stated = {row for row, one in votes.items() if one["stated"].all()}
     table = pd.DataFrame({row: one["vote"] for row, one in votes.items()}).reindex(targets.index)
     doubt = pd.DataFrame({row: one["doubt"] for row, one in votes.items()}).reindex(targets.index).mean(axis=1)
     lines = []
     for name, given in table[table.notna().sum(axis=1) >= least].iterrows():
         counts = given.dropna().value_counts()
-        if counts.iloc[0] >= least:
-            models = given.index[given == counts.index[0]].tolist()
-            lines.append({"task": task, "id": name, "target": targets[name], "suggested": counts.index[0], "agree": len(models), "asked": len(votes), "doubt": doubt[name], "models": models})
+        models = given.index[given == counts.index[0]].tolist()
+        if counts.iloc[0] >= least and (stated & set(models) or not sure):
+            lines.append({"task": task, "id": name, "target": targets[name], "suggested": counts.index[0], "agree": len(models), "confident": len(stated & set(models)), "asked": len(votes), "doubt": doubt[name], "models": models})
     return lines
 
 # %% ../../nbs/65_comparison.mistakes.ipynb #af78f238

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'REFERENCES', 'OTHERS', 'DASHES', 'CJK', 'VERDICT_COLOURS', 'fonts', 'look', 'can_draw',
            'drawable', 'add_note', 'wrapped', 'blank_figure', 'heat_map', 'rule_of', 'rules_note', 'shade', 'ink_on',
-           'draw_box', 'draw_matrix', 'draw_means', 'label_heat_map', 'label_group', 'draw_lines', 'legend_handles',
-           'colours_of', 'reference_styles', 'over_seeds', 'seeds_note', 'accuracy_by_step', 'tidy_steps',
-           'mean_by_step', 'task_differences', 'confusion_matrices', 'draw_confusion', 'binned', 'reliability_diagram',
-           'precision_curve', 'precision_recall', 'mixture_gain', 'label_points', 'tidy_logarithm', 'cost_accuracy',
-           'loss_curves', 'loss_note']
+           'draw_box', 'draw_matrix', 'draw_means', 'label_heat_map', 'label_group', 'finished', 'draw_lines',
+           'legend_handles', 'colours_of', 'reference_styles', 'over_seeds', 'seeds_note', 'accuracy_by_step',
+           'tidy_steps', 'mean_by_step', 'task_differences', 'confusion_matrices', 'draw_confusion', 'binned',
+           'reliability_diagram', 'precision_curve', 'precision_recall', 'mixture_gain', 'label_points',
+           'tidy_logarithm', 'cost_accuracy', 'loss_curves', 'loss_note']
 
-# %% ../../nbs/67_comparison.plots.ipynb #ef3167be
+# %% ../../nbs/67_comparison.plots.ipynb #663d5fa3
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +22,11 @@ import numpy as np
 import pandas as pd
 
 from .board import test_name
+from .deployment import currencies_of
 from .mistakes import confusion
 from .samples import BADGES
 from .scoreboard import display_width, letters, printable, shortened
+from .statistics import wilson
 
 # %% ../../nbs/67_comparison.plots.ipynb #ef0ba946
 if TYPE_CHECKING:
@@ -228,6 +230,21 @@ def label_group(axes: "Axes", name: str, first: int, last: int) -> None:
     for x in (first - 0.5, last + 0.5):
         axes.axvline(x, color="white", linewidth=5)
 
+# %% ../../nbs/67_comparison.plots.ipynb #27a1cf96
+def finished(
+    rows: pd.DataFrame,
+    column: str,  # bool: is the row (or cell) fully scored; rows of a table without it are
+    stepless: bool = False,  # only rows without steps may be left out
+) -> tuple[pd.DataFrame, str]:
+    "The rows that are fully scored, and a note on the others, whose strict figures count what they were never asked as wrong."
+    if column not in rows:
+        return rows, ""
+    hidden = ~rows[column].astype(bool) & (rows["step"].isna() if stepless else True)
+    name = "model" if stepless else "row"
+    names = drawable([shortened(str(one), 24) for one in dict.fromkeys(rows.loc[hidden, name])])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return rows[~hidden], f"not shown, not fully scored: {', '.join(names[:3])}{more}" if names else ""
+
 # %% ../../nbs/67_comparison.plots.ipynb #c614276b
 def draw_lines(
     axes: "Axes",
@@ -313,7 +330,7 @@ def seeds_note(rows: pd.DataFrame) -> str:
     "What the upright lines are."
     return "upright lines: lowest to highest seed" if "lowest" in rows and rows["lowest"].notna().any() else ""
 
-# %% ../../nbs/67_comparison.plots.ipynb #506a36fc
+# %% ../../nbs/67_comparison.plots.ipynb #8d81ce6d
 def accuracy_by_step(
     cells: pd.DataFrame,  # Scoreboard.cells
     columns: int | None = None,  # panels in a line; None: 4, or 5 for more than twelve tasks
@@ -322,6 +339,7 @@ def accuracy_by_step(
     "Small multiples: one panel a task, accuracy by optimiser step, with 95 % intervals where known."
     now = ~cells["other_question"]
     rows = cells.assign(value=cells["accuracy"].where(now), low=cells["low"].where(now), high=cells["high"].where(now))[cells["kind"] != "majority"]
+    rows, unfinished = finished(rows.assign(whole=~cells["partial"].astype(bool)), "whole", stepless=True) if "partial" in cells else (rows, "")
     rows = over_seeds(rows, None if seeds is None else seeds[seeds["task"].notna()], ("step", "task"))
     tasks, colours, styles = list(dict.fromkeys(cells["task"])), colours_of(rows), reference_styles(rows)
     columns = min(len(tasks), columns or (5 if len(tasks) > 12 else 4))
@@ -341,7 +359,7 @@ def accuracy_by_step(
         figure.legend(handles=legend_handles(rows, colours, styles), loc="outside upper left", ncols=4)
         band = "bands: 95 % intervals" if rows["low"].notna().any() else "no intervals: n is not known"
         hollow = "hollow: collapsed" if (rows["collapsed"] != "").any() else ""
-        add_note(figure, tasks, "   ".join(filter(None, ["x: optimiser step", rules_note(cells), band, seeds_note(rows), hollow])))
+        add_note(figure, tasks, "   ".join(filter(None, ["x: optimiser step", rules_note(cells), band, seeds_note(rows), hollow, unfinished])))
     return figure
 
 # %% ../../nbs/67_comparison.plots.ipynb #898bd91a
@@ -356,14 +374,14 @@ def tidy_steps(axes: "Axes", rows: pd.DataFrame) -> None:
         margin = max(1, (steps[-1] - steps[0]) * 0.06)
         axes.set_xlim(steps[0] - margin, steps[-1] + margin)
 
-# %% ../../nbs/67_comparison.plots.ipynb #05f4ecf6
+# %% ../../nbs/67_comparison.plots.ipynb #c9547058
 def mean_by_step(
     means: pd.DataFrame,  # Scoreboard.means
     column: str = "strict",  # which of the three means
     seeds: pd.DataFrame | None = None,  # Scoreboard.seeds; runs of one recipe become one line
 ) -> "Figure":
     "A recipe's mean over tasks by optimiser step, with its bootstrap intervals."
-    rows = means.assign(value=means[column]).dropna(subset="value")
+    rows, unfinished = finished(means.assign(value=means[column]).dropna(subset="value"), "complete", stepless=True)
     rows = rows if column == "strict" else rows.assign(low=rows.get(f"{column}_low", np.nan), high=rows.get(f"{column}_high", np.nan))
     spread = None if seeds is None else seeds[seeds["task"].isna()]
     rows = over_seeds(rows, spread if column == "strict" or spread is None else spread.assign(low=np.nan, high=np.nan))
@@ -384,7 +402,7 @@ def mean_by_step(
                           bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8})
         figure.legend(handles=legend_handles(rows, colours, styles), loc="outside upper left", ncols=3)
         band = "bands: 95 % bootstrap intervals" if rows["low"].notna().any() else ""
-        add_note(figure, list(rows["model"]), "\n".join(filter(None, [f"mean is {names[column]}   {rule_of(rows)}", "   ".join(filter(None, [band, seeds_note(rows)]))])))
+        add_note(figure, list(rows["model"]), "\n".join(filter(None, [f"mean is {names[column]}   {rule_of(rows)}", "   ".join(filter(None, [band, seeds_note(rows), unfinished]))])))
     return figure
 
 # %% ../../nbs/67_comparison.plots.ipynb #5f31a425
@@ -463,7 +481,7 @@ def draw_confusion(axes: "Axes", table: pd.DataFrame) -> None:
     axes.grid(False)
     axes.spines[:].set_visible(False)
 
-# %% ../../nbs/67_comparison.plots.ipynb #34239c99
+# %% ../../nbs/67_comparison.plots.ipynb #3576f2ab
 def binned(confidences: pd.DataFrame, bins: int = 10) -> pd.DataFrame:  # confidence, accuracy, n
     "Mean confidence and share of right answers in bins of equal width, those that hold samples."
     edges = np.clip((confidences["confidence"].to_numpy() * bins).astype(int), 0, bins - 1)
@@ -483,8 +501,9 @@ def reliability_diagram(
         for i, (row, part) in enumerate(list(confidences.groupby("row", sort=False))[:most]):
             points = binned(part)
             gap = float(np.average((points["accuracy"] - points["confidence"]).abs(), weights=points["n"]))
-            error = np.sqrt(points["accuracy"] * (1 - points["accuracy"]) / points["n"])
-            axes.errorbar(points["confidence"], points["accuracy"], yerr=1.96 * error, color=COLOURS[i], marker=MARKERS[i], markersize=5, linewidth=1.5, elinewidth=0.8,
+            ends = [wilson(round(share * n), int(n)) for share, n in zip(points["accuracy"], points["n"], strict=True)]
+            error = [[share - end.low for share, end in zip(points["accuracy"], ends, strict=True)], [end.high - share for share, end in zip(points["accuracy"], ends, strict=True)]]
+            axes.errorbar(points["confidence"], points["accuracy"], yerr=np.maximum(0, error), color=COLOURS[i], marker=MARKERS[i], markersize=5, linewidth=1.5, elinewidth=0.8,
                           label=f"{drawable([shortened(str(row), 28)])[0]}: mean gap {100 * gap:.1f} points")
         axes.set(xlabel="stated confidence", ylabel="share of right answers", xlim=(0, 1.02), ylim=(-0.02, 1.04), aspect="equal")
         if confidences["row"].nunique():
@@ -582,7 +601,7 @@ def label_points(
         line = {"arrowstyle": "-", "color": "#BBBBBB", "linewidth": 0.6} if at[i][1] - y > 6 else None
         axes.annotate(names[i], (xs[i], ys[i]), xytext=(7, y - at[i][1]), textcoords="offset points", va="center", fontsize=8, color="#333333", arrowprops=line)
 
-# %% ../../nbs/67_comparison.plots.ipynb #7cf974ed
+# %% ../../nbs/67_comparison.plots.ipynb #2e14ed0c
 def tidy_logarithm(axes: "Axes") -> None:
     "Ticks of a logarithmic axis at 1, 2 and 5, written out."
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -597,9 +616,10 @@ def cost_accuracy(
 ) -> "Figure":
     "What a row costs against what it gives; up and to the left is better."
     rows = costs.dropna(subset="accuracy")
-    rows = rows[rows["kind"] != "majority"]  # it looks at no picture
+    rows, unfinished = finished(rows[rows["kind"] != "majority"], "complete")  # the commonest label looks at no picture
     priced, timed = rows["cost_per_1000"].gt(0), rows["images_per_second"].gt(0)
-    money = priced.any() and (priced | ~rows["kind"].isin(["base", "trained"]) | ~timed).all()  # every local row that was measured
+    currencies = currencies_of(rows)
+    money = priced.any() and len(currencies) < 2 and (priced | ~rows["kind"].isin(["base", "trained"]) | ~timed).all()  # every local row that was measured
     every, rows = rows, rows[priced if money else timed]
     left_out = [row for row, kind in zip(every["row"], every["kind"], strict=True) if row not in set(rows["row"]) and kind != "nearest_neighbour"]
     rows = rows.assign(x=rows["cost_per_1000"] if money else 1 / rows["images_per_second"])
@@ -620,10 +640,13 @@ def cost_accuracy(
             named = rows.loc[rows.groupby("model", sort=False)["accuracy"].idxmax()]
             label_points(axes, named["x"].tolist(), named["accuracy"].tolist(), [drawable([shortened(row, 24)])[0] for row in named["row"]], (rows["x"].tolist(), rows["accuracy"].tolist()))
             tidy_logarithm(axes)
-        axes.set(xlabel="cost of 1,000 images" if money else "seconds an image, as measured while scoring", ylabel="strict mean accuracy, %")
+        axes.set(xlabel=f"cost of 1,000 images{', '.join(['', *currencies])}" if money else "seconds an image, as measured while scoring", ylabel="strict mean accuracy, %")
         lines = "   lines: 95 % intervals" if rows["low"].notna().any() else ""
         missing = f"\nnot shown, no {'price' if money else 'speed'}: {', '.join(drawable([shortened(row, 24) for row in left_out[:3]]))}{f' and {len(left_out) - 3} more' if len(left_out) > 3 else ''}" if left_out else ""
-        add_note(figure, list(rows["row"]), f"named: the best row of each model{lines}{missing}\n{rule_of(rows)}".strip())
+        several = f"\ncosts are in {' and '.join(currencies)}, so they have no axis" if len(currencies) > 1 else ""
+        guessed = "\nsome costs are estimated: the service stated no tokens" if money and "estimated" in rows and rows["estimated"].gt(0).any() else ""
+        single = "\nAPI models: seconds of one request" if not money and (rows["kind"] == "api").any() else ""
+        add_note(figure, list(rows["row"]), "\n".join(filter(None, [f"named: the best row of each model{lines}{missing}{several}{guessed}{single}", unfinished, rule_of(rows)])))
     return figure
 
 # %% ../../nbs/67_comparison.plots.ipynb #226d8eaa

@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['ROWS_DEPLOYED', 'CAPTIONS', 'GOOD_TO_KNOW', 'SAMPLES_HELD', 'TEXTS_HELD', 'QUEUE', 'SORT_SCRIPT', 'FILTER_SCRIPT',
-           'OPEN_SCRIPT', 'SCRIPT', 'PAGE_STYLE', 'PICTURE_STYLE', 'CONTROL_STYLE', 'Material', 'references_of', 'png',
-           'losses_of', 'figures_of', 'sample_figures', 'pictures', 'caption_of', 'figure_html', 'list_html', 'look_at',
-           'automatic_share', 'too_few_text', 'rows_text', 'automatic_text', 'tiles_html', 'summary_html',
-           'differences', 'difference_html', 'task_line', 'table_html', 'classes_html', 'open_html', 'task_html',
-           'data_html', 'steps_html', 'whole_text', 'training_html', 'queue_html', 'deployment_html', 'speed_text',
-           'cost_text', 'task_deployment_html', 'decision_cells', 'run_dirs', 'state_of', 'troubles_of', 'config_text',
-           'run_html', 'versions', 'audit_html', 'settings_html', 'provenance_html', 'policy', 'verdict_styles',
-           'scoreboard_html', 'page', 'write_report', 'material_of', 'publish']
+           'OPEN_SCRIPT', 'SCRIPT', 'PAGE_STYLE', 'PICTURE_STYLE', 'CONTROL_STYLE', 'Material', 'api_rows',
+           'references_of', 'png', 'losses_of', 'figures_of', 'sample_figures', 'pictures', 'caption_of', 'figure_html',
+           'list_html', 'look_at', 'automatic_share', 'too_few_text', 'rows_text', 'automatic_text', 'tiles_html',
+           'lead_tile', 'summary_html', 'differences', 'difference_html', 'task_line', 'table_html', 'classes_html',
+           'open_html', 'task_html', 'data_html', 'steps_html', 'whole_text', 'training_html', 'queue_html',
+           'deployment_html', 'speed_text', 'single_text', 'cost_text', 'api_terms_html', 'task_deployment_html',
+           'decision_cells', 'run_dirs', 'state_of', 'troubles_of', 'config_text', 'run_html', 'versions', 'audit_html',
+           'settings_html', 'answered_html', 'provenance_html', 'policy', 'verdict_styles', 'scoreboard_html', 'page',
+           'write_report', 'material_of', 'publish']
 
-# %% ../../nbs/69_comparison.report.ipynb #30ba851d
+# %% ../../nbs/69_comparison.report.ipynb #138bc414
 import base64
 import hashlib
 import html
 import io
 import json
+import math
 import platform
 import re
 import time
@@ -29,9 +31,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from .board import Standing, against, best_row, choice_table, idle_settings, lead, not_beaten, row_of_kind, settings_table, standing_interval, standings, step_table
+from .board import Standing, against, best_row, choice_table, gap_of, idle_settings, lead, not_beaten, row_of_kind, settings_table, standing_interval, standings, step_table
 from .browser import BROWSER_SCRIPT, BROWSER_STYLE, browser_data, thumbnails
-from .deployment import Terms, confidence_table, cost_table, fewest_decided, speed_table, thresholds
+from .deployment import Terms, confidence_table, cost_table, currencies_of, fewest_decided, speed_table, thresholds
 from .findings import findings, in_words, number, question_findings, rule_text
 from .mistakes import TRAJECTORIES, label_noise, mixture_table, trajectory_table, voters
 from qwen2vl_sft.comparison.plots import (
@@ -46,8 +48,8 @@ from qwen2vl_sft.comparison.plots import (
     reliability_diagram,
     task_differences,
 )
-from .samples import class_figures, kind_of, prepared_folder, read_config
-from .scoreboard import Scoreboard, breakable, cells_text, html_table, latex_table, markdown_table, means_text, open_figures, open_heads, verdict_text
+from .samples import RESPONDED, asked_models, brief, class_figures, kind_of, prepared_folder, read_config
+from .scoreboard import Scoreboard, breakable, cells_text, html_table, latex_table, markdown_table, compared_text, means_text, open_figures, open_heads, verdict_text
 from ..core import InputError, say, sha256_of, write_atomically
 from ..rundir import RunDir
 from ..scoring.metrics import OUTCOMES
@@ -56,7 +58,7 @@ from ..scoring.metrics import OUTCOMES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../../nbs/69_comparison.report.ipynb #bbd208cf
+# %% ../../nbs/69_comparison.report.ipynb #f4ded753
 ROWS_DEPLOYED = 40  # rows whose thresholds are worked out
 
 
@@ -68,7 +70,7 @@ class Material:
         self.best, self.labels = best_row(board), {task: one["labels"] for task, one in board.described.items() if one.get("labels")}
         self.positives = {task: one["positive"] for task, one in board.described.items() if one.get("positive")}
         self.references = references_of(board)
-        self.rival = next((row for row in self.references if board.means.loc[row, "kind"] == "api"), self.references[0] if self.references else None)
+        self.rival = next(iter(api_rows(board, self.references)), self.references[0] if self.references else None)
         again = {model for models in board.seed_groups.values() for model in models[1:]}  # further seeds of a recipe
         others = [row for row in voters(board) if board.means.loc[row, "model"] not in again and board.means.loc[row, "kind"] != "api"]
         self.shown = list(dict.fromkeys(filter(None, [self.best, row_of_kind(board, "base"), *others])))[:5]  # in plots of few lines
@@ -79,6 +81,11 @@ class Material:
         self.costs, self.speeds = cost_table(board, terms.prices), speed_table(board, terms.prices)
         self.trajectories, self.noise, self.steps = trajectory_table(board), label_noise(board), step_table(board)
         self.mixture, self.losses = mixture_table(board, self.prepared), losses_of(self.runs)
+
+
+def api_rows(board: Scoreboard, rows: Sequence[str]) -> list[str]:
+    "Those of the rows that are API models, the fully scored ones first."
+    return sorted((row for row in rows if board.means.loc[row, "kind"] == "api"), key=lambda row: not board.means.loc[row, "complete"])
 
 
 def references_of(board: Scoreboard) -> list[str]:
@@ -172,7 +179,7 @@ def figure_html(name: str, content: bytes) -> str:
     address = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     return f'<figure id="{name}"><div class="scroll" tabindex="0"><img width="{width}" alt="{caption_of(name)}" src="{address}"></div><figcaption>{caption_of(name)}</figcaption></figure>'
 
-# %% ../../nbs/69_comparison.report.ipynb #4356ca93
+# %% ../../nbs/69_comparison.report.ipynb #b88527f2
 GOOD_TO_KNOW = (
     "best", "ship", "gain", "runner-up", "seeds", "api", "wins", "paired", "closed beside", "majority", "nearest_neighbour",
     "chosen on validation", "chosen by task", "step by task",
@@ -192,8 +199,11 @@ def look_at(material: Material) -> list[str]:
         weakest = [f"{one.task} ({number(one.accuracy)} %)" for one in own.head(3).itertuples()]
         said.append(f"{best} is weakest on {in_words(weakest)}.")
     if len(material.noise):
-        tasks = material.noise["task"].value_counts()
-        said.append(f"{len(material.noise)} labels are contradicted by several models with confidence: {in_words([f'{task} ({count})' for task, count in tasks.items()])}. Look at them before training again.")
+        sure = material.noise["confident"] > 0
+        named = lambda rows: in_words([f"{task} ({count})" for task, count in rows["task"].value_counts().items()])
+        parts = [*([f"{sure.sum()} labels are contradicted by several models, at least one of them with confidence: {named(material.noise[sure])}"] if sure.any() else []),
+                 *([f"{(~sure).sum()} texts are read otherwise by several models: {named(material.noise[~sure])}"] if (~sure).any() else [])]
+        said.append(f"{'; '.join(parts)}. Look at them before training again.")
     if alone := automatic_text(material):
         said.append(alone)
     forgot = material.trajectories["forgotten"].groupby("model").sum() if len(material.trajectories) else pd.Series(dtype=int)
@@ -201,7 +211,7 @@ def look_at(material: Material) -> list[str]:
     said += [f"{model} ended with {count} samples wrong that it had right before, and {unstable[model]} that changed more than once." for model, count in forgot.items() if count or unstable[model]]
     return said
 
-# %% ../../nbs/69_comparison.report.ipynb #442e0c54
+# %% ../../nbs/69_comparison.report.ipynb #ccf0b399
 def automatic_share(material: Material) -> float:  # percent, mean over tasks; nan where it is not known
     "What the best row would decide automatically at the wanted precision, on the tasks whose thresholds rest on enough rows."
     own = material.thresholds[material.thresholds["row"] == material.best]
@@ -237,7 +247,7 @@ def automatic_text(material: Material) -> str:
     more = f" Not known: {few}." if few else ""
     return f"At {100 * material.terms.precision:g} % precision {material.best} would decide {number(share)} % of the images of {len(own)} task{'s' * (len(own) > 1)} with a label set by itself ({basis}); people would see the rest.{more}"
 
-# %% ../../nbs/69_comparison.report.ipynb #66490cac
+# %% ../../nbs/69_comparison.report.ipynb #18a17aab
 def tiles_html(material: Material) -> str:
     "The figures to decide from, large."
     board, best = material.board, material.best
@@ -253,11 +263,9 @@ def tiles_html(material: Material) -> str:
     rivals = not_beaten(board)
     ship = ("ship", "nothing", f"{best}, the best tuned row, is not above {in_words(rivals)}") if rivals else ("ship", breakable(best), chosen)
     tiles = [ship, (f"strict mean{f' of {breakable(best)}' if rivals else ''}, %", number(first.strict), (f"{number(low)} to {number(high)}" if pd.notna(low) else "no interval: n is not known") + seeds)]
-    stepless = [Standing(row, row, (row,), (board.means.loc[row, "strict"],)) for row in dict.fromkeys(filter(None, [base, *board.means.index[board.means["kind"] == "api"]]))]
+    stepless = [Standing(row, row, (row,), (board.means.loc[row, "strict"],)) for row in dict.fromkeys(filter(None, [base, *api_rows(board, board.rows)]))]
     for other in [*stepless, *[one for one in standings(board) if one.recipe != first.recipe][:1]][:3]:
-        ahead = lead(board.samples, first.rows, other.rows)
-        gain = ahead[0] if ahead else first.strict - other.strict
-        tiles.append((f"points to {breakable(other.name)}", number(gain, True), f"{number(ahead[1], True)} to {number(ahead[2], True)}" if ahead else "no interval"))
+        tiles.append(lead_tile(board, first, other))
     if base and len(tests := board.tests(base)):
         own = tests.loc[tests["row"] == best, "verdict"].value_counts()
         tiles.append(("tasks lost to untuned", str(own.get("worse", 0)), f"better on {own.get('better', 0)}, no evidence on {own.get('no evidence', 0)}"))
@@ -268,6 +276,15 @@ def tiles_html(material: Material) -> str:
         tiles.append((f"automatic at {100 * material.terms.precision:g} % precision, %", number(automatic_share(material)), "; ".join(filter(None, [how, few]))))
     cells = "".join(f"<div><dt>{name}</dt><dd>{value}<small>{html.escape(small)}</small></dd></div>" for name, value, small in tiles)
     return f'<dl class="tiles">{cells}</dl>'
+
+
+def lead_tile(board: Scoreboard, first: Standing, other: Standing) -> tuple[str, str, str]:  # name, value, small
+    "How far the best row is ahead of another, on the samples that both responded to."
+    ahead, gap = lead(board.samples, first.rows, other.rows), gap_of(board, other.rows[0])
+    gain = ahead[0] if ahead else math.nan if gap.missing else first.strict - other.strict
+    small = f"{number(ahead[1], True)} to {number(ahead[2], True)}" if ahead else "it responded to no sample" if gap.missing else "no interval"
+    some = f"; on the {gap.n - gap.missing:,} of {gap.n:,} samples that it responded to" if ahead and gap.missing else ""
+    return f"points to {breakable(other.name)}", number(gain, True), small + some
 
 # %% ../../nbs/69_comparison.report.ipynb #431c2123
 def summary_html(
@@ -285,7 +302,7 @@ def summary_html(
     further = look_at(material)
     return f'{above}{tiles_html(material)}<p class="lead">{breakable(first)}</p>{list_html(known)}{caution}{f"<h3>Look at</h3>{list_html(further)}" if further else ""}'
 
-# %% ../../nbs/69_comparison.report.ipynb #4dc2d953
+# %% ../../nbs/69_comparison.report.ipynb #510c0d49
 def differences(
     board: Scoreboard,
 ) -> dict[tuple[str, str], Mapping]:  # (row, task) -> a line of `paired_tests`
@@ -300,7 +317,7 @@ def difference_html(line: Mapping | None) -> str:
     if line is None:
         return "<td>–</td><td>–</td>"
     reach = f" (under {number(line['smallest_difference'])} none can show after Holm)" if line["verdict"].startswith("no evidence") else ""
-    sure = f"p after Holm {line['p_holm']:.2g}, alone {line['p_value']:.2g}; right only here {line['only_first']}, only there {line['only_second']}"
+    sure = f"{compared_text(line)}p after Holm {line['p_holm']:.2g}, alone {line['p_value']:.2g}; right only here {line['only_first']}, only there {line['only_second']}"
     return f'<td>{number(line["difference"], True)}</td><td class="text">{html.escape(verdict_text(line))}{reach}<small>{sure}</small></td>'
 
 
@@ -434,7 +451,7 @@ def training_html(material: Material) -> str:
     note = "Samples followed from the untuned model through the steps. Learned: wrong first, right from some step on. Forgotten: the other way round. Unstable: changed more than once."
     return f"{steps_html(material)}<h3>Learned and forgotten</h3><p>{note}</p>{table_html(['run', 'task', *TRAJECTORIES], lines, [1])}"
 
-# %% ../../nbs/69_comparison.report.ipynb #6dade528
+# %% ../../nbs/69_comparison.report.ipynb #be51dd14
 QUEUE = 60  # shown
 
 
@@ -442,20 +459,20 @@ def queue_html(material: Material) -> str:
     "The label-noise queue with pictures."
     queue = material.noise.head(QUEUE)
     if queue.empty:
-        return "<p>No label is contradicted by several models with confidence.</p>" if len(material.board.samples) else ""
+        return "<p>No label is contradicted by several models, one of them with confidence, and no text is read otherwise by several.</p>" if len(material.board.samples) else ""
     shown = {task: thumbnails(material.prepared, task, part["id"]) for task, part in queue.groupby("task", sort=False)}
     cards = []
     for one in queue.to_dict("records"):
         address = shown[one["task"]].get(one["id"])
         picture = f'<img src="{address}" alt="">' if address else ""
         words = f'<strong>{breakable(str(one["target"]))}</strong> → {breakable(str(one["suggested"]))}'
-        models = f'{one["agree"]} of {one["asked"]} models, doubt {100 * one["doubt"]:.0f}\u00a0%'
+        models = f'{one["agree"]} of {one["asked"]} models{"" if one["confident"] else ", none states a probability"}, doubt {100 * one["doubt"]:.0f}\u00a0%'
         cards.append(f'<figure>{picture}<figcaption>{words}<small>{models}</small><small>{breakable(one["task"])} · {breakable(str(one["id"]))}</small></figcaption></figure>')
-    note = (f"{len(material.noise)} samples on which at least two models give the same other answer, and are surer of it than they usually are of that label "
-            f"(confident learning; one vote a run, none for collapsed rows).{f' The first {QUEUE} of them.' if len(material.noise) > QUEUE else ''}")
+    note = (f"{len(material.noise)} samples on which at least two models give the same other answer. Those that state probabilities vote where they are surer of it than they usually are of that label "
+            f"(confident learning), and with a label set at least one of them must; one vote a run and an API model, none for collapsed rows.{f' The first {QUEUE} of them.' if len(material.noise) > QUEUE else ''}")
     return f'<p>{note} Label in the data → what the models say.</p><div id="queue">{"".join(cards)}</div>'
 
-# %% ../../nbs/69_comparison.report.ipynb #6b56fcd0
+# %% ../../nbs/69_comparison.report.ipynb #a07340d7
 def deployment_html(material: Material) -> str:
     "What each row decides by itself at the wanted precision, how fast, and at what price: all tasks, then task by task."
     terms, table, board = material.terms, material.thresholds, material.board
@@ -470,11 +487,12 @@ def deployment_html(material: Material) -> str:
         known = own[[enough.get((one["row"], task), False) for task in tasks]]
         mean = [f"<b>{number(known.mean())}</b>"] if tasks else []
         figures = [number(own[task]) + ("" if task in known or pd.isna(own[task]) else "<small>too few rows</small>") for task in tasks]
-        lines.append([breakable(one["row"]) + (" ★" if one["row"] == material.best else ""), number(one["accuracy"]), speed_text(one["images_per_second"]), cost_text(one["cost_per_1000"]), *mean, *figures])
+        lines.append([breakable(one["row"]) + (" ★" if one["row"] == material.best else ""), number(one["accuracy"]), speed_text(one["images_per_second"]) + single_text(one), cost_text(one["cost_per_1000"], one["currency"], one["estimated"]), *mean, *figures])
     basis = "chosen on validation" if len(table) and (table["chosen_on"] == "validation").all() else "chosen on the test set itself where there is no validation, which is optimistic"
     automatic = f"<p>Automatic: share of images, in percent, that a row would decide by itself at {100 * terms.precision:g} % precision (closed rule). Answers above the task's threshold are taken, the rest goes to people. Thresholds are {basis}. Those that rest on too few rows (fewer than {fewest_decided(terms.precision)} decided ones, or too many mistakes among them) are in no mean.</p>"
     prices = ("<p>Images a second: as measured while scoring on the machine that scored, or as stated with the price. A local row costs something once its machine does: "
               "<code>qwen2vl-sft compare … --price ROW=PRICE_AN_HOUR</code>, with <code>@IMAGES_A_SECOND</code> for another machine.</p>")
+    prices += api_terms_html(material) if (material.costs["kind"] == "api").any() else ""
     head = ["row", "strict mean, %", "images a second", "cost of 1,000 images", *(["automatic, mean"] if tasks else []), *(f"automatic: {breakable(task)}" for task in tasks)]
     details = "".join(task_deployment_html(material, task) for task in board.tasks)
     cut = f"<p>Thresholds were worked out for {len(material.deployed)} rows: the best, the ones beside it, then the table's order. Left out: {breakable(in_words(material.cut, 8))}.</p>" if material.cut else ""
@@ -486,11 +504,28 @@ def speed_text(value: float) -> str:
     return "–" if pd.isna(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def cost_text(value: float) -> str:
-    "A price in a few digits."
-    return "–" if pd.isna(value) else f"{value:,.2f}" if value >= 1 else f"{value:.3g}"
+def single_text(one: Mapping) -> str:  # a line of `cost_table`
+    "What an API model's speed is, in small."
+    return "<small>one at a time</small>" if one["kind"] == "api" and pd.notna(one["images_per_second"]) else ""
 
-# %% ../../nbs/69_comparison.report.ipynb #125e3800
+
+def cost_text(value: float, currency: str = "", estimated: float = 0.0) -> str:
+    "A price in a few digits with its currency, escaped; marked where it is an estimate."
+    if pd.isna(value):
+        return "–"
+    amount = f"{value:,.2f}" if value >= 1 else f"{value:.3g}"
+    return f"{'≈ ' if estimated else ''}{amount}{f' {html.escape(currency)}' if currency else ''}{'<small>estimated</small>' if estimated else ''}"
+
+# %% ../../nbs/69_comparison.report.ipynb #7059f2cc
+def api_terms_html(material: Material) -> str:
+    "What the speeds and costs of API models are, and whether they can be compared."
+    several = currencies_of(material.costs)
+    text = "API models: images a second are those of one request after another; with several in flight it is up to as many times as fast, within the service's limits. Costs are in the currency of the price; those of a machine in that of --price. –: no price is known."
+    text += " ≈: the service stated no tokens for some responses, so their cost is an estimate." if material.costs["estimated"].gt(0).any() else ""
+    text += f" <b>Costs are in {html.escape(' and '.join(several))}, so they can't be compared.</b>" if len(several) > 1 else ""
+    return f"<p>{text}</p>"
+
+# %% ../../nbs/69_comparison.report.ipynb #19915cb1
 def task_deployment_html(material: Material, task: str) -> str:
     "One task's thresholds, speeds and prices."
     speeds = material.speeds[material.speeds["task"] == task].set_index("row")
@@ -500,7 +535,7 @@ def task_deployment_html(material: Material, task: str) -> str:
         line = [breakable(row)]
         if len(decided):
             line += decision_cells(decided.loc[row].to_dict() if row in decided.index else None, bool(positive))
-        lines.append([*line, speed_text(speeds.loc[row, "images_per_second"]), cost_text(speeds.loc[row, "cost_per_1000"])])
+        lines.append([*line, speed_text(speeds.loc[row, "images_per_second"]), cost_text(*speeds.loc[row, ["cost_per_1000", "currency", "estimated"]])])
     head = ["row", *(["decided automatically, %", "to people, %", "precision on test, %", "threshold"] if len(decided) else []),
             *([f"for {recall:g} % recall of {breakable(positive)}"] if len(decided) and positive else []), "images a second", "cost of 1,000"]
     return f"<details><summary>{breakable(task)}</summary>{table_html(head, lines)}</details>"
@@ -589,7 +624,7 @@ def audit_html(prepared: Path) -> str:
         return ""
     return f"<details><summary>data audit <small>{kept} of {html.escape(lines[0][1])} rows accepted{repaired}</small></summary>{table_html(['task', 'read', 'accepted', 'repaired', 'quarantined', 'reasons and remarks'], lines, [5])}</details>"
 
-# %% ../../nbs/69_comparison.report.ipynb #2bbff940
+# %% ../../nbs/69_comparison.report.ipynb #b746e360
 def settings_html(board: Scoreboard) -> str:
     "The settings in which the recipes differ."
     table = settings_table(board.scored_configs)
@@ -600,6 +635,23 @@ def settings_html(board: Scoreboard) -> str:
     return f"<p>What the recipes differ in.{several}</p>{table_html(['setting', *map(breakable, table.columns)], lines)}"
 
 
+def answered_html(board: Scoreboard) -> str:
+    "Which model answered each API row, by what its responses state."
+    known = board.samples[board.samples["kind"] == "api"] if len(board.samples) else board.samples
+    if not len(known) or "model_answered" not in known:
+        return ""
+    lines, counted = [], lambda values: "; ".join(f"{breakable(brief(str(name)))} ({count})" for name, count in values.value_counts().items())
+    for row, own in known.groupby("row", sort=False):
+        came = own[own["outcome"].isin(RESPONDED)]
+        prints = came["system_fingerprint"].dropna() if "system_fingerprint" in came else came["model_answered"].iloc[:0]
+        dates = sorted(came["date"].dropna().astype(str)) if "date" in came else []
+        guessed = int(came["tokens_estimated"].eq(True).sum()) if "tokens_estimated" in came else 0
+        lines.append([breakable(row), breakable(brief(", ".join(asked_models(own)))) or "–", counted(came["model_answered"].fillna("not stated")) or "–", counted(prints) or "not stated",
+                      html.escape(" to ".join(dict.fromkeys((dates[0][:10], dates[-1][:10])))) if dates else "–", f"{len(came)} of {len(own)}", str(guessed)])
+    head = ["API model", "asked for", "answered (responses)", "system fingerprint", "dates", "responses", "tokens estimated"]
+    return f"<h3>Who answered</h3>{table_html(head, lines, [1, 2, 3, 4])}"
+
+# %% ../../nbs/69_comparison.report.ipynb #4524c115
 def provenance_html(
     runs: Sequence[RunDir],
     prepared: Path,  # may not exist
@@ -672,7 +724,7 @@ openTarget();
 """
 SCRIPT = '"use strict";' + BROWSER_SCRIPT + SORT_SCRIPT + FILTER_SCRIPT + OPEN_SCRIPT
 
-# %% ../../nbs/69_comparison.report.ipynb #bfbd2b2e
+# %% ../../nbs/69_comparison.report.ipynb #1f75e03a
 PAGE_STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#59636e;--paper:#fff;--line:#d5dae0;--link:#0b57a8;--warn:#8a4600;--warnbg:#fff6e9}
 @media (prefers-color-scheme:dark){:root{--ink:#e8ebef;--soft:#a3adb8;--paper:#14171b;--line:#363d46;--link:#8cbcff;--warn:#ffc27a;--warnbg:#2a1f10}}
@@ -741,7 +793,7 @@ def scoreboard_html(material: Material) -> str:
     fields = '<label>Show only rows with <input id="filter" type="search" autocomplete="off"></label><label>only tasks with <input id="tasks-filter" type="search" autocomplete="off"></label>'
     return f'<style>{verdict_styles(len(references))}</style><div class="controls">{fields}{choice}</div>{html_table(material.board, references)}'
 
-# %% ../../nbs/69_comparison.report.ipynb #43ab2188
+# %% ../../nbs/69_comparison.report.ipynb #b5e8ca04
 def page(
     material: Material,
     images: Mapping[str, bytes],  # from `pictures`
@@ -756,7 +808,7 @@ def page(
         "queue-section": ("Labels to look at again", queue_html(material)),
         "training": ("What training did", training_html(material)),
         "deployment": ("Deployment", deployment_html(material)),
-        "settings": ("Settings and provenance", settings_html(board) + provenance_html(material.runs, material.prepared)),
+        "settings": ("Settings and provenance", settings_html(board) + answered_html(board) + provenance_html(material.runs, material.prepared)),
     }
     sections = {name: one for name, one in sections.items() if one[1]}
     links = "".join(f'<a href="#{name}">{title}</a>' for name, (title, _) in sections.items())

@@ -172,7 +172,7 @@ def cluster_kinds(
         clusters = clusters[clusters[:, 1] > 0]
     return np.unique(clusters, axis=0, return_counts=True)
 
-# %% ../../nbs/60_comparison.statistics.ipynb #363fbb1a
+# %% ../../nbs/60_comparison.statistics.ipynb #8e796f5f
 def bootstrap_sums(
     tasks: Sequence[Sequence[float]],  # for each task, one value a sample; empty tasks are left out
     groups: Sequence[Sequence[Hashable] | None] | None = None,  # for each task, the group of each sample
@@ -201,18 +201,20 @@ def bootstrap_sums(
 def central(
     means: np.ndarray,  # [repeats]
     confidence: float = 0.95,
+    bounds: tuple[float, float] = (-1.0, 1.0),  # what a mean can be: (0, 1) for a share, (-1, 1) for a difference of two
 ) -> Interval:
-    "The middle part of resampled means."
+    "The middle part of resampled means, cut to what is possible: widened deviations reach beyond it."
     tail = (1 - confidence) / 2
-    return Interval(*(float(x) for x in np.quantile(means, [tail, 1 - tail])))
+    return Interval(*(float(x) + 0.0 for x in np.clip(np.quantile(means, [tail, 1 - tail]), *bounds)))
 
-# %% ../../nbs/60_comparison.statistics.ipynb #1662246a
+# %% ../../nbs/60_comparison.statistics.ipynb #984e6503
 def bootstrap_mean(
     tasks: Sequence[Sequence[float]],  # for each task, one value a sample
     groups: Sequence[Sequence[Hashable] | None] | None = None,  # for each task, the group of each sample
     confidence: float = 0.95,
     repeats: int = 4000,
     seed: int = 0,
+    bounds: tuple[float, float] = (-1.0, 1.0),  # (0, 1) where the values are shares
 ) -> Interval:  # in the unit of the values; (nan, nan) without any sample
     """Percentile bootstrap interval of the mean of task means (macro), resampling groups within each task.
 
@@ -221,7 +223,7 @@ def bootstrap_mean(
     drawn = bootstrap_sums(tasks, groups, repeats, seed)[0]
     if not len(drawn):
         return Interval(float("nan"), float("nan"))
-    return central((drawn[:, :, 0] / drawn[:, :, 1]).mean(axis=0), confidence)
+    return central((drawn[:, :, 0] / drawn[:, :, 1]).mean(axis=0), confidence, bounds)
 
 
 def bootstrap_both(
@@ -230,12 +232,12 @@ def bootstrap_both(
     repeats: int = 4000,
     seed: int = 0,
 ) -> tuple[Interval, Interval]:  # of the mean of task means (macro), of the mean over all samples (micro)
-    "Both means' intervals from the same resamples; see `bootstrap_mean`."
+    "Both means' intervals from the same resamples, of values from 0 to 1; see `bootstrap_mean`."
     drawn = bootstrap_sums(tasks, groups, repeats, seed)[0]
     if not len(drawn):
         return Interval(float("nan"), float("nan")), Interval(float("nan"), float("nan"))
     macro, total = (drawn[:, :, 0] / drawn[:, :, 1]).mean(axis=0), drawn.sum(axis=0)
-    return central(macro), central(total[:, 0] / total[:, 1])
+    return central(macro, bounds=(0.0, 1.0)), central(total[:, 0] / total[:, 1], bounds=(0.0, 1.0))
 
 # %% ../../nbs/60_comparison.statistics.ipynb #6b02dc00
 def choice_by_halves(
