@@ -323,14 +323,15 @@ def gap_findings(board: Board) -> list[Finding]:
         found.append(Finding("incomplete", f"{row} is not fully scored: {gap.text} have no response ({why}). {counts}, tests leave {'all of ' * bool(gap.why and gap.unscored)}them out; {command}.{chance}"))
     return found
 
-# %% ../../nbs/63_comparison.findings.ipynb #53ff69e5
+# %% ../../nbs/63_comparison.findings.ipynb #7aff548c
 def is_that_model(
     said: str,  # as a response states it
     asked: str,
 ) -> bool:
     "Whether a stated name is that of the model asked for, perhaps with its date or number; folders before it don't count."
     said, asked = (name.rpartition("/")[2].casefold() for name in (said, asked))
-    return said == asked or (bool(re.fullmatch(r"[-@:_](\d[\d.-]*|latest)", said.removeprefix(asked.removesuffix("-latest")))) and said.startswith(asked.removesuffix("-latest")))
+    start = asked.removesuffix("-latest")
+    return said == asked or (said.startswith(start) and re.fullmatch(r"[-@:_](\d[\d.-]*|latest)", said.removeprefix(start)) is not None)
 
 
 def model_findings(board: Board) -> list[Finding]:
