@@ -7,7 +7,7 @@ __all__ = ['EXIT_CODES', 'app', 'AsNotebook', 'AsJson', 'Experiment', 'Recipe', 
            'train', 'plan', 'import_their_config', 'score', 'score_api', 'calibrate', 'label', 'compare', 'sweep',
            'runs', 'export', 'demo', 'main']
 
-# %% ../nbs/90_cli.ipynb #594047ec
+# %% ../nbs/90_cli.ipynb #b47b89bc
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import typer
 
 import qwen2vl_sft
 from .config import RunConfig
-from .core import InputError, RunFailure, project_root, table_text
+from .core import InputError, RunFailure, table_text
 from .rundir import RunDir
 from .workflow import completion
 from qwen2vl_sft.workflow.notebook import (
@@ -210,7 +210,7 @@ def score(
     if as_json:
         print_json(scored_lines(folder, split))
 
-# %% ../nbs/90_cli.ipynb #cf424dfc
+# %% ../nbs/90_cli.ipynb #64a44629
 @_command()
 def score_api(
     experiment: Annotated[str, typer.Argument(help="Folder under runs/; made if the recipe names a suite.", autocompletion=completion.experiments)],
@@ -231,16 +231,21 @@ def score_api(
     config = remote.load_api_recipe(path, settings)
     if config.suite:
         config.suite = str(workbench_file(_here(config.suite)))
-    folder = project_root() / "runs" / experiment if config.suite else experiment_folder(experiment)
+    folder, stopped = remote.experiment_named(experiment) if config.suite else experiment_folder(experiment), None
     with said_aside(as_json):
         if dry_run:
             table, text = remote.forecast_api(folder, config, scoring)
         else:
-            run = remote.score_api(folder, config, scoring)
+            try:
+                remote.score_api(folder, config, scoring)
+            except RunFailure as failure:  # what was answered before is there
+                stopped = failure
     if as_json:
-        print_json(plain(table) if dry_run else [line for line in scored_lines(folder, split) if line["run"] == run.name])
+        print_json(plain(table) if dry_run else [line for line in scored_lines(folder, split) if line["run"] == config.run_name])
     elif dry_run:
         print(text)
+    if stopped:
+        raise stopped
 
 # %% ../nbs/90_cli.ipynb #0f86170d
 @_command()

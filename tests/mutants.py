@@ -172,6 +172,21 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_scoring_api_faults.py::test_a_word_that_stands_for_a_key_changes_no_answer[green]',),
     ),
     Mutation(
+        'api.run', "what was asked before a price was known is free", 'qwen2vl_sft/scoring/remote.py',
+        'return self.store.usage(self.run)["cost"] + (self', 'return self.store.usage(self.run)["cost"] + 0 * (self',
+        ('tests/test_scoring_api_faults.py::test_what_was_asked_before_a_price_was_known_counts_too',),
+    ),
+    Mutation(
+        'api.run', "Ctrl-C drops what is in flight", 'qwen2vl_sft/scoring/remote.py',
+        'if session.interrupted and going:', 'if going:',
+        ('tests/test_scoring_api_faults.py::test_ctrl_c_brings_home_what_is_in_flight',),
+    ),
+    Mutation(
+        'api.run', "another suite is asked about", 'qwen2vl_sft/scoring/remote.py',
+        '    check_suite(experiment, prepared.suite)\n', '',
+        ('tests/test_scoring_api_faults.py::test_another_suite_is_refused_before_anything_is_asked',),
+    ),
+    Mutation(
         'api.cost', "a proxy's page is paid for", 'qwen2vl_sft/scoring/remote.py',
         "if body.lstrip()[:1] == \"{\":", 'if True:',
         ('tests/test_scoring_api_faults.py::test_what_is_no_answer_says_why_and_costs_what_it_may_have_cost[page-HTTP 200, but no chat completion: Log in to the proxy-0.0]',),

@@ -6,6 +6,7 @@ changed while it runs. See `MODES` for what it can do.
 
 import json
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -50,10 +51,8 @@ def as_numbers(content, key):
 
 MODES |= {
     "401 escaped": lambda body, key: (401, as_php(error(f"Incorrect API key provided: {key}", code="invalid_api_key"))),
-    "400 escaped": lambda body, key: (400, as_numbers(error(f"bad: {key}", code="x"), key), {"x-request-id": key}),
     "200 escaped": lambda body, key: (200, as_php(completion(f"your key is {key}", model=key, system_fingerprint=key)), {"x-request-id": key}),
     "200 in numbers": lambda body, key: (200, as_numbers(completion(f"your key is {key}", model=key), key)),
-    "200 nested": lambda body, key: (200, as_php(completion(as_php({"key": key}).decode()))),
     "page": lambda body, key: (200, b"<!doctype html><html><title>Log in to the proxy</title></html>"),
     "error in 200": lambda body, key: (200, {"error": {"message": "Provider returned error: model overloaded", "code": 502}}),
     "choice of error": lambda body, key: (200, completion("", finish="error")),
@@ -66,6 +65,7 @@ MODES |= {
     "tomorrow": lambda body, key: (429, error("Daily limit reached", code="rate_limit_exceeded"), {"retry-after": "86400"}),
     "no such year": lambda body, key: (429, error("later"), {"retry-after": "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"}),
     **{f"{name} usage": lambda body, key, tokens=tokens: (200, json.dumps(completion("yes")).replace('"prompt_tokens": 100', f'"prompt_tokens": {tokens}').encode()) for name, tokens in (("infinite", "Infinity"), ("huge", "1" + 30 * "0"), ("negative", "-1000000"))},
+    "slowly": lambda body, key: time.sleep(0.5) or (200, completion("yes")),
     "green": lambda body, key: (200, completion("green")),
 }
 
