@@ -461,7 +461,7 @@ def test_different_words_do_not_look_alike():
 
 def test_classes_are_those_of_the_standard():
     "Examples of UTS #39: paypal with Cyrillic letters, scope in Cyrillic, the digit and the letter."
-    for pair in (("paypal", "\u0440\u0430ypal"), ("scope", "\u0455\u0441\u043e\u0440\u0435"), ("0", "O"), ("1", "l"), ("rn", "m"), ("I", "l")):
+    for pair in (("dog", "d0g"), ("co", "c0"), ("DOG", "D0G"), ("paypal", "\u0440\u0430ypal"), ("scope", "\u0455\u0441\u043e\u0440\u0435"), ("0", "O"), ("1", "l"), ("rn", "m"), ("I", "l")):
         assert look_alike(*pair), pair
 
 

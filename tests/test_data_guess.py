@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwen2vl_sft.core import InputError
-from qwen2vl_sft.data.guess import detect_encoding, guess, label_set, slug, split_of, write_guess
+from qwen2vl_sft.data.guess import detect_encoding, guess, label_set, slug, split_of, suite_text, write_guess
 from qwen2vl_sft.data.sources import read_rows
 from qwen2vl_sft.tasks import load_suite
 
@@ -128,8 +128,8 @@ def test_a_column_of_splits_divides_the_table(folder):
 
 
 def test_a_column_that_names_splits_and_more_is_a_question(folder):
-    (folder / "x.csv").write_text("image,label,subset\n" + "".join(f"{a},{b},{'train' if i % 2 else 'extra'}\n" for i, (a, b) in enumerate(labels())))
-    assert "its column 'subset' names splits, and 'extra' beside them" in error_of(folder / "x.csv")
+    (folder / "x.csv").write_text("image,label,Split\n" + "".join(f"{a},{b},{'train' if i % 2 else 'extra'}\n" for i, (a, b) in enumerate(labels())))
+    assert "its column 'Split' names splits, and 'extra' beside them" in error_of(folder / "x.csv")
     (folder / "x.csv").write_text("image,label,subset\n" + "".join(f"{a},{b},train\n" for a, b in labels()))
     assert list(guess(folder / "x.csv").suite["tasks"][0]["sources"]) == ["all"]
 
@@ -171,6 +171,7 @@ def test_a_stray_table_blocks_nothing(folder):
     csv_of(folder / "sample_submission.csv", labels())
     found = guess(folder)
     assert [task["name"] for task in found.suite["tasks"]] == ["pets"]
+    assert "# left out: notes.csv: which column" in suite_text(found)
     assert [each.partition(":")[0] for each in found.left] == ["classes.json holds one JSON object; a list of objects is needed, or one object a line",
                                                                "notes.csv", "sample_submission.csv"]
     (folder / "pets.csv").write_bytes("image,label\nimg/0.png,naïve\n".encode("latin-1"))
@@ -299,6 +300,10 @@ def test_layouts_with_folders_around_and_beside(folder):
 
 
 def test_what_lies_there_is_said(tmp_path):
+    for label, suffix in (("cat", "png"), ("cat", "heic"), ("dog", "png"), ("dog", "HEIC")):
+        (tmp_path / "mixed" / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mixed" / label / f"1.{suffix}").write_bytes(b"x")
+    assert "files of a kind that is not read, to be converted to JPEG or PNG: .heic 2" in guess(tmp_path / "mixed").text()
     for name, said in (("heic/cat/1.HEIC", "HEIC, which is not read"), ("one/cat/1.png", "all pictures lie in one folder, cat"), ("e/train/1.png", "no folders of classes")):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(b"x")

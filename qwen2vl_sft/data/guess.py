@@ -68,9 +68,10 @@ def detect_encoding(file: Path) -> str:
     raise InputError(f"{file}: its encoding is neither UTF-8 nor clearly GBK; save it as UTF-8, or write a suite "
                      "file whose source states `encoding`")
 
-# %% ../../nbs/28_data.guess.ipynb #a49f9f71
+# %% ../../nbs/28_data.guess.ipynb #f83f9370
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
-               "dev": "validation", "test": "test", "testing": "test", "eval": "test"}
+               "dev": "validation", "test": "test", "testing": "test", "eval": "test",
+               "训练": "train", "训练集": "train", "验证": "validation", "验证集": "validation", "测试": "test", "测试集": "test"}
 
 
 def split_of(name: str) -> tuple[str, str]:
@@ -120,7 +121,7 @@ def share_of_images(records: list[dict], column: str) -> float:
     cells = [record[column] for record in records if record.get(column)]
     return sum(map(names_an_image, cells)) / len(cells) if cells else 0.0
 
-# %% ../../nbs/28_data.guess.ipynb #248d1f56
+# %% ../../nbs/28_data.guess.ipynb #3edba71e
 class NoLabel(InputError):
     "A table whose pictures are found and whose labels aren't."
 
@@ -162,7 +163,7 @@ def guess_columns(records: list[dict], columns: list[str], file: Path) -> dict[s
     return found
 
 
-SPLIT_COLUMNS = ("split", "splits", "set", "subset", "partition", "usage", "data_split", "dataset_split", "划分", "数据集")
+SPLIT_COLUMNS = ("split", "splits", "partition", "usage", "data_split", "dataset_split", "划分")
 
 
 def divides(column: str, values: list[str | None]) -> bool:
@@ -612,7 +613,7 @@ def likely_splits(column: str, values: list[str | None]) -> bool:
     filled = {value.casefold() for value in values if value}
     return column.strip().casefold() in SPLIT_COLUMNS or (bool(filled) and filled <= SPLIT_WORDS.keys())
 
-# %% ../../nbs/28_data.guess.ipynb #b114c352
+# %% ../../nbs/28_data.guess.ipynb #34cce4c3
 def names_picture(row: Row) -> bool:
     "Whether a row holds its picture or names a file by its suffix as one."
     return row.path is None or row.path.lower().endswith(IMAGE_SUFFIXES)
@@ -629,6 +630,7 @@ class Reading:
     notes: Counter = field(default_factory=Counter)  # code of what the reader changed -> rows
     origins: Counter = field(default_factory=Counter)  # what the column of independent sources says -> rows
     columns: dict[str, str] = field(default_factory=dict)  # image, label, ... -> the column taken for it
+    foreign: Counter = field(default_factory=Counter)  # suffixes of pictures that no decoder of ours reads -> rows
     looked: int = 0  # files of the first rows that were looked for
     missing: list[str] = field(default_factory=list)  # those of them that aren't there
     unused: list[str] = field(default_factory=list)  # columns that nothing is taken from
@@ -643,6 +645,8 @@ class Reading:
         self.notes.update(note.partition(": ")[0] for note in row.notes)
         if row.source:
             self.origins[row.source] += 1
+        if row.path and (suffix := os.path.splitext(row.path)[1].lower()) in OTHER_PICTURES:
+            self.foreign[suffix] += 1
         if row.path and not row.reason and self.looked < LOOKED_AT:
             self.looked += 1
             self.missing += [] if os.path.exists(row.path) else [row.path]
@@ -860,7 +864,7 @@ def free_name(name: str, taken: dict) -> str:
     "The name, numbered where another task has it."
     return next(each for each in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if each not in taken)
 
-# %% ../../nbs/28_data.guess.ipynb #2cc55478
+# %% ../../nbs/28_data.guess.ipynb #60b73666
 def origin_lines(origin: Origin, reading: Reading) -> list[str]:
     "An origin's format, columns, rows, samples, and what of it can't be used."
     source = next(iter(origin.sources.values()))
@@ -879,6 +883,8 @@ def origin_lines(origin: Origin, reading: Reading) -> list[str]:
                      f"{len(reading.origins):,} source{'s' * (len(reading.origins) > 1)}: {counted(reading.origins, 5)}")
     if reading.unusable:
         lines.append(f"  can't be used: {counted(reading.unusable)}")
+    if reading.foreign:
+        lines.append(f"  files of a kind that is not read, to be converted to JPEG or PNG: {counted(reading.foreign)}")
     if reading.missing:
         lines.append(f"  {len(reading.missing):,} of the first {reading.looked:,} pictures are not there: {reading.missing[0]}{why_missing(reading.missing[0])}")
     if reading.notes:
@@ -899,12 +905,13 @@ def task_lines(task: dict, answers: Counter) -> list[str]:
         lines.append(f"  not declared, as they look like a declared label: {', '.join(map(repr, left[:10]))}")
     return lines
 
-# %% ../../nbs/28_data.guess.ipynb #5bc7c50e
+# %% ../../nbs/28_data.guess.ipynb #921c62f5
 def suite_text(found: Guess) -> str:
     "The suite file: valid YAML, with what was understood as comments."
     parts = [f"# Guessed from {found.path.name}. Check questions and labels, then: qwen2vl-sft prepare THIS_FILE\n"]
     parts += [f"# {line}\n" for origin, reading in found.origins for line in one_line_each(origin_lines(origin, reading))]
     parts.append(yaml.safe_dump({"name": found.suite["name"]}, allow_unicode=True) + "tasks:\n")
+    parts[1:1] = [f"# left out: {line}\n" for line in one_line_each(found.left)]
     for task in found.suite["tasks"]:
         parts += [f"  # {line}\n" for line in one_line_each(task_lines(task, found.answers[task["name"]]))]
         text = yaml.safe_dump([task], sort_keys=False, allow_unicode=True, width=110)
