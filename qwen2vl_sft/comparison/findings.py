@@ -309,7 +309,7 @@ def outcome_findings(board: Board) -> list[Finding]:
             found.append(Finding(badge, f"{row} {verbs[badge]} {in_words(counts)}."))
     return found
 
-# %% ../../nbs/63_comparison.findings.ipynb #124cd71d
+# %% ../../nbs/63_comparison.findings.ipynb #966919de
 def gap_findings(board: Board) -> list[Finding]:
     "Rows that are not fully scored, with the reasons and how often."
     found, kinds = [], board.means["kind"]
@@ -318,7 +318,7 @@ def gap_findings(board: Board) -> list[Finding]:
             continue
         why = in_words([f"{count:,} × {reason}" for reason, count in gap.why.items()] + ([f"{gap.unscored:,} × not scored"] if gap.unscored else []), 3)
         command = f"`qwen2vl-sft score-api {board.title} RECIPE run={row}` asks again" if kinds[row] == "api" else f"`qwen2vl-sft score {board.title}` scores them"
-        chance = " What was asked before it stopped came first in the data and is no random sample." if any(reason.startswith("not asked") for reason in gap.why) else ""
+        chance = " What was asked before it stopped came first in the data and is no random sample." if gap.missing < gap.n and any(reason.startswith("not asked") for reason in gap.why) else ""
         counts = "They are in none of its figures" if not gap.why else f"Strict figures count {'those with a reason' if gap.unscored else 'them'} as wrong"
         found.append(Finding("incomplete", f"{row} is not fully scored: {gap.text} have no response ({why}). {counts}, tests leave {'all of ' * bool(gap.why and gap.unscored)}them out; {command}.{chance}"))
     return found
