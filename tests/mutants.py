@@ -262,6 +262,16 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_correctness.py::test_5_13_tasks_about_one_picture_share_its_beginning_and_equal_stock_forwards[base]',),
     ),
     Mutation(
+        '4', "a copy of a train picture is let in with the source of a test row", 'qwen2vl_sft/data/prepare.py',
+        'if last[number] and len(places) > 1:', 'if place[number] is None and len(places) > 1:',
+        ('tests/test_data_prepare.py::test_a_copy_of_a_train_picture_with_the_source_of_a_test_row_is_quarantined',),
+    ),
+    Mutation(
+        '4', "large pictures are hashed by whole factors", 'qwen2vl_sft/data/audit.py',
+        'Image.Resampling.LANCZOS, reducing_gap=3.0)', 'Image.Resampling.BOX)',
+        ('tests/test_data_audit.py::test_the_hash_is_imagehashs_whatever_the_size',),
+    ),
+    Mutation(
         '5.6', "a picture's only frame meets the first frame's weights only", 'qwen2vl_sft/model/fused.py',
         '(weight.sum(2), patches)', '(weight[:, :, 0], patches)',
         ('tests/test_model_fused.py::test_the_towers_output_and_gradients_are_the_stock_ones',),

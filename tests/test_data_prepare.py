@@ -466,11 +466,11 @@ def test_a_new_picture_between_two_splits_is_quarantined_and_said_so(tmp_path, c
     prepared = prepare(suite_of(tmp_path, all="all.csv"), tmp_path / "out", fractions=fractions)
     row = prepared.quarantine().iloc[0]
     assert len(prepared.quarantine()) == 1 and (row["id"], row["reason"]) == ("all.csv:17", "joins_splits")
-    assert row["detail"] == "nearly equals pictures of test and train"
+    assert row["detail"] == "nearly equals, or has one source with, pictures of test and train"
     assert splits_of(prepared) == before  # no old row moves
     assert (prepared.audit["rows_read"], sum(prepared.counts().loc["t"])) == (17, 16)
     assert "a new row that nearly equals old rows of different splits" in capsys.readouterr().out
-    assert "nearly equals pictures of test and train" in (prepared.folder / "audit.html").read_text()
+    assert "nearly equals, or has one source with, pictures of test and train" in (prepared.folder / "audit.html").read_text()
 
 
 def hashed(id: str, flipped: int, source=None) -> Checked:
@@ -486,7 +486,18 @@ def test_only_the_row_that_joins_is_quarantined_and_the_groups_fall_apart():
     assert {id for id, (_, reason) in found.items() if reason} == {"f", "i"}  # f: a-c-d-e-f-b; i equals b and is of h's clip
     assert {id: split for id, (split, reason) in found.items() if not reason} == dict.fromkeys("acde", "train") | dict.fromkeys("bg", "test") | {"h": "validation"}
     assert records[0].group != records[1].group and not any("near_duplicate" in record.notes for record in records)
-    assert [records[i].detail for i in (5, 8)] == ["nearly equals pictures of test and train", "nearly equals pictures of test and validation"]
+    assert [records[i].detail for i in (5, 8)] == ["nearly equals, or has one source with, pictures of test and train", "nearly equals, or has one source with, pictures of test and validation"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_copy_of_a_train_picture_with_the_source_of_a_test_row_is_quarantined(first):
+    old = [hashed("a", 0, "one"), hashed("b", 60, "one"), hashed("c", 120, "two"), hashed("d", 180, "three")]
+    copy = hashed("a", 0, "two")
+    records = [copy, *old] if first else [*old, copy]
+    task = Task(name="t", question="?", labels=["a", "b"], sources={"all": {}})
+    module.settle_splits(module.check_rows(task, records, Limits(), FRACTIONS, {"a" * 8: "train", "b" * 8: "train", "c" * 8: "test", "d" * 8: "test"}))
+    assert [record.split for record in old] == ["train", "train", "test", "test"] and not any(record.reason for record in old)
+    assert (copy.reason, copy.detail) == ("joins_splits", "nearly equals, or has one source with, pictures of test and train")
 
 
 def small_buckets(monkeypatch, rows: int) -> None:

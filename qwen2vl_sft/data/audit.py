@@ -50,7 +50,7 @@ from .sources import Row, what_it_is, why_missing
 from ..encoding.images import FORMATS, open_image
 from ..tasks import SPLITS, Suite, Task
 
-# %% ../../nbs/22_data.audit.ipynb #8c22da6f
+# %% ../../nbs/22_data.audit.ipynb #82c7484d
 REASONS = {
     "no_image": "the row names no image",
     "several_images": "the row has several images; a sample has one",
@@ -80,7 +80,7 @@ REASONS = {
     "special_token": "the label or question holds a control token of the model, which would end or forge a turn; remove it",
     "also_in_test": "the same picture is in test, which has to stay unseen",
     "also_in_validation": "the same picture is in validation, which has to stay unseen",
-    "joins_splits": "a new row that nearly equals old rows of different splits",
+    "joins_splits": "a new row that nearly equals old rows of different splits, or has one source with them",
     "unreadable": "the reader gave another reason",
 }
 

@@ -363,14 +363,19 @@ def rows_by_unit(unit: np.ndarray, folder: Path | None = None) -> tuple[np.ndarr
         at += len(ends) - 1
     return rows, start
 
-# %% ../../nbs/23_data.prepare.ipynb #493b0d78
+# %% ../../nbs/23_data.prepare.ipynb #c4a0aa33
 def joining_rows(unit: list[Checked], place: list[str | None], most: int) -> list[tuple[int, list[str]]]:
     """Rows (numbers in the unit) without a place that would connect rows of different places, and these places.
 
     Rows are taken one after the other, in the order of their hash. One that is near (in at most `most` bits), or of one
     source with, what was taken already and leads to two places is left out; so of a chain between two splits one row is.
+    A picture that is stated with several sources has a place, but its rows may be new: they are taken last, too.
     """
-    order = sorted(range(len(unit)), key=lambda number: (place[number] is None, unit[number].sha256, number))
+    sources_of = defaultdict(set)
+    for record in unit:
+        sources_of[record.sha256].add(record.source)
+    last = [place[number] is None or len(sources_of[unit[number].sha256]) > 1 for number in range(len(unit))]
+    order = sorted(range(len(unit)), key=lambda number: (last[number], unit[number].sha256, number))
     words = hash_words(hash_bytes((unit[number].phash for number in order), len(unit)))
     codes = {source: code for code, source in enumerate(dict.fromkeys(record.source for record in unit))}
     sources = np.array([codes[unit[number].source] for number in order])
@@ -381,14 +386,14 @@ def joining_rows(unit: list[Checked], place: list[str | None], most: int) -> lis
             near |= sources[:at] == sources[at]
         touched = set(component[:at][near].tolist()) - {-1}
         places = {place[number]}.union(*(reached[each] for each in touched)) - {None}
-        if place[number] is None and len(places) > 1:
+        if last[number] and len(places) > 1:
             left_out.append((number, sorted(places)))
             continue
         component[:at][np.isin(component[:at], list(touched))] = at
         component[at], reached[at] = at, places
     return left_out
 
-# %% ../../nbs/23_data.prepare.ipynb #62d5316a
+# %% ../../nbs/23_data.prepare.ipynb #37155825
 def quarantine_joining(records: Sequence[Checked], rows: np.ndarray, parts: dict[str, float], previous: Mapping[str, str], limits: Limits) -> bool:
     "Quarantine new ones among these rows that connect old ones of different splits; whether there are any."
     if not previous:
@@ -400,14 +405,13 @@ def quarantine_joining(records: Sequence[Checked], rows: np.ndarray, parts: dict
     for part, ends in runs_of(unit, order):
         mine = place[order[part]]
         lowest = np.minimum.reduceat(np.where(mine < 0, len(SPLITS), mine), ends[:-1])
-        several = (np.minimum.reduceat(mine, ends[:-1]) < 0) & (lowest < np.maximum.reduceat(mine, ends[:-1]))
-        for run in np.flatnonzero(several):  # a unit with rows of several splits, and new ones
+        for run in np.flatnonzero(lowest < np.maximum.reduceat(mine, ends[:-1])):  # a unit with rows of several splits
             members = order[part][ends[run] : ends[run + 1]]
             splits = [SPLITS[at] if at >= 0 else None for at in place[members]]
             for at, places in joining_rows([some[member] for member in members], splits, limits.near_bits):
                 joining[int(rows[members[at]])] = " and ".join(places)
     for row, record in edited(records, sorted(joining)):
-        record.quarantine("joins_splits", f"nearly equals pictures of {joining[row]}")
+        record.quarantine("joins_splits", f"nearly equals, or has one source with, pictures of {joining[row]}")
     return bool(joining)
 
 
@@ -423,7 +427,7 @@ class Some(Sequence):
     def __getitem__(self, index: int) -> Checked:
         return self.records[int(self.rows[index])]
 
-# %% ../../nbs/23_data.prepare.ipynb #6a46d4e9
+# %% ../../nbs/23_data.prepare.ipynb #9bd51b08
 def dealt(sizes: np.ndarray, parts: dict[str, float], placed: Counter, total: int, folder: Path | None = None) -> np.ndarray:
     "The split (number in SPLITS) of each unit, in this order: the one that is furthest below its share of `total` rows. Adds to `placed`."
     splits = zeros(len(sizes), np.int16, folder)
@@ -459,7 +463,7 @@ def divide(
             given[units.rows[units.members(unit)]] = split
     for (_, record), place in zip(edited(records, rows), given, strict=False):
         if place < 0:
-            record.quarantine("joins_splits", "nearly equals pictures of " + " and ".join(sorted(split for bit, split in enumerate(SPLITS) if -place >> bit & 1)))
+            record.quarantine("joins_splits", "nearly equals, or has one source with, pictures of " + " and ".join(sorted(split for bit, split in enumerate(SPLITS) if -place >> bit & 1)))
         else:
             record.split = SPLITS[place]
 
