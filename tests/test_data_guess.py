@@ -138,7 +138,7 @@ def test_a_column_that_names_splits_and_more_is_a_question(folder):
 def test_numbered_parts_are_one_table_of_their_split(folder, inside):
     place = folder / "hub [1]" / inside
     place.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("train-00000-of-00002", labels()[:4]), ("train-00001-of-00002", labels()[4:8]), ("test-00000-of-00001", labels()[8:])):
+    for name, rows in (("train-00000-of-00002", labels()[:4]), ("train-00001-of-00002", labels()[4:8]), ("test-00000-of-00001-0f9c2d", labels()[8:])):
         records = [{"image": {"bytes": (folder / image).read_bytes(), "path": image}, "label": label} for image, label in rows]
         pq.write_table(pa.Table.from_pylist(records), place / f"{name}.parquet")
     suite, _ = suite_of(folder / "hub [1]")

@@ -17,7 +17,7 @@ __all__ = ['SPLIT_WORDS', 'COLUMN_WORDS', 'SPLIT_COLUMNS', 'LOOKED_AT', 'SUFFIXE
            'task_lines', 'suite_text', 'one_line_each', 'guessed_from', 'write_guess', 'make_folder', 'guess_suite',
            'forecast_prepared']
 
-# %% ../../nbs/28_data.guess.ipynb #7aac38c9
+# %% ../../nbs/28_data.guess.ipynb #f6ac3a43
 import codecs
 import csv
 import glob
@@ -34,7 +34,7 @@ import yaml
 
 from ..config import RunConfig
 from ..core import InputError, near_file, printable, write_atomically
-from .audit import look_alike
+from .audit import look_alike, look_alike_key
 from .forecast import Sample, forecast, forecast_lines, plan_of_recipe
 from .prepare import Prepared, set_forecast
 from .sources import (BARE_BASE64, IMAGE_SUFFIXES, OPENAI_TAGS, SHAREGPT_TAGS, STUDIO_FIELDS, NoTable, Row, broken_parquet, chat_files, chat_records, classes_and_loose, csv_table, dataset_entry, huggingface_dataset,
@@ -445,7 +445,7 @@ def llama_factory(folder: Path, home: Path, left: list[str]) -> list[tuple[str, 
         raise InputError(f"{info} describes no dataset whose file is beside it; download the data first")
     return named
 
-# %% ../../nbs/28_data.guess.ipynb #c7fea38f
+# %% ../../nbs/28_data.guess.ipynb #8e4ba97f
 PART = re.compile(r"-(\d{5})-of-(\d{5})(?=[-.]|$)")
 
 
@@ -454,7 +454,8 @@ def parts_together(files: list[Path]) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for file in files:
         part = PART.search(file.name)
-        pattern = f"{glob.escape(file.name[: part.start()])}-*-of-{part[2]}*{glob.escape(file.suffix)}" if part else file.name
+        rest = "-*" if part and file.name[part.end()] == "-" else ""  # older ones end with a hash
+        pattern = f"{glob.escape(file.name[: part.start()])}-?????-of-{part[2]}{rest}{file.suffix}" if part else file.name
         found.setdefault(pattern, []).append(file)
     return found
 
@@ -670,7 +671,7 @@ class Reading:
             kept.append(row)
             self.sampled.add((question, label))
 
-# %% ../../nbs/28_data.guess.ipynb #15c573ee
+# %% ../../nbs/28_data.guess.ipynb #e1f224b1
 def read_origin(origin: Origin, home: Path) -> Reading:
     "Count the rows of an origin; InputError where none can be used."
     reading, first = Reading(), []
@@ -705,7 +706,8 @@ class NoRows(InputError):
 def new_folders(source: dict, home: Path, known: list[str]) -> list[str]:
     "Names of a split's folders of classes that are new and no misspelling of another split's."
     names = [name for top in source_files(source, home, folders=True) for name in classes_and_loose(top)[0]]
-    return [name for name in dict.fromkeys(names) if not any(look_alike(name, each) for each in known)]
+    keys = {(case, look_alike_key(each, case)) for each in known for case in (False, True)}
+    return [name for name in dict.fromkeys(names) if not any((case, look_alike_key(name, case)) in keys for case in (False, True))]
 
 
 def counted(counts: Counter, most: int = 12) -> str:
