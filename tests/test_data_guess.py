@@ -130,7 +130,9 @@ def test_a_column_of_splits_divides_the_table(folder):
 def test_a_column_that_names_splits_and_more_is_a_question(folder):
     (folder / "x.csv").write_text("image,label,Split\n" + "".join(f"{a},{b},{'train' if i % 2 else 'extra'}\n" for i, (a, b) in enumerate(labels())))
     assert "its column 'Split' names splits, and 'extra' beside them" in error_of(folder / "x.csv")
-    (folder / "x.csv").write_text("image,label,subset\n" + "".join(f"{a},{b},train\n" for a, b in labels()))
+    (folder / "x.csv").write_text("image,label,split\n" + "".join(f"{a},{b},{'' if i % 2 else 'test'}\n" for i, (a, b) in enumerate(labels())))
+    assert "names splits, and nothing in 6 rows beside them" in error_of(folder / "x.csv")
+    (folder / "x.csv").write_text("image,label,split\n" + "".join(f"{a},{b},train\n" for a, b in labels()))
     assert list(guess(folder / "x.csv").suite["tasks"][0]["sources"]) == ["all"]
 
 
@@ -357,6 +359,13 @@ def test_few_questions_are_all_tasks_and_stray_rows_go_to_the_first(folder):
     write_json(folder / "chat.json", records)
     suite, rows = suite_of(folder / "chat.json")
     assert len(suite.tasks) == 1 and len(rows) == 4
+
+
+def test_rows_of_a_table_that_ask_nothing_belong_to_one_task(folder):
+    records = [{"image": image, "label": label, "question": ["Which?", "What?", None][i % 3]} for i, (image, label) in enumerate(labels())]
+    write_json(folder / "x.json", records + [{"image": None, "label": "cat"}, {"image": None, "label": "cat", "question": "Why?"}])
+    suite, rows = suite_of(folder / "x.json")
+    assert len(suite.tasks) == 3 and len(rows) == 14
 
 
 def test_only_unique_questions_are_one_open_task(folder):

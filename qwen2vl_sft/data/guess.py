@@ -578,7 +578,7 @@ def columns_used(source: dict, home: Path, there: list[str]) -> dict[str, str]:
         return chat_files(llava_source(source) if source["format"] == "llava" else source, home).columns
     return {kind: column for kind, column in stated_columns(source).items() if column in there}
 
-# %% ../../nbs/28_data.guess.ipynb #9d3de73b
+# %% ../../nbs/28_data.guess.ipynb #c8fd983b
 def cells_counted(source: dict, columns: list[str], home: Path) -> dict[str, Counter]:
     "Column -> text -> rows, over all rows of a source."
     counts = {column: Counter() for column in columns}
@@ -603,8 +603,8 @@ def by_split_column(origin: Origin, home: Path) -> dict[str, dict]:
             texts[next(iter(texts))] += [None] if counts[None] else []
             return {split: source | {"where": {column: said}} for split, said in texts.items()}
         if column.strip().casefold() in SPLIT_COLUMNS and divides(column, list(counts)) and len(counts) > 1:
-            other = [text for text in counts if text and text.casefold() not in SPLIT_WORDS]
-            raise InputError(f"{origin.name}: its column {column!r} names splits, and {', '.join(map(repr, other[:5]))} beside them; "
+            other = [repr(text) for text in counts if text and text.casefold() not in SPLIT_WORDS] or [f"nothing in {counts[None]:,} rows"]
+            raise InputError(f"{origin.name}: its column {column!r} names splits, and {', '.join(other[:5])} beside them; "
                              f"correct it, or write a suite file whose sources take their rows with where: {{{column}: [...]}}")
     return origin.sources
 
@@ -791,7 +791,7 @@ def questions_asked(reading: Reading) -> tuple[list[str | None], bool]:
     chosen = often[:MOST_TASKS]
     return chosen, len(chosen) < len(totals)
 
-# %% ../../nbs/28_data.guess.ipynb #1c6b878d
+# %% ../../nbs/28_data.guess.ipynb #975ba398
 def tasks_of(origin: Origin, reading: Reading) -> list[tuple[dict, Counter]]:
     "Tasks of an origin with the counts of their answers; every row of its sources belongs to exactly one."
     chosen, others = questions_asked(reading)
@@ -802,7 +802,8 @@ def tasks_of(origin: Origin, reading: Reading) -> list[tuple[dict, Counter]]:
     tasks = []
     for question in chosen:
         first = question == chosen[0] and not others
-        only = [question, *([None, *stray] if first else [])]
+        nobody = [] if None in chosen else [None]  # rows without a question that can be read
+        only = [question, *([*nobody, *stray] if first else [])]
         name = slug(question or origin.name) if len(chosen) + others > 1 else slug(origin.name)
         sources = {split: source | {"only": list(dict.fromkeys(only))} for split, source in origin.sources.items()}
         tasks.append((task_of(name, question, reading.answers[question], sources), reading.answers[question]))
