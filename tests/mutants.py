@@ -187,13 +187,23 @@ MUTATIONS: list[Mutation] = [
         ('tests/test_scoring_api_faults.py::test_another_suite_is_refused_before_anything_is_asked',),
     ),
     Mutation(
+        'api.run', "what an earlier command was told is forgotten", 'qwen2vl_sft/scoring/remote.py',
+        'reason = before if before and (not now or', 'reason = before if before and (not now and',
+        ('tests/test_scoring_api_faults.py::test_a_run_without_an_answer_says_why_and_fails',),
+    ),
+    Mutation(
+        'api.run', "a run whose last questions always fail is given up", 'qwen2vl_sft/scoring/remote.py',
+        'or (session.has_worked and', 'or (False and',
+        ('tests/test_scoring_api_faults.py::test_one_answer_among_failures_is_enough_to_go_on',),
+    ),
+    Mutation(
         'api.cost', "a proxy's page is paid for", 'qwen2vl_sft/scoring/remote.py',
         "if body.lstrip()[:1] == \"{\":", 'if True:',
         ('tests/test_scoring_api_faults.py::test_what_is_no_answer_says_why_and_costs_what_it_may_have_cost[page-HTTP 200, but no chat completion: Log in to the proxy-0.0]',),
     ),
     Mutation(
         'api.cost', "a negative usage lifts the budget", 'qwen2vl_sft/scoring/remote.py',
-        'all(0 <= tokens < 10**9 for tokens in found)', 'all(tokens < 10**9 for tokens in found)',
+        'return found if all(0 <= tokens < 10**9 for tokens in found) and found[2] <= found[0] else None', 'return found',
         ('tests/test_scoring_api_faults.py::test_a_usage_that_cannot_be_is_estimated[negative]',),
     ),
     Mutation(
@@ -203,7 +213,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         'api.faults', "a service that answers now and then is given up", 'qwen2vl_sft/scoring/remote.py',
-        'and not session.counts["answered"] and', 'and',
+        'works = session.counts["answered"] or', 'works =',
         ('tests/test_scoring_api_faults.py::test_one_answer_among_failures_is_enough_to_go_on',),
     ),
     Mutation(
