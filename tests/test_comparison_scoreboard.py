@@ -25,7 +25,7 @@ from qwen2vl_sft.comparison.samples import ORIGINAL, cells_from, checked_accurac
 from qwen2vl_sft.comparison.scoreboard import LATEX, Scoreboard, cells_text, csv_text, difference, display_width, latex_table, latex_text, markdown_table, means_text, shortened, text_table, top_cells
 from qwen2vl_sft.comparison.statistics import mcnemar
 from qwen2vl_sft.config import RunConfig
-from qwen2vl_sft.core import InputError
+from qwen2vl_sft.core import InputError, RunFailure
 from qwen2vl_sft.data.audit import smallest_difference as audited_difference
 from qwen2vl_sft.rundir import RunDir
 from qwen2vl_sft.tasks import Task
@@ -426,7 +426,7 @@ def test_a_truncated_part_file_is_named(tmp_path):
     folder = build_experiment(tmp_path, Plan(samples=12, labels={"face": LABELS["face"]}, parts=2))
     part = folder / "mix/predictions/step-100/face/part-test-closed-00001.parquet"
     part.write_bytes(part.read_bytes()[:100])
-    with pytest.raises(InputError, match="step-100/face: unreadable predictions"):
+    with pytest.raises(RunFailure, match=r"step-100/face/part-test-closed-00001.parquet can't be read .*; delete it, then score"):
         Scoreboard.from_experiment(folder)
 
 

@@ -393,25 +393,21 @@ def _is_other(run: RunDir, checkpoint: str, task: str, rule: str, asked: Mapping
     "Whether predictions are noted as answers to another question than the task's."
     return task in (asked or {}) and not run.is_about(checkpoint, task, rule, asked[task], split)
 
-# %% ../../nbs/61_comparison.samples.ipynb #df164d3a
+# %% ../../nbs/61_comparison.samples.ipynb #2df51984
 def read_run(
     run: RunDir,
     facts: Mapping[str, pd.DataFrame],  # task -> what `test_facts` gives
     asked: Mapping[str, str] | None = None,  # task -> fingerprint, from `fingerprints_of`
 ) -> pd.DataFrame:  # columns of the predictions, and row, model, step, kind, task, group, leaked, elsewhere, other_question
-    "All predictions of a run on the test sets, one line a (row, task, rule, sample)."
+    "All predictions of a run on the test sets, one line a (row, task, rule, sample). Raises `RunFailure` for a damaged part file."
     tables, predicted = [], run.predicted()
     for row in rows_of(run):
         for checkpoint, task in predicted:
             if checkpoint != row.checkpoint:
                 continue
             where = str(run.predictions_folder(checkpoint, task))
-            try:
-                parts = {rule: run.predictions(checkpoint, task, rule) for rule in run.rules(checkpoint, task)}
-            except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-                raise InputError(f"{where}: unreadable predictions ({error}); delete the folder and score again") from error
-            for rule, part in parts.items():
-                table = checked(part, where).assign(other_question=_is_other(run, checkpoint, task, rule, asked))
+            for rule in run.rules(checkpoint, task):
+                table = checked(run.predictions(checkpoint, task, rule), where).assign(other_question=_is_other(run, checkpoint, task, rule, asked))
                 known = facts[task].reindex(table["id"]) if task in facts else pd.DataFrame(index=table["id"], columns=list(FACTS))
                 group = np.where(known["group"].isna(), table["id"], known["group"])
                 leaked, elsewhere = known["leaked"].eq(True).to_numpy(), known["elsewhere"].fillna("").to_numpy(dtype=object)

@@ -43,15 +43,15 @@ class Stage:
     parameters: dict[str, Any]
     is_done: Callable[[], bool]
 
-# %% ../../nbs/71_workflow.demo.ipynb #69e36375
+# %% ../../nbs/71_workflow.demo.ipynb #b480f8ca
 def is_prepared(
     suite: Suite,
 ) -> bool:
     "Whether the prepared data are what this suite gives."
-    from qwen2vl_sft.data.audit import Limits
+    from qwen2vl_sft.data.audit import limits_of
     from qwen2vl_sft.data.prepare import FRACTIONS, content_of, is_current
 
-    return is_current(prepared_folder(suite.name), content_of(suite, Limits(), FRACTIONS), suite)
+    return is_current(prepared_folder(suite.name), content_of(suite, limits_of(suite), FRACTIONS), suite)
 
 
 def is_trained(
