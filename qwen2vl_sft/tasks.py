@@ -94,7 +94,7 @@ class SuiteLimits(Settings):
     file_bytes: int | None = Field(None, gt=0)  # 200,000,000
     near_bits: int | None = Field(None, ge=0, le=64)  # by which near duplicates may differ, of 256 of the perceptual hash; 16
 
-
+# %% ../nbs/02_tasks.ipynb #9b02615a
 class Suite(Settings):
     "A named set of tasks. `folder` is where relative source paths start."
 

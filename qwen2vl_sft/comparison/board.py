@@ -95,7 +95,7 @@ def mean_of(
         "micro": 100 * np.concatenate(values).mean(), "micro_low": 100 * micro.low, "micro_high": 100 * micro.high,
     }
 
-
+# %% ../../nbs/62_comparison.board.ipynb #f06f8955
 def means_from_samples(
     samples: pd.DataFrame,
     tasks: Collection[str] | None = None,  # of the common support, from `shared_tasks`; None: all
@@ -579,7 +579,7 @@ def row_of_kind(board: Board, kind: str) -> str | None:
     names = board.cells.loc[board.cells["kind"] == kind, "row"]
     return names.iloc[0] if len(names) else None
 
-
+# %% ../../nbs/62_comparison.board.ipynb #660cd435
 def with_probabilities(board: Board, task: str) -> pd.DataFrame:
     "A task's predictions, of each row those by the closed rule where there are any: only they carry probabilities."
     own = board.by_task[task]

@@ -222,7 +222,7 @@ def speed_table(
         lines.append({"row": one["row"], "task": one["task"], "n": one["n"], "images_per_second": speed, "cost_per_1000": asked + machine, "currency": one["currency"], "estimated": one["estimated"]})
     return pd.DataFrame(lines, columns=["row", "task", "n", "images_per_second", "cost_per_1000", "currency", "estimated"])
 
-
+# %% ../../nbs/66_comparison.deployment.ipynb #dc495868
 def cost_table(
     board: Board,
     prices: Mapping[str, Price] | None = None,

@@ -221,7 +221,7 @@ def api_row_findings(board: Board, row: str, other: str) -> list[Finding]:
         found.append(Finding("wins", f"{row} is ahead of {other} on {wins} of the {len(points)} tasks that both answered{', on the samples that both responded to' if gap.missing else ''}."))
     return [*found, *paired_findings(board, row, other)]
 
-
+# %% ../../nbs/63_comparison.findings.ipynb #a3f8642d
 def answered_text(board: Board, row: str) -> str:
     "How much of what it was asked a row answered; where some has no response, of what it responded to."
     gap, counts = gap_of(board, row), board.current.loc[board.current["row"] == row, list(ANSWERED)].to_numpy().sum()

@@ -610,7 +610,7 @@ def tidy_logarithm(axes: "Axes") -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
-
+# %% ../../nbs/67_comparison.plots.ipynb #16a3844a
 def cost_accuracy(
     costs: pd.DataFrame,  # from `cost_table`: row, kind, accuracy, low, high, images_per_second, cost_per_1000
 ) -> "Figure":

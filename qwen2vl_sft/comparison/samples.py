@@ -229,7 +229,7 @@ def priced(
     free = (price.get("input") == price.get("output") == 0) or ("tokens_in" in asked and not pd.to_numeric(asked["tokens_in"]).sum())
     return (np.nan, "") if cost == 0 and not free else (cost, str(price.get("currency", "USD")) if price else "")
 
-
+# %% ../../nbs/61_comparison.samples.ipynb #4e5d9a1d
 def listed_price(model: str) -> Mapping:  # empty: none
     "A model's entry in `prices.yaml`, of the project's root or the package; as `scoring.remote` finds it, which can't be imported here without a model's libraries."
     own = project_root() / "prices.yaml"

@@ -242,7 +242,7 @@ def markdown_table(board: Board) -> str:
 
 LEFT_OUT = "Tests compare two rows on the samples that both responded to: what was never asked, or failed for technical reasons, is left out there and counts as wrong in strict figures."
 
-
+# %% ../../nbs/64_comparison.scoreboard.ipynb #c17820b0
 def is_gapped(board: Board) -> bool:
     "Whether any row has samples without a response."
     return bool(board.current["partial"].any() or board.current["error"].any())

@@ -444,7 +444,7 @@ def argsorted(columns: Sequence[np.ndarray], folder: Path | None = None) -> np.n
         order, other = other, order
     return order
 
-
+# %% ../../nbs/22_data.audit.ipynb #63749223
 def runs_of(keys: np.ndarray, order: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     "For keys in order: slices of `order` with about a bucket of rows, and the ends of the runs of equal keys in them. A longer run comes alone."
     start = 0
@@ -471,6 +471,7 @@ class Numbers(Sequence):
         self.extend(numbers)
 
     def extend(self, numbers: Iterable[int]) -> None:
+        "Add numbers; a full array is copied into one twice as long."
         for number in numbers:
             if self.count == len(self.array):
                 longer = zeros(2 * self.count, np.int64, self.folder)
@@ -762,7 +763,7 @@ def words_of(hashes: np.ndarray, members: np.ndarray, folder: Path | None = None
         words[:, rows] = hash_words(hashes[members[rows]])
     return words
 
-
+# %% ../../nbs/22_data.audit.ipynb #c8d2f9b2
 def spanning_pairs(hashes: np.ndarray, members: np.ndarray, most: int, folder: Path | None = None) -> Iterator[np.ndarray]:
     "Pairs [p, 2] that connect `members` as all their pairs of at most `most` bits would; fewer than twice as many as members in all."
     words, front, rest = words_of(hashes, members, folder), zeros(len(members), np.int32, folder), counting(len(members), folder)
@@ -871,7 +872,7 @@ def join_some(component: np.ndarray, pairs: np.ndarray) -> None:
         place = np.minimum(np.searchsorted(known, component[rows]), len(known) - 1)
         component[rows] = np.where(known[place] == component[rows], smallest[place], component[rows])
 
-
+# %% ../../nbs/22_data.audit.ipynb #1cf03102
 def near_components(hashes: np.ndarray, most: int, folder: Path | None = None) -> np.ndarray:
     """Component number of each of the hashes, uint8 [n, bytes], where those that differ in at most `most` bits are connected.
 
@@ -1071,7 +1072,7 @@ def distinct(numbers: np.ndarray) -> int:
     numbers.sort()
     return bool(len(numbers)) + sum(int((numbers[rows] != numbers[rows.start - 1 : rows.stop - 1]).sum()) for rows in blocks_of(len(numbers), 1))
 
-
+# %% ../../nbs/22_data.audit.ipynb #196c947e
 def task_remarks(task: Task, records: Sequence[Checked]) -> list[str]:
     "Sentences on splits without rows, labels without rows, a dominant label in test, and a small test set."
     labels, tested, rows = {split: Counter() for split in SPLITS}, zeros(len(records), np.int64, getattr(records, "folder", None)), 0

@@ -136,7 +136,7 @@ def by_name(columns: list[str], kind: str) -> str | None:
     folded = {column.strip().casefold(): column for column in reversed(columns)}
     return next((folded[word] for word in COLUMN_WORDS[kind] if word in folded), None)
 
-
+# %% ../../nbs/28_data.guess.ipynb #446a2359
 def guess_columns(records: list[dict], columns: list[str], file: Path) -> dict[str, str]:
     "Which column holds the image, the label, ...; InputError that lists the columns where that isn't clear."
     hint = f"its columns: {', '.join(map(str, columns))[:300]}. Write a suite file that names them with image: and label:"
@@ -352,7 +352,7 @@ def origins_of(named: list[tuple[str, dict]], fallback: str) -> list[Origin]:
             origin.sources = {"all": next(iter(origin.sources.values()))}
     return list(found.values())
 
-
+# %% ../../nbs/28_data.guess.ipynb #733444c2
 def find_origins(path: Path, home: Path, left: list[str]) -> list[Origin]:
     "All origins at a path, what is left out added to `left`; InputError where nothing is understood."
     if not os.path.exists(path):
@@ -376,7 +376,7 @@ def find_origins(path: Path, home: Path, left: list[str]) -> list[Origin]:
 
 OTHER_PICTURES = (".heic", ".heif", ".jp2", ".jxl", ".svg", ".pdf", ".psd", ".dng", ".cr2", ".nef", ".dcm")
 
-
+# %% ../../nbs/28_data.guess.ipynb #1f0cbb8e
 def what_lies_there(folder: Path) -> str:
     "Why the files of a folder aren't labelled pictures, where their suffixes say so; else nothing."
     files = [file for file in islice(folder.rglob("*"), 1000) if file.suffix]
@@ -459,7 +459,7 @@ def parts_together(files: list[Path]) -> dict[str, list[Path]]:
         found.setdefault(pattern, []).append(file)
     return found
 
-
+# %% ../../nbs/28_data.guess.ipynb #fc281f49
 def tables(folder: Path, home: Path, left: list[str]) -> list[tuple[str, dict]]:
     "The data files that lie directly in a folder."
     files = sorted(file for file in folder.iterdir() if os.path.isfile(file) and file.suffix.lower() in SUFFIXES and file.name[0] != ".")
@@ -732,7 +732,7 @@ def opposite(labels: list[str]) -> list[str] | None:
     cased = str.upper if written.isupper() else str.title if written.istitle() else str
     return [folded.get(word, cased(word)) for word in pair]
 
-
+# %% ../../nbs/28_data.guess.ipynb #8b39a8e5
 def label_set(answers: Counter, explicit: frozenset[str] = frozenset()) -> list[str] | None:
     "The labels of a closed task, or None where the answers are open; `explicit` ones, names of folders, are labels as they are."
     filled = Counter({answer: number for answer, number in answers.items() if answer})
@@ -837,7 +837,7 @@ class Guess:
     def _repr_markdown_(self) -> str:
         return f"```\n{self.text()}\n```"
 
-
+# %% ../../nbs/28_data.guess.ipynb #805242ed
 def guess(path: Path | str, home: Path | str | None = None) -> Guess:
     "Understand a file or folder; InputError where it can't be, or where two readings are possible."
     path = Path(path)

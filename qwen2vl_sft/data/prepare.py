@@ -338,7 +338,7 @@ class Units:
         for part, ends in runs_of(self.label, order):
             yield from (order[part][low:high] for low, high in pairwise(ends))
 
-
+# %% ../../nbs/23_data.prepare.ipynb #ae9973cd
 def divided(records: Sequence[Checked], previous: Mapping[str, object], stratified: bool) -> Units:
     "Records with group and label as `Units`; `previous`: sha256 -> split or fold of the last preparation."
     unit, places, folder = units_of(records), sorted(set(previous.values())), getattr(records, "folder", None)
@@ -509,7 +509,7 @@ class Draw:
 
 NEAREST = {"train": ("train", "validation", "test"), "validation": ("validation", "test", "train"), "test": ("test", "validation", "train")}
 
-
+# %% ../../nbs/23_data.prepare.ipynb #931a0182
 def suite_units(records: Records, limits: Limits) -> np.ndarray:
     "Of each record the first one of its unit over all tasks: kept rows with equal pictures, near duplicates or equal sources, directly or through others."
     folder = records.folder
@@ -612,7 +612,7 @@ def shared_splits(shared: Shared) -> list[np.ndarray]:
             put(mine, most_lacking(shared.draws, cells, mine))
     return wanted
 
-
+# %% ../../nbs/23_data.prepare.ipynb #46c1aa05
 def followed(draws: list[Draw], cells: list[dict[int, Counter]], unit: np.ndarray) -> str:
     "The split that new rows of a unit follow, some of whose rows have one."
     split = next(split for split in ("train", "test", "validation") if SPLITS.index(split) in unit["place"])
@@ -797,7 +797,7 @@ def settle_splits(draw: Draw, wanted: np.ndarray | None = None) -> list[str]:
         remarks.append(f"drawn from `{draw.pool}`: {shares}")
     return remarks + task_remarks(draw.task, draw.records)
 
-
+# %% ../../nbs/23_data.prepare.ipynb #b2e280f9
 def settle_suite(tasks: list[Task], records: list[Records], limits: Limits, fractions: dict[str, float], previous: dict[str, Mapping[str, str]]) -> list[list[str]]:
     "Checks across the rows of all tasks, and the split of each row; returns the remarks on each task."
     draws = [check_rows(task, mine, limits, fractions, previous.get(task.name, {})) for task, mine in zip(tasks, records, strict=True)]
@@ -1435,7 +1435,7 @@ def fold(prepared: Prepared, task: str, number: int) -> dict[str, Rows]:
         raise InputError(f"task {task}: fold {number} of {folds} leaves no rows for {empty[0]}; prepare with fewer folds")
     return given | found | {"train": train}
 
-
+# %% ../../nbs/23_data.prepare.ipynb #d10539db
 def is_drawn(prepared: Prepared, task: str) -> bool:
     "Whether some of the task's splits were drawn, so that its rows are in folds."
     return bool(parts_to_draw(prepared.suite.task(task), prepared.audit["settings"]["fractions"])[1])

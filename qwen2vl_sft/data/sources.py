@@ -120,7 +120,7 @@ def locate_text(text: str, root: Path) -> dict:
         return {"reason": f"outside_root: {text[:200]} leaves the folder {root}{way_out(text, root)}"}
     return {"path": str(path)}
 
-
+# %% ../../nbs/20_data.sources.ipynb #7f4cff45
 def way_out(text: str, root: Path) -> str:
     "What a path that leaves its root is, and what helps."
     if text.startswith("/") and os.path.exists(root / text.lstrip("/")):
@@ -779,7 +779,7 @@ def read_parquet(source: dict, folder: Path) -> Iterator[Row]:
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise broken_parquet(file, error) from None
 
-
+# %% ../../nbs/20_data.sources.ipynb #0e32d97c
 def broken_parquet(file: Path, error: Exception) -> InputError:
     "The error of a Parquet file as one line; Arrow writes texts without looking whether they are UTF-8."
     if isinstance(error, UnicodeDecodeError):
@@ -1117,7 +1117,7 @@ def studio_label(record: dict, control: str | None) -> dict:
         return {"reason": f"several_answers: {', '.join(answer)[:200]}; name one control with label: NAME in the source"}
     return {"label": answer[0]}
 
-
+# %% ../../nbs/20_data.sources.ipynb #5073e85d
 def studio_kinds(record: dict) -> list[str]:
     "The kinds of results that a record's annotations hold beside choices and texts, such as rectanglelabels."
     results = [result for each in record.get("annotations") or record.get("completions") or [] for result in each.get("result") or []]

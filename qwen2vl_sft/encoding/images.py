@@ -222,7 +222,7 @@ def normalised(
         some[:, :, 1:] = some[:, :, :1]
     return out.view(len(values), -1)
 
-
+# %% ../../nbs/10_encoding.images.ipynb #6aa47f32
 def patches(
     encoder: ImageEncoder,
     pictures: list[np.ndarray],  # uint8, each from `squares`, or [height, width, 3] from `resize`

@@ -633,7 +633,7 @@ def writing(out: Path) -> Iterator[None]:
     except OSError as error:
         raise RunFailure(f"{out}: can't be written ({error.strerror or error}); make room, or name another --out. What is labelled already isn't labelled again") from error
 
-
+# %% ../../nbs/49_scoring.labeler.ipynb #29a050ca
 @contextmanager
 def held_parts(parts: Path, out: Path) -> Iterator[None]:
     "Hold the part files of an output. Raises `RunFailure` if another process does."

@@ -206,7 +206,7 @@ class Price(Settings):
         discount = self.input - (self.input if self.cached is None else self.cached)
         return (tokens_in * self.input - cached * discount + tokens_out * self.output) / 1e6
 
-
+# %% ../../nbs/47_scoring.remote.ipynb #c6699ad6
 def price_of(model: str) -> Price | None:
     "The model's price, from `prices.yaml` in the project's root, else from the package; None if neither has it. Raises `InputError`."
     own = project_root() / "prices.yaml"
@@ -631,7 +631,7 @@ async def answer_of(session: Session, sent: dict[str, Any], conversation: list[d
         raise problem
     return response.status_code, response.text, response.headers
 
-
+# %% ../../nbs/47_scoring.remote.ipynb #beb3237b
 async def send(
     session: Session,
     question: Question,
@@ -798,6 +798,7 @@ async def ask(session: Session, question: Question) -> dict[str, Any]:
             raise
 
     def wait(state: Any) -> float:
+        "Seconds before the next attempt; long ones are said."
         failure = state.outcome.exception()
         seconds = tries.wait(failure)
         if seconds >= 10 and (failure.limited or failure.wait is not None):

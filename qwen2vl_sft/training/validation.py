@@ -121,7 +121,7 @@ class Validation:
         "Put at most so many samples through the model together."
         self.scorer.settings = self.scorer.settings.model_copy(update={"batch": samples})
 
-
+# %% ../../nbs/53_training.validation.ipynb #b56beee0
 def validation_of(
     prepared: Prepared,
     config: RunConfig,
