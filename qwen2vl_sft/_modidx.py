@@ -1814,8 +1814,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                                 'qwen2vl_sft/encoding/images.py'),
                                              'qwen2vl_sft.encoding.images.ImageEncoder.tokens': ( 'encoding.images.html#imageencoder.tokens',
                                                                                                   'qwen2vl_sft/encoding/images.py'),
-                                             'qwen2vl_sft.encoding.images._numbers': ( 'encoding.images.html#_numbers',
-                                                                                       'qwen2vl_sft/encoding/images.py'),
                                              'qwen2vl_sft.encoding.images._on_white': ( 'encoding.images.html#_on_white',
                                                                                         'qwen2vl_sft/encoding/images.py'),
                                              'qwen2vl_sft.encoding.images._to_8_bits': ( 'encoding.images.html#_to_8_bits',

@@ -122,18 +122,3 @@ def test_token_counts_decode_nothing(monkeypatch, format):
     for kind in (ImageFile.ImageFile, type(Image.open(buffer))):
         monkeypatch.setattr(kind, "load", fail)
     assert header_size(buffer.getvalue()) == (640, 480) and IMAGES.tokens(640, 480) == 17 * 23
-
-
-def test_patches_that_somebody_holds_stay_and_others_lend_their_memory():
-    dark, light = (np.full((56, 84, 3), value, np.uint8) for value in (0, 255))
-    one, _ = IMAGES.patches([dark])
-    two, _ = IMAGES.patches([light])
-    assert (one == -1).all() and (two == 1).all()
-    part = two[3:5]
-    del two
-    assert (IMAGES.patches([dark])[0] == -1).all() and (part == 1).all()  # a view holds its memory, too
-    del part
-    three, _ = IMAGES.patches([light, light])
-    place = three.data_ptr()
-    del three
-    assert IMAGES.patches([dark])[0].data_ptr() == place
