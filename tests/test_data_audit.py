@@ -193,6 +193,7 @@ def test_damaged_images_never_raise(data):
 def test_labels_that_are_repaired(label, stored, notes):
     record = check(label=label)
     assert (record.label, record.notes, record.reason) == (stored, notes, None)
+    assert record.detail == (f"the label was {label!r}" if notes else None)
     assert record.verdict == ("repaired" if notes else "accepted") and set(notes) <= set(REPAIRS)
 
 
@@ -228,6 +229,7 @@ def test_ids_are_unique_within_a_split_and_free_across():
     number_duplicate_ids(records)
     assert [record.id for record in records] == ["a", "a#2", "a#2#2", "a#3", "a"]
     assert [record.verdict for record in records] == ["accepted", "repaired", "repaired", "repaired", "accepted"]
+    assert [record.detail for record in records] == [None, "the id was 'a'", "the id was 'a#2'", "the id was 'a'", None]
 
 
 def test_leaks_leave_test_alone():
